@@ -1,0 +1,1 @@
+"""Code generation: one kernel description, printed as C++ or as Triton."""

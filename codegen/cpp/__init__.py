@@ -1,0 +1,1 @@
+"""The C++ printer: vectorised, OpenMP, one shared library per program."""

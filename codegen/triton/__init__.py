@@ -1,0 +1,1 @@
+"""The Triton printer: one function per kernel."""

@@ -1,0 +1,1 @@
+"""tilewright: compiles Hugging Face transformers to generated kernels for inference."""

@@ -1,0 +1,1 @@
+"""The intermediate representation: types, ops, modules, programs, text form and reference evaluator."""

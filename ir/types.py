@@ -1,0 +1,128 @@
+"""Element types, tensor types and values of the IR."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import sympy
+
+from .errors import VerifyError
+from .index import as_expr, format_expr
+
+if TYPE_CHECKING:
+    import torch
+
+
+class DType(enum.Enum):
+    """Element type. The value is the name used in IR text."""
+
+    f64 = "f64"
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    i64 = "i64"
+    i32 = "i32"
+    i16 = "i16"
+    i8 = "i8"
+    u8 = "u8"
+    bool = "bool"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "f16": 2, "bf16": 2, "i16": 2}.get(self.value, 1)
+
+    @property
+    def is_float(self) -> bool:
+        return self in (DType.f64, DType.f32, DType.f16, DType.bf16)
+
+    @property
+    def is_int(self) -> bool:
+        return not self.is_float and self is not DType.bool
+
+    @property
+    def torch(self) -> torch.dtype:
+        """The torch dtype of the same name."""
+        import torch
+
+        return getattr(torch, _TORCH_NAMES[self.value])  # type: ignore[no-any-return]
+
+    @staticmethod
+    def from_torch(dtype: torch.dtype) -> DType:
+        """The element type for a torch dtype. Raises VerifyError for one that the IR does not have."""
+        name = str(dtype).removeprefix("torch.")
+        for ours, theirs in _TORCH_NAMES.items():
+            if theirs == name:
+                return DType(ours)
+        raise VerifyError(f"the IR has no element type for {dtype}")
+
+
+_TORCH_NAMES = {
+    "f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16",
+    "i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8", "u8": "uint8", "bool": "bool",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """Element type and shape; each dim is a sympy expression over dim symbols such as B and S."""
+
+    dtype: DType
+    shape: tuple[sympy.Expr, ...]
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def numel(self) -> sympy.Expr:
+        return sympy.prod(self.shape, start=sympy.Integer(1))
+
+    @property
+    def nbytes(self) -> sympy.Expr:
+        """Bytes when contiguous, as an expression over dim symbols."""
+        return self.numel * self.dtype.itemsize
+
+    def with_dtype(self, dtype: DType) -> TensorType:
+        return TensorType(dtype, self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.dtype.value}[{', '.join(format_expr(d) for d in self.shape)}]"
+
+
+def tensor_type(dtype: DType | str, shape: Iterable[int | sympy.Expr | str] = ()) -> TensorType:
+    """Build a TensorType from plain ints, expressions or text dims: ``tensor_type("f32", ["B", 4])``."""
+    return TensorType(DType(dtype), tuple(as_expr(d) for d in shape))
+
+
+@dataclass(frozen=True)
+class Value:
+    """An SSA value: its name is unique within its function."""
+
+    name: str
+    type: TensorType
+
+    @property
+    def shape(self) -> tuple[sympy.Expr, ...]:
+        return self.type.shape
+
+    @property
+    def dtype(self) -> DType:
+        return self.type.dtype
+
+    def __str__(self) -> str:
+        return f"%{self.name}"
+
+
+def concrete(shape: Iterable[sympy.Expr], dims: Mapping[str, int]) -> tuple[int, ...]:
+    """Evaluate a symbolic shape at the given dim sizes. Raises VerifyError when a symbol has no size."""
+    out = []
+    for dim in shape:
+        value = dim.subs({s: dims[s.name] for s in dim.free_symbols if s.name in dims})
+        if not value.is_Integer:
+            raise VerifyError(f"dim {format_expr(dim)} has no size: {sorted(s.name for s in value.free_symbols)}")
+        out.append(int(value))
+    return tuple(out)

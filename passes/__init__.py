@@ -1,0 +1,1 @@
+"""Passes: each takes an IR module and returns a new one with the same meaning."""
