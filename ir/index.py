@@ -59,7 +59,7 @@ class FloorDiv(sympy.Function):  # type: ignore[misc]
         return True if self.args[0].is_nonnegative else None
 
     def _sympystr(self, printer: Any) -> str:
-        return f"({printer.doprint(self.args[0])} // {printer.parenthesize(self.args[1], 100)})"
+        return f"({printer.parenthesize(self.args[0], 45)} // {printer.parenthesize(self.args[1], 100)})"
 
 
 class Mod(sympy.Function):  # type: ignore[misc]
@@ -81,7 +81,7 @@ class Mod(sympy.Function):  # type: ignore[misc]
         return Mod(r, b) if q != 0 else None
 
     def _sympystr(self, printer: Any) -> str:
-        return f"({printer.doprint(self.args[0])} % {printer.parenthesize(self.args[1], 100)})"
+        return f"({printer.parenthesize(self.args[0], 45)} % {printer.parenthesize(self.args[1], 100)})"
 
 
 def as_expr(value: int | Expr | str) -> Expr:

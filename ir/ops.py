@@ -1,0 +1,290 @@
+"""The closed set of ops: attributes, and the result types that follow from operands and attributes.
+
+| op | operands -> result | attributes |
+|---|---|---|
+| param | -> weight or buffer; relative to the call's scope inside a called function | name |
+| const | -> rank-0 constant | value |
+| iota | -> i64[n], counting from 0 | (the result type gives n) |
+| dim | -> i64[], the size of a dim expression at run time | expr |
+| pointwise (``pointwise.POINTWISE``) | numpy broadcasting; operands of one dtype | |
+| reduce | x -> x without (or with size-1) ``axes`` | kind, axes, keepdim |
+| view | x -> result[i] = x[map(i)] | map (the result type gives the shape) |
+| concat | xs -> joined along ``axis`` | axis |
+| gather | table, index -> table with ``axis`` replaced by the index's shape | axis |
+| matmul | a[.., M, K], b[N, K] or b[.., N, K] -> [.., M, N]; float32 accumulation | |
+| attention | q[B,H,S,D], k, v [B,G,S,D] and optional mask bool[B,T] -> [B,H,S,Dv] | scale, causal, window, softcap, slot |
+| append | x[B,G,S,D] -> the slot's whole cache [B,G,T,D], ending in x | slot |
+| attention_split | q, k, v [B,G,T,D], mask -> partials acc f32[B,H,S,P,Dv], max, sum f32[B,H,S,P] | as attention, splits |
+| call | values -> the callee's returns | callee, scope |
+| call_torch | tensors -> tensors; run by PyTorch at run time | target, template |
+| kernel | outer values used -> body values used outside | name |
+
+``attention`` with a non-empty ``slot`` owns the append of k and v to that slot of the request's KV state;
+with slot "" it attends over exactly the given k and v, whose length may exceed q's (q is then the last S of T).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import sympy
+
+from .errors import VerifyError
+from .index import sym
+from .module import Attr, Loc, Module, Op, make_attrs
+from .pointwise import POINTWISE
+from .types import DType, TensorType, Value
+
+Inferred = tuple[TensorType, ...] | None
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """Attributes (name -> kind, all required) and type inference of one op.
+
+    Kinds: int, float, bool, str, ints, number, expr, map. ``infer`` gives the result types, or None where the
+    declared type is itself the information (param, cast, view, ...). It raises VerifyError on misuse.
+    """
+
+    attrs: Mapping[str, str]
+    infer: Callable[[Op, Module | None], Inferred]
+
+
+def broadcast(shapes: Iterable[tuple[sympy.Expr, ...]]) -> tuple[sympy.Expr, ...]:
+    """The numpy broadcast of shapes. Raises VerifyError when two dims differ and neither is 1."""
+    shapes = list(shapes)
+    rank = max((len(s) for s in shapes), default=0)
+    out: list[sympy.Expr] = [sympy.Integer(1)] * rank
+    for shape in shapes:
+        for n, dim in enumerate(shape, start=rank - len(shape)):
+            if out[n] == 1:
+                out[n] = dim
+            elif dim != 1 and sympy.expand(dim - out[n]) != 0:
+                raise VerifyError(f"shapes do not broadcast: {' and '.join(map(str, shapes))}")
+    return tuple(out)
+
+
+def _need(condition: object, op: Op, message: str) -> None:
+    if not condition:
+        raise VerifyError(f"{op.opcode}: {message}")
+
+
+def _arity(op: Op, *counts: int) -> None:
+    _need(len(op.operands) in counts, op, f"takes {' or '.join(map(str, counts))} operands, has {len(op.operands)}")
+
+
+def _declared(*dtypes: DType, rank: int | None = None) -> Callable[[Op, Module | None], Inferred]:
+    def infer(op: Op, module: Module | None) -> Inferred:
+        _arity(op, 0)
+        _need(not dtypes or op.result.dtype in dtypes, op, f"cannot have dtype {op.result.dtype.value}")
+        _need(rank is None or op.result.type.rank == rank, op, f"result must have rank {rank}")
+        return None
+
+    return infer
+
+
+def _pointwise(op: Op, module: Module | None) -> Inferred:
+    row = POINTWISE[op.opcode]
+    _arity(op, row.arity)
+    shape = broadcast(v.shape for v in op.operands)
+    typed = op.operands[1:] if row.rule == "select" else op.operands
+    dtype = typed[0].dtype
+    _need(all(v.dtype == dtype for v in typed), op, "operands must have one dtype")
+    _need(row.rule != "select" or op.operands[0].dtype is DType.bool, op, "condition must be bool")
+    fits = {"float": dtype.is_float, "int": not dtype.is_float, "bool": dtype is DType.bool, "any": True}
+    _need(fits[row.domain], op, f"does not take {dtype.value}")
+    if row.rule == "any":
+        return (TensorType(op.result.dtype, shape),)
+    return (TensorType(DType.bool if row.rule == "bool" else dtype, shape),)
+
+
+REDUCTIONS = ("sum", "max", "min", "prod", "any", "all")
+
+
+def _reduce(op: Op, module: Module | None) -> Inferred:
+    _arity(op, 1)
+    (x,) = op.operands
+    axes = op.attr("axes")
+    _need(op.attr("kind") in REDUCTIONS, op, f"unknown kind {op.attr('kind')!r}")
+    _need(axes == tuple(sorted(set(axes))) and all(0 <= a < x.type.rank for a in axes), op, f"bad axes {axes}")
+    if op.attr("keepdim"):
+        shape = tuple(sympy.Integer(1) if n in axes else d for n, d in enumerate(x.shape))
+    else:
+        shape = tuple(d for n, d in enumerate(x.shape) if n not in axes)
+    return (TensorType(x.dtype, shape),)
+
+
+def _view(op: Op, module: Module | None) -> Inferred:
+    _arity(op, 1)
+    index_map = op.attr("map")
+    _need(len(index_map.exprs) == op.operands[0].type.rank, op, "map does not give one index per operand dim")
+    _need(index_map.rank == op.result.type.rank, op, "map does not take one index per result dim")
+    return (TensorType(op.operands[0].dtype, op.result.shape),)
+
+
+def _concat(op: Op, module: Module | None) -> Inferred:
+    _need(op.operands, op, "takes at least one operand")
+    axis, first = op.attr("axis"), op.operands[0]
+    _need(0 <= axis < first.type.rank, op, f"bad axis {axis}")
+    for v in op.operands:
+        same = v.type.rank == first.type.rank and v.dtype == first.dtype
+        same = same and all(a == b for n, (a, b) in enumerate(zip(v.shape, first.shape, strict=True)) if n != axis)
+        _need(same, op, f"operands differ outside axis {axis}: {v.type} and {first.type}")
+    shape = list(first.shape)
+    shape[axis] = sympy.expand(sum(v.shape[axis] for v in op.operands))
+    return (TensorType(first.dtype, tuple(shape)),)
+
+
+def _gather(op: Op, module: Module | None) -> Inferred:
+    _arity(op, 2)
+    table, index = op.operands
+    axis = op.attr("axis")
+    _need(0 <= axis < table.type.rank, op, f"bad axis {axis}")
+    _need(index.dtype.is_int, op, "index must be integer")
+    return (TensorType(table.dtype, table.shape[:axis] + index.shape + table.shape[axis + 1 :]),)
+
+
+def _matmul(op: Op, module: Module | None) -> Inferred:
+    _arity(op, 2)
+    a, b = op.operands
+    _need(a.type.rank >= 1 and b.type.rank >= 2, op, "a needs rank 1 or more, b rank 2 or more")
+    _need(a.dtype.is_float and a.dtype == b.dtype, op, f"needs one float dtype, got {a.dtype.value}, {b.dtype.value}")
+    _need(a.shape[-1] == b.shape[-1], op, f"K differs: {a.type} and {b.type}")
+    _need(b.type.rank == 2 or a.shape[:-2] == b.shape[:-2], op, f"batch dims differ: {a.type} and {b.type}")
+    return (TensorType(a.dtype, (*a.shape[:-1], b.shape[-2])),)
+
+
+def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
+    _arity(op, 3, 4)
+    q, k, v = op.operands[:3]
+    _need(q.type.rank == k.type.rank == v.type.rank == 4, op, "q, k and v need rank 4")
+    _need(k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0], op, f"k and v do not fit: {k.type}, {v.type}")
+    _need(q.shape[3] == k.shape[3] and q.dtype == k.dtype == v.dtype, op, "q and k differ in head size or dtype")
+    heads, groups = q.shape[1], k.shape[1]
+    _need(heads.is_Integer and groups.is_Integer and heads % groups == 0, op, "query heads must be a multiple of KV heads")
+    _need(op.attr("slot", "") == "" or q.shape[2] == k.shape[2], op, "with a slot, k and v are the new tokens only")
+    _need(len(op.operands) == 3 or op.operands[3].dtype is DType.bool, op, "mask must be bool")
+    return q, k, v
+
+
+def _attention(op: Op, module: Module | None) -> Inferred:
+    q, _, v = _attention_operands(op)
+    return (TensorType(q.dtype, (*q.shape[:3], v.shape[3])),)
+
+
+def _append(op: Op, module: Module | None) -> Inferred:
+    _arity(op, 1)
+    (x,) = op.operands
+    _need(x.type.rank == 4, op, "needs rank 4: [B, G, S, D]")
+    return (TensorType(x.dtype, (x.shape[0], x.shape[1], sym("T"), x.shape[3])),)
+
+
+def _attention_split(op: Op, module: Module | None) -> Inferred:
+    q, _, v = _attention_operands(op)
+    partial = (*q.shape[:3], sympy.Integer(op.attr("splits")))
+    row = TensorType(DType.f32, partial)
+    return TensorType(DType.f32, (*partial, v.shape[3])), row, row
+
+
+def _call(op: Op, module: Module | None) -> Inferred:
+    if module is None:
+        return None
+    names = {f.name for f in module.functions}
+    _need(op.attr("callee") in names, op, f"no function @{op.attr('callee')} in the module")
+    callee = module.function(op.attr("callee"))
+    _need([v.type for v in op.operands] == [p.type for p in callee.params], op, f"operands do not fit @{callee.name}")
+    return tuple(v.type for v in callee.returns)
+
+
+def _any(op: Op, module: Module | None) -> Inferred:
+    return None
+
+
+_ATTENTION = {"scale": "float", "causal": "bool", "window": "int", "softcap": "float"}
+
+OPS: dict[str, OpSpec] = {
+    "param": OpSpec({"name": "str"}, _declared()),
+    "const": OpSpec({"value": "number"}, _declared(rank=0)),
+    "iota": OpSpec({}, _declared(DType.i64, rank=1)),
+    "dim": OpSpec({"expr": "expr"}, _declared(DType.i64, rank=0)),
+    **{name: OpSpec({}, _pointwise) for name in POINTWISE},
+    "reduce": OpSpec({"kind": "str", "axes": "ints", "keepdim": "bool"}, _reduce),
+    "view": OpSpec({"map": "map"}, _view),
+    "concat": OpSpec({"axis": "int"}, _concat),
+    "gather": OpSpec({"axis": "int"}, _gather),
+    "matmul": OpSpec({}, _matmul),
+    "attention": OpSpec({**_ATTENTION, "slot": "str"}, _attention),
+    "append": OpSpec({"slot": "str"}, _append),
+    "attention_split": OpSpec({**_ATTENTION, "splits": "int"}, _attention_split),
+    "call": OpSpec({"callee": "str", "scope": "str"}, _call),
+    "call_torch": OpSpec({"target": "str", "template": "str"}, _any),
+    "kernel": OpSpec({"name": "str"}, _any),
+}
+
+
+def infer_types(op: Op, module: Module | None = None) -> Inferred:
+    """Result types from operands and attributes, or None where they are declared.
+
+    Raises VerifyError for an unknown op or a misuse. ``op.results`` must hold the declared types for ops whose
+    type is information of its own (param, const, iota, dim, view, cast, call_torch, kernel).
+    """
+    spec = OPS.get(op.opcode)
+    if spec is None:
+        raise VerifyError(f"unknown op {op.opcode!r}; the ops are {', '.join(sorted(OPS))}")
+    if missing := set(spec.attrs) - {name for name, _ in op.attrs}:
+        raise VerifyError(f"{op.opcode}: missing attributes {sorted(missing)}")
+    if unknown := {name for name, _ in op.attrs} - set(spec.attrs):
+        raise VerifyError(f"{op.opcode}: unknown attributes {sorted(unknown)}")
+    return spec.infer(op, module)
+
+
+class Builder:
+    """Builds the ops of one function, naming values and inferring types.
+
+    >>> b = Builder()
+    >>> x = b.param_value("x", tensor_type("f32", ["B", 4]))
+    >>> y = b.add("mul", x, x)
+    """
+
+    def __init__(self, names: object | None = None, loc: Loc = Loc()) -> None:
+        from .module import Names
+
+        self.names: Names = names if isinstance(names, Names) else Names()
+        self.ops: list[Op] = []
+        self.params: list[Value] = []
+        self.loc = loc
+
+    def param_value(self, name: str, type: TensorType) -> Value:
+        """Declare a function parameter."""
+        value = Value(self.names.fresh(name), type)
+        self.params.append(value)
+        return value
+
+    def add(self, opcode: str, *operands: Value, type: TensorType | None = None, hint: str = "", **attrs: Attr) -> Value:
+        """Append an op with one result and give that result. ``type`` is needed where it cannot be inferred."""
+        (value,) = self.add_multi(opcode, *operands, types=None if type is None else (type,), hint=hint, **attrs)
+        return value
+
+    def add_multi(
+        self,
+        opcode: str,
+        *operands: Value,
+        types: tuple[TensorType, ...] | None = None,
+        hint: str = "",
+        module: Module | None = None,
+        **attrs: Attr,
+    ) -> tuple[Value, ...]:
+        """Append an op with any number of results."""
+        draft = Op(opcode, operands, make_attrs(attrs), tuple(Value("?", t) for t in types or ()), self.loc)
+        inferred = infer_types(draft, module) or types
+        if inferred is None:
+            raise VerifyError(f"{opcode}: the result type cannot be inferred; pass it")
+        results = tuple(Value(self.names.fresh(hint), t) for t in inferred)
+        self.ops.append(Op(opcode, operands, draft.attrs, results, self.loc))
+        return results
+
+    def const(self, value: float | int | bool, dtype: DType) -> Value:
+        """A rank-0 constant."""
+        typed = float(value) if dtype.is_float else bool(value) if dtype is DType.bool else int(value)
+        return self.add("const", type=TensorType(dtype, ()), value=typed)
