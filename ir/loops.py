@@ -417,6 +417,56 @@ def matmul_form(segment: Segment) -> MatmulForm | None:
     return MatmulForm(rows, columns, k, dots[0].a, dots)
 
 
+@dataclass(frozen=True)
+class AttentionForm:
+    """A kernel around one attention op. For each of the op's results: the value stored for it and the store index as
+    a function of ``b, h, s, d`` (or ``b, h, s, p, d`` for the split form), ops.py's index of that result."""
+
+    op: Op
+    stores: tuple[tuple[Value, tuple[Expr, ...]], ...]
+
+
+@lru_cache(maxsize=1024)
+def attention_form(kernel: Op) -> AttentionForm | None:
+    """The kernel as an attention whose results pass through views only, or None when it is no such kernel.
+
+    Raises VerifyError when a view cannot be inverted.
+    """
+    anchors = [op for op in kernel.body if op.opcode in ("attention", "attention_split")]
+    if len(anchors) != 1 or any(op.opcode not in (anchors[0].opcode, "view") for op in kernel.body):
+        return None
+    (anchor,) = anchors
+    views = _Scalarizer(op for op in kernel.body if op is not anchor)
+    stores = []
+    for result in kernel.results:
+        _, piece, _ = _stored(result, {})
+        while True:
+            piece = piece.canonical()
+            node = views.node(result, piece.index, {a.symbol: a.extent for a in piece.axes}, 0)
+            assert isinstance(node, Load)
+            need = _tiling(node.index)
+            if need is None:
+                break
+            (piece,) = piece.split(need)
+        number = anchor.results.index(node.value)
+        names = "bhspd" if anchor.opcode == "attention_split" and number == 0 else "bhsp"
+        if anchor.opcode == "attention":
+            names = "bhsd"
+        table = {e: sym(n) for e, n in zip(node.index, names, strict=True) if e.is_Symbol}
+        if len(table) != len(piece.axes):
+            raise VerifyError(f"kernel {kernel.attr('name')}: the views after {anchor.opcode} cannot be inverted")
+        stores.append((number, (result, tuple(e.xreplace(table) for e in piece.index))))
+    return AttentionForm(anchor, tuple(store for _, store in sorted(stores, key=lambda item: item[0])))
+
+
+def _tiling(index: tuple[Expr, ...]) -> _NeedSplit | None:
+    """The tiling that makes ``x % n`` and ``x // n`` plain symbols, if the index has such a pair."""
+    for e in index:
+        if isinstance(e, Mod) and e.args[0].is_Symbol:
+            return _NeedSplit(e.args[0], tile=e.args[1])
+    return None
+
+
 def elementwise_inputs(loops: Loops) -> frozenset[tuple[Value, Value]]:
     """Pairs (input, output) of equal size that may share memory: each element of the output is stored by the one
     iteration that reads the input, at the same index, and nothing else reads that input.
@@ -494,6 +544,6 @@ def print_loops(loops: Loops) -> str:
 
 
 __all__ = [
-    "Apply", "Axis", "Const", "Dot", "Index", "Load", "Loops", "MatmulForm", "Node", "Reduce", "Segment", "Store",
-    "elementwise_inputs", "flops", "free_symbols", "matmul_form", "print_loops", "scalarize", "upper_bound",
+    "Apply", "AttentionForm", "Axis", "Const", "Dot", "Index", "Load", "Loops", "MatmulForm", "Node", "Reduce", "Segment", "Store",
+    "attention_form", "elementwise_inputs", "flops", "free_symbols", "matmul_form", "print_loops", "scalarize", "upper_bound",
 ]  # fmt: skip
