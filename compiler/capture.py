@@ -1,0 +1,436 @@
+"""Capture: an ``nn.Module`` becomes FX graphs at training IR, with symbolic batch and sequence sizes.
+
+A Hugging Face transformer becomes an outer graph, in which each repeated layer is one opaque ``tilewright::layer`` op,
+and one graph per *distinct* layer. Attention is one opaque ``tilewright::attention`` op over the new q, k, v, so there
+is no cache, no mask array and no mutation in any graph, and one graph serves prefill and decode. Any other module goes
+through plain ``torch.export``. Weights are referred to by name and never copied; the model is left as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from transformers import PreTrainedModel
+
+from tilewright.ir.errors import CaptureError
+
+from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, opaque_layers
+from .capture_ops import ATTENTION, opaque_attention
+from .capture_patches import PositionRule, position_rule
+
+Kind = Literal["decoder", "encoder", "module"]
+
+# Example sizes: at least 2, because export specialises on 0 and 1, and all different, so that none passes for another.
+_EXAMPLE = {"B": 2, "S": 3, "T": 5}
+_MAX_BATCH = 4096
+_MAX_LENGTH = 1 << 20  # where the config states no limit
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """One exported graph.
+
+    ``inputs`` pairs each input placeholder with its logical name; ``tensors`` maps each parameter, buffer or constant
+    placeholder to a tensor name, relative to the layer for layer graphs and absolute for the outer graph; ``symbols``
+    maps the size symbols of the export to our names.
+    """
+
+    name: str
+    exported: ExportedProgram
+    inputs: tuple[tuple[str, str], ...]
+    tensors: Mapping[str, str]
+    symbols: Mapping[sympy.Symbol, str]
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """Which layer graph an opaque layer op stands for, and the module path that its tensor names hang beneath."""
+
+    callee: str
+    scope: str
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured model. ``tensors`` holds the model's own tensors (shared, not copied) by absolute name.
+
+    ``outputs`` names what the outer graph returns, in order. For a "module" ``output_spec`` is the pytree that they
+    fill; for a Hugging Face model ``output_class`` is the ModelOutput that it returns. ``notes`` says, for the report,
+    which repeated layers could not be captured as layers and why.
+    """
+
+    main: CapturedGraph
+    layers: Mapping[str, CapturedGraph]
+    calls: Mapping[int, LayerCall]
+    symbols: Mapping[str, tuple[int, int]]
+    tensors: Mapping[str, Tensor]
+    kind: Kind
+    outputs: tuple[str, ...]
+    output_class: type | None
+    output_spec: pytree.TreeSpec | None
+    position_rule: PositionRule
+    notes: tuple[str, ...]
+
+
+def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | None = None) -> Captured:
+    """Capture ``model``; ``example_inputs`` (args or kwargs) is required for anything but a Hugging Face text model.
+
+    Raises CaptureError, naming the module and the remedy, when the model is in training mode, has no weights (meta
+    tensors), or does something that export or the attention op cannot express.
+    """
+    _check_ready(model)
+    if example_inputs is not None:
+        return _capture_module(model, example_inputs)
+    if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
+        raise CaptureError(
+            f"{type(model).__name__} is not a Hugging Face text model, so its inputs are unknown; pass example_inputs= "
+            "(a tuple of arguments or a dict of keyword arguments)"
+        )
+    if model.config.is_encoder_decoder:
+        raise CaptureError(
+            f"{type(model).__name__} is an encoder-decoder; compile its parts, for example model.get_encoder()"
+        )
+    return _capture_transformer(model)
+
+
+def _check_ready(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if module.training:
+            where = f"module {name!r} of " if name else ""
+            raise CaptureError(f"{where}{type(model).__name__} is in training mode; call model.eval() first")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise CaptureError(
+                f"{type(model).__name__}: {name!r} is a meta tensor without values; load the weights before compiling"
+            )
+
+
+# --- Hugging Face models ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Returned:
+    """What a traced forward returned. A holder of its own, because export undoes attributes set on a module."""
+
+    names: tuple[str, ...] = ()
+    output_class: type | None = None
+    spec: pytree.TreeSpec | None = None
+
+
+class _Outer(nn.Module):
+    """The model as a function of one dict of tensors, giving the tensors of its ModelOutput; notes their names."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.returned = _Returned()
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        out = self.model(**inputs, return_dict=True, **self._switched_off())
+        tensors = {k: v for k, v in out.items() if isinstance(v, Tensor)}
+        self.returned.output_class, self.returned.names = type(out), tuple(tensors)
+        return tuple(tensors.values())
+
+    def _switched_off(self) -> dict[str, bool]:
+        known = inspect.signature(self.model.forward).parameters
+        return {"use_cache": False} if "use_cache" in known else {}
+
+
+def _model_kind(model: PreTrainedModel) -> Kind:
+    """A decoder keeps KV state: it takes past_key_values and its attention is causal. The rest are encoders."""
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        return "encoder"
+    flags = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    causal = any(flags) if flags else model.can_generate()
+    return "decoder" if causal else "encoder"
+
+
+def _text_inputs(model: PreTrainedModel, kind: Kind) -> dict[str, tuple[torch.dtype, tuple[str, ...]]]:
+    """Logical inputs with dtype and dims. The mask is boolean from the start: 2-D, over the whole context."""
+    known = inspect.signature(model.forward).parameters
+    inputs: dict[str, tuple[torch.dtype, tuple[str, ...]]] = {"input_ids": (torch.int64, ("B", "S"))}
+    if kind == "decoder" and "position_ids" in known:
+        inputs["position_ids"] = (torch.int64, ("B", "S"))
+    inputs["attention_mask"] = (torch.bool, ("B", "T" if kind == "decoder" else "S"))
+    if kind == "encoder" and "token_type_ids" in known:
+        inputs["token_type_ids"] = (torch.int64, ("B", "S"))
+    return inputs
+
+
+def _capture_transformer(model: PreTrainedModel) -> Captured:
+    kind = _model_kind(model)
+    inputs = _text_inputs(model, kind)
+    limit = getattr(model.config, "max_position_embeddings", None) or _MAX_LENGTH
+    ranges = {"B": (1, _MAX_BATCH), "S": (1, limit)}
+    if kind == "decoder":
+        ranges["T"] = (1, limit)
+    notes: list[str] = []
+    skip: list[str] = []
+    outer = _Outer(model)
+    with torch.no_grad(), opaque_attention(model):
+        while True:
+            try:
+                main, layers, calls = _capture_layered(model, outer, inputs, ranges, skip)
+                break
+            except NotALayerError as error:
+                skip.append(error.list_name)
+                notes.append(f"layers of {error} (captured as part of the whole model)")
+    if kind == "decoder":
+        _require_opaque_attention(model, [main, *layers.values()])
+    return Captured(
+        main=main,
+        layers=layers,
+        calls=calls,
+        symbols=ranges,
+        tensors=_all_tensors(model, main, layers, calls),
+        kind=kind,
+        outputs=outer.returned.names,
+        output_class=outer.returned.output_class,
+        output_spec=None,
+        position_rule=position_rule(model.config.model_type),
+        notes=tuple(notes),
+    )
+
+
+def _capture_layered(
+    model: PreTrainedModel,
+    outer: _Outer,
+    inputs: Mapping[str, tuple[torch.dtype, tuple[str, ...]]],
+    ranges: Mapping[str, tuple[int, int]],
+    skip: list[str],
+) -> tuple[CapturedGraph, dict[str, CapturedGraph], dict[int, LayerCall]]:
+    """The outer graph, the distinct layers, and the calls. Raises NotALayerError for a list that has to be skipped."""
+    dims = {name: Dim(name, min=lo, max=hi) for name, (lo, hi) in ranges.items()}
+    examples = {
+        name: torch.ones([_EXAMPLE[d] for d in shape], dtype=dtype, device=model.device)
+        for name, (dtype, shape) in inputs.items()
+    }
+    shapes = {name: {n: dims[d] for n, d in enumerate(shape)} for name, (_, shape) in inputs.items()}
+    with opaque_layers(find_layers(model, skip)) as recording:
+        exported = _export(outer, (examples,), {"inputs": shapes}, type(model).__name__)
+    symbols = _symbol_names(exported, [shape for _, shape in inputs.values()])
+    main = _untied(_graph("main", exported, tuple(inputs), symbols, prefix="model."), model)
+    layers: dict[str, CapturedGraph] = {}
+    by_signature: dict[Any, str] = {}
+    calls: dict[int, LayerCall] = {}
+    for index, record in enumerate(recording.calls):
+        signature = record.signature()
+        callee = by_signature.get(signature)
+        if callee is None:
+            callee = by_signature[signature] = f"layer{len(layers)}"
+            layers[callee] = _capture_layer(callee, record, symbols, dims)
+        calls[index] = LayerCall(callee, record.layer.name)
+    return main, layers, calls
+
+
+def _capture_layer(
+    name: str, record: LayerRecord, symbols: Mapping[sympy.Symbol, str], dims: Mapping[str, Dim]
+) -> CapturedGraph:
+    """Export one distinct layer. Its example inputs have the sizes that the outer graph's symbols stand for."""
+    named = [tuple(_dim_name(size, symbols, record) for size in x.shape) for x in record.inputs]
+    examples = tuple(
+        torch.zeros([_EXAMPLE[d] if isinstance(d, str) else d for d in shape], dtype=x.dtype, device=x.device)
+        for x, shape in zip(record.inputs, named, strict=True)
+    )
+    shapes = tuple({n: dims[d] for n, d in enumerate(shape) if isinstance(d, str)} for shape in named)
+    try:
+        exported = _export(LayerForward(record), (examples,), {"inputs": shapes}, record.layer.name)
+    except CaptureError as error:
+        raise NotALayerError(record.layer.list_name, str(error).splitlines()[0]) from error
+    logical = tuple("x" if n == 0 else f"a{n}" for n in range(len(examples)))
+    return _graph(name, exported, logical, _symbol_names(exported, named), prefix="layer.")
+
+
+def _dim_name(size: Any, symbols: Mapping[sympy.Symbol, str], record: LayerRecord) -> str | int:
+    if isinstance(size, int):
+        return size
+    name = symbols.get(size.node.expr)
+    if name is None:
+        raise NotALayerError(
+            record.layer.list_name, f"an argument has a size ({size}) that is no plain symbol"
+        )
+    return name
+
+
+def _require_opaque_attention(model: PreTrainedModel, graphs: list[CapturedGraph]) -> None:
+    if not any(node.target is ATTENTION for g in graphs for node in g.exported.graph.nodes):
+        raise CaptureError(
+            f"unsupported attention: {type(model).__name__} does not dispatch through transformers.AttentionInterface, "
+            "so its KV state cannot be told apart; run this model with Hugging Face instead"
+        )
+
+
+def _all_tensors(
+    model: nn.Module, main: CapturedGraph, layers: Mapping[str, CapturedGraph], calls: Mapping[int, LayerCall]
+) -> dict[str, Tensor]:
+    """Every tensor that a graph refers to, by absolute name; literals of a layer graph are shared by its calls."""
+    own = _own_tensors(model)
+    literals = main.exported.constants
+    needed = {name: literals.get(name) for name in main.tensors.values()}
+    for call in calls.values():
+        graph = layers[call.callee]
+        for name in graph.tensors.values():
+            needed[f"{call.scope}.{name}"] = graph.exported.constants.get(name)
+    found: dict[str, Tensor] = {}
+    for name, literal in needed.items():
+        tensor = own.get(name, literal)
+        if tensor is None:
+            raise CaptureError(
+                f"{type(model).__name__}: the graph refers to {name!r}, which the model does not have"
+            )
+        found[name] = tensor
+    return found
+
+
+def _untied(graph: CapturedGraph, model: nn.Module) -> CapturedGraph:
+    """The graph with each tied weight under one name, the first that the model gives it."""
+    first: dict[int, str] = {}
+    own = _own_tensors(model)
+    for name, tensor in own.items():
+        first.setdefault(id(tensor), name)
+    tensors = {p: first[id(own[name])] if name in own else name for p, name in graph.tensors.items()}
+    return replace(graph, tensors=tensors)
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, buffers (non-persistent too) and plain tensor attributes, under every name that they have."""
+    own: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        held = [*module._parameters.items(), *module._buffers.items(), *vars(module).items()]
+        own.update({f"{path}.{k}" if path else k: v for k, v in held if isinstance(v, Tensor)})
+    return own
+
+
+# --- any other module ---------------------------------------------------------------------------------------------
+
+
+class _Plain(nn.Module):
+    """A module as a function of (args, kwargs) that gives its flat tensor outputs; notes how they nest."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.returned = _Returned()
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        leaves, self.returned.spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        return tuple(leaves)
+
+
+def _capture_module(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]) -> Captured:
+    args = example_inputs if isinstance(example_inputs, tuple) else ()
+    kwargs = example_inputs if isinstance(example_inputs, dict) else {}
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    leaves = pytree.tree_leaves((args, kwargs))
+    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise CaptureError(
+            f"{type(model).__name__}: example_inputs must hold tensors only (tuples, lists and dicts may nest)"
+        )
+    if any(leaf.is_meta for leaf in leaves):
+        raise CaptureError(f"{type(model).__name__}: example_inputs must be real tensors, not meta tensors")
+    plain = _Plain(model)
+    exported, ranges, notes = _export_dynamic_batch(plain, args, kwargs, leaves)
+    names = tuple(
+        name + "".join(str(k) for k in path).replace("[", ".").replace("]", "").replace("'", "")
+        for name, value in bound.items()
+        for path, _ in pytree.tree_flatten_with_path(value)[0]
+    )
+    dims: list[tuple[str, ...]] = [("B",)] * len(leaves) if ranges else []
+    main = _untied(_graph("main", exported, names, _symbol_names(exported, dims), prefix="model."), model)
+    spec = plain.returned.spec
+    assert spec is not None
+    return Captured(
+        main=main,
+        layers={},
+        calls={},
+        symbols=ranges,
+        tensors=_all_tensors(model, main, {}, {}),
+        kind="module",
+        outputs=tuple(f"output{n}" for n in range(spec.num_leaves)),
+        output_class=None,
+        output_spec=spec,
+        position_rule="past",
+        notes=notes,
+    )
+
+
+def _export_dynamic_batch(
+    plain: _Plain, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Tensor]
+) -> tuple[ExportedProgram, dict[str, tuple[int, int]], tuple[str, ...]]:
+    """Export with dim 0 of every input as ``B`` where the module allows it, else with the examples' own sizes."""
+    name = type(plain.model).__name__
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
+    note = "the inputs do not share a first dim"
+    with torch.no_grad():
+        if len(sizes) == 1 and (size := next(iter(sizes))) is not None and size > 0:
+            batch = Dim("B", min=1, max=_MAX_BATCH)
+
+            def double(x: Tensor) -> Tensor:
+                return torch.cat([x, x]) if size == 1 else x.clone()  # export specialises on size 1
+
+            grown = pytree.tree_map(double, (args, kwargs))
+            shapes = pytree.tree_map(lambda _: {0: batch}, (args, kwargs))
+            try:
+                exported = _export(plain, grown, {"args": shapes[0], "kwargs": shapes[1]}, name)
+                return exported, {"B": (1, _MAX_BATCH)}, ()
+            except CaptureError as error:
+                note = str(error).splitlines()[0]
+        return _export(plain, (args, kwargs), None, name), {}, (f"sizes are fixed to the example's: {note}",)
+
+
+# --- torch.export -------------------------------------------------------------------------------------------------
+
+
+def _export(module: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any, where: str) -> ExportedProgram:
+    """torch.export at training IR; anything it raises becomes a CaptureError that names the module."""
+    module.eval()
+    try:
+        return torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
+    except (CaptureError, NotALayerError):
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"torch.export could not trace {where}: {type(error).__name__}: {error}\n"
+            "Look in that module's forward for control flow or sizes that depend on data, or pass other example_inputs="
+        ) from error
+
+
+def _symbol_names(exported: ExportedProgram, named: Sequence[Sequence[str | int]]) -> dict[sympy.Symbol, str]:
+    """Our name for each size symbol of the export, read off the input placeholders."""
+    placeholders = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
+    names: dict[sympy.Symbol, str] = {}
+    for user_input, dims in zip(exported.graph_signature.user_inputs, named, strict=False):
+        for size, name in zip(placeholders[str(user_input)].meta["val"].shape, dims, strict=False):
+            if isinstance(size, torch.SymInt) and isinstance(name, str):
+                names[size.node.expr] = name
+    return names
+
+
+_TENSOR_KINDS = frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR})
+
+
+def _graph(
+    name: str,
+    exported: ExportedProgram,
+    logical: Sequence[str],
+    symbols: Mapping[sympy.Symbol, str],
+    prefix: str,
+) -> CapturedGraph:
+    """Pair user inputs with their logical names, and tensors with theirs less the wrapper's ``prefix``."""
+    inputs = tuple(zip((str(n) for n in exported.graph_signature.user_inputs), logical, strict=True))
+    used = {node.name for node in exported.graph.find_nodes(op="placeholder") if node.users}
+    tensors = {
+        spec.arg.name: str(spec.target).removeprefix(prefix)
+        for spec in exported.graph_signature.input_specs
+        if spec.kind in _TENSOR_KINDS and spec.arg.name in used
+    }
+    return CapturedGraph(name, exported, inputs, tensors, symbols)

@@ -1,0 +1,151 @@
+"""The two opaque ops of a captured graph, and their hooks into transformers' attention registries.
+
+``tilewright::attention`` takes the *new* q, k, v and stands for "append to this layer's KV state, then attend";
+``tilewright::layer`` stands for one whole decoder layer in the outer graph. Neither is ever run: they exist for
+tracing, and lowering gives them their meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sliding_window_overlay,
+)
+
+from tilewright.ir.errors import CaptureError
+
+IMPLEMENTATION = "tilewright"
+
+_LIB = torch.library.Library("tilewright", "DEF")
+_LIB.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap, int window, bool causal)"
+    " -> Tensor"
+)
+_LIB.define("layer(Tensor x, Tensor[] rest, int index) -> Tensor")
+
+ATTENTION = torch.ops.tilewright.attention.default
+LAYER = torch.ops.tilewright.layer.default
+
+
+@torch.library.register_fake("tilewright::attention", lib=_LIB)
+def _attention_shape(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+    """q[B,H,S,D], k[B,Hkv,S,D], v[B,Hkv,S,Dv] -> [B,S,H,Dv], the layout that transformers expects back."""
+    return v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+@torch.library.register_fake("tilewright::layer", lib=_LIB)
+def _layer_shape(x: Tensor, rest: list[Tensor], index: int) -> Tensor:
+    """A layer maps the residual stream to one of the same shape and dtype."""
+    return torch.empty_like(x)
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **extra: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in place of eager or SDPA attention: emit one opaque op."""
+    for name in ("position_bias", "s_aux", "head_mask"):
+        if extra.get(name) is not None:
+            raise CaptureError(
+                f"unsupported attention: {type(module).__name__} passes {name!r}, for which the attention op "
+                "has no operand; run this model with Hugging Face instead"
+            )
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise CaptureError(
+            f"unsupported attention: {type(module).__name__} builds a {attention_mask.ndim}-D mask of its own; only "
+            "models whose mask comes from transformers.masking_utils can be compiled"
+        )
+    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = ATTENTION(
+        query,
+        key,
+        value,
+        attention_mask,
+        float(scale),
+        float(softcap or 0.0),
+        int(sliding_window or 0),
+        causal,
+    )
+    return out, None
+
+
+_PLAIN_MASKS: set[Any] = {causal_mask_function, bidirectional_mask_function}
+
+
+def _is_plain(mask_function: Callable[..., Any]) -> bool:
+    """True for causal, bidirectional and sliding-window masks: what the attention op's attributes express."""
+    if mask_function in _PLAIN_MASKS:
+        return True
+    code = mask_function.__code__
+    if code is sliding_window_overlay(1).__code__:
+        return True
+    if code is not and_masks(causal_mask_function).__code__:
+        return False
+    parts = [cell.cell_contents for cell in mask_function.__closure__ or ()]
+    return all(_is_plain(part) for group in parts for part in group)
+
+
+def _mask_forward(
+    attention_mask: Tensor | None = None, mask_function: Callable[..., Any] = causal_mask_function, **_: Any
+) -> Tensor | None:
+    """Hand the 2-D key mask through: causality and windows are index arithmetic inside the attention op."""
+    if not _is_plain(mask_function):
+        raise CaptureError(
+            f"unsupported attention: the mask pattern {mask_function.__qualname__} is neither causal, "
+            "bidirectional nor a sliding window; run this model with Hugging Face instead"
+        )
+    return attention_mask
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask_forward)
+
+
+def _configs(model: nn.Module) -> list[PretrainedConfig]:
+    """Every distinct config that a submodule reads, sub-configs included."""
+    found: dict[int, PretrainedConfig] = {}
+    for module in model.modules():
+        pending = [c for c in vars(module).values() if isinstance(c, PretrainedConfig)]
+        while pending:
+            config = pending.pop()
+            if id(config) not in found:
+                found[id(config)] = config
+                pending += [c for c in vars(config).values() if isinstance(c, PretrainedConfig)]
+    return list(found.values())
+
+
+@contextmanager
+def opaque_attention(model: nn.Module) -> Iterator[None]:
+    """Route the model's attention through the opaque op while the block runs; always restores every config.
+
+    The internal attribute is set, not the public one: the public setter recurses into sub-configs and would lose
+    what each of them had.
+    """
+    saved = [(config, config._attn_implementation_internal) for config in _configs(model)]
+    try:
+        for config, _ in saved:
+            config._attn_implementation_internal = IMPLEMENTATION
+        yield
+    finally:
+        for config, implementation in saved:
+            config._attn_implementation_internal = implementation
