@@ -12,7 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.progress import Progress as Bars
 
 Advance = Callable[[str], None]
@@ -36,10 +43,16 @@ class Progress:
             yield lambda name: None
             return
         console = Console(stderr=True)
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=28))
-        counted = (MofNCompleteColumn(),) if total else ()
+        columns: list[ProgressColumn] = [
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+        ]
+        columns += [MofNCompleteColumn()] if total else []
         start = time.perf_counter()
-        with Bars(*columns, *counted, TimeElapsedColumn(), console=console, transient=True) as bars:
+        # Without a terminal (a log file, CI) there is nothing to redraw: only the closing lines are written.
+        still = not console.is_terminal
+        with Bars(*columns, TimeElapsedColumn(), console=console, transient=True, disable=still) as bars:
             task = bars.add_task(title, total=total)
             begun = 0
 
