@@ -1,0 +1,59 @@
+"""Fixtures shared by all tests: tiny models with random weights, and the real ones, loaded once a session."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.compiler.models import tiny
+from tilewright.pretrained import load_minilm, load_smollm2
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_llama() -> PreTrainedModel:
+    """Two layers, RMSNorm, RoPE, grouped heads, tied embeddings."""
+    return tiny("llama")
+
+
+@pytest.fixture
+def tiny_opt() -> PreTrainedModel:
+    """Two layers, LayerNorm, learned positions, biases, ReLU."""
+    return tiny("opt")
+
+
+@pytest.fixture
+def tiny_gpt2() -> PreTrainedModel:
+    """Two layers, LayerNorm, learned positions, one QKV matrix, tanh-GELU."""
+    return tiny("gpt2")
+
+
+@pytest.fixture
+def tiny_bert() -> PreTrainedModel:
+    """Two layers of an encoder: no state, no causality, GELU."""
+    return tiny("bert")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[PreTrainedModel, Any]:
+    """SmolLM2-135M-Instruct with its real weights in float32, and its tokenizer."""
+    return load_smollm2(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def smollm2_bf16() -> tuple[PreTrainedModel, Any]:
+    """The same weights rounded to bfloat16."""
+    return load_smollm2(torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> tuple[PreTrainedModel, Any]:
+    """all-MiniLM-L6-v2 with its real weights in float32, and its tokenizer."""
+    return load_minilm(torch.float32)
