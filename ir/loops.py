@@ -325,7 +325,9 @@ class _Piece:
     index: tuple[Expr, ...]
 
     def split(self, need: _NeedSplit) -> tuple[_Piece, ...]:
-        old = next(a for a in self.axes if a.symbol == need.symbol)
+        old = next((a for a in self.axes if a.symbol == need.symbol), None)
+        if old is None:
+            raise VerifyError(f"cannot split the reduction axis {need.symbol} of a concat")
         if need.tile is not None:
             outer, inner = sym(old.symbol.name + "o"), sym(old.symbol.name + "i")
             if sympy.fraction(old.extent / need.tile)[1] != 1:

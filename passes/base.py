@@ -1,0 +1,106 @@
+"""What a pass is: a named function from module to module, with the reason why it stands where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from tilewright.ir.module import Attr, Function, Loc, Module, Names, Op, make_attrs
+from tilewright.ir.ops import infer_types
+from tilewright.ir.types import TensorType, Value
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """What the passes need to know of the program that is being built.
+
+    fixed: dims that are constants in it (decode: S=1, L=1). last_tokens: keep the logits of the last L positions.
+    splits: chunks of the context in decode attention; 0 leaves attention whole.
+    """
+
+    fixed: tuple[tuple[str, int], ...] = ()
+    last_tokens: bool = False
+    splits: int = 0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass. ``run`` takes and gives a valid module and mutates nothing."""
+
+    name: str
+    run: Callable[[Module, PassOptions], Module]
+    reason: str
+
+
+def per_function(rewrite: Callable[[Function], Function]) -> Callable[[Module, PassOptions], Module]:
+    """A pass that treats every function by itself."""
+
+    def run(module: Module, options: PassOptions) -> Module:
+        return module.with_functions(rewrite(f) for f in module.functions)
+
+    return run
+
+
+@dataclass
+class Rewriter:
+    """Builds a new list of ops for one function: keep ops as they are, add new ones, replace values by others."""
+
+    function: Function
+    names: Names = field(init=False)
+    ops: list[Op] = field(default_factory=list)
+    table: dict[Value, Value] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.names = Names.of(self.function)
+
+    def __iter__(self) -> Iterator[Op]:
+        """The function's ops with the replacements made so far applied to their operands."""
+        for op in self.function.ops:
+            yield op.with_operands(self.table)
+
+    def keep(self, op: Op) -> None:
+        self.ops.append(op)
+
+    def add(
+        self,
+        opcode: str,
+        *operands: Value,
+        loc: Loc = Loc(),
+        type: TensorType | None = None,
+        hint: str = "",
+        **attrs: Attr,
+    ) -> Value:
+        """Append a new op with one result. ``type`` is needed where it cannot be inferred."""
+        (value,) = self.add_multi(opcode, *operands, loc=loc, types=(type,) if type else None, hint=hint, **attrs)
+        return value
+
+    def add_multi(
+        self,
+        opcode: str,
+        *operands: Value,
+        loc: Loc = Loc(),
+        types: tuple[TensorType, ...] | None = None,
+        hint: str = "",
+        **attrs: Attr,
+    ) -> tuple[Value, ...]:
+        """Append a new op with any number of results."""
+        draft = Op(opcode, operands, make_attrs(attrs), tuple(Value("?", t) for t in types or ()), loc)
+        inferred = infer_types(draft) or types
+        assert inferred is not None, f"{opcode} needs a declared type"
+        results = tuple(Value(self.names.fresh(hint), t) for t in inferred)
+        self.ops.append(Op(opcode, operands, draft.attrs, results, loc))
+        return results
+
+    def replace(self, old: Value, new: Value) -> None:
+        """Use ``new`` wherever ``old`` is used from here on."""
+        self.table[old] = new
+
+    def finish(self) -> Function:
+        """The rewritten function."""
+        return self.function.with_ops(self.ops).substitute(self.table)
+
+
+def parameters_first(ops: Iterable[Op]) -> list[Op]:
+    """Ops with every ``param`` moved to the front, so that any later op may use any weight."""
+    ops = list(ops)
+    return [op for op in ops if op.opcode == "param"] + [op for op in ops if op.opcode != "param"]

@@ -1,0 +1,27 @@
+"""Makes the cache append an op of its own, so that it can become the epilogue of the matmul that computes k and v.
+
+    attention(q, k, v) {slot}  =>  attention(q, append(k) {slot.k}, append(v) {slot.v}) {slot = ""}
+"""
+
+from __future__ import annotations
+
+from tilewright.ir.module import Function
+
+from .base import Rewriter, per_function
+
+
+def _function(function: Function) -> Function:
+    rewriter = Rewriter(function)
+    for op in rewriter:
+        if op.opcode != "attention" or not op.attr("slot"):
+            rewriter.keep(op)
+            continue
+        q, k, v, *mask = op.operands
+        keys = rewriter.add("append", k, loc=op.loc, slot=f"{op.attr('slot')}.k")
+        values = rewriter.add("append", v, loc=op.loc, slot=f"{op.attr('slot')}.v")
+        attrs = dict(op.attrs) | {"slot": ""}
+        rewriter.replace(op.result, rewriter.add("attention", q, keys, values, *mask, loc=op.loc, **attrs))
+    return rewriter.finish()
+
+
+expose_append = per_function(_function)

@@ -1,0 +1,57 @@
+"""Splits decode attention over the context, so that one query's work spreads over the whole machine.
+
+    attention(q, k, v)  =>  acc, top, total = attention_split(q, k, v) {splits = P};  merge(acc, top, total)
+
+The merge is the flash-decoding reduction (Dao et al., "Flash-Decoding for long-context inference", 2023), written in
+ordinary ops, so it fuses like any other code:
+
+    weight = exp(top - max_p(top));  result = sum_p(weight * acc) / max(sum_p(weight * total), tiny)
+
+A row without a valid position has total 0 and gives 0.
+"""
+
+from __future__ import annotations
+
+from tilewright.ir.index import IndexMap, index_symbols
+from tilewright.ir.module import Function, Module, Op, make_attrs
+from tilewright.ir.types import DType, TensorType, Value
+
+from .base import PassOptions, Rewriter
+
+
+def split_attention(module: Module, options: PassOptions) -> Module:
+    """Split each attention of a single query (S fixed at 1) into ``options.splits`` chunks; 0 leaves it whole."""
+    if not options.splits or dict(options.fixed).get("S") != 1:
+        return module
+    return module.with_functions(_function(f, options.splits) for f in module.functions)
+
+
+def _function(function: Function, splits: int) -> Function:
+    rewriter = Rewriter(function)
+    for op in rewriter:
+        if op.opcode == "attention" and not op.attr("slot"):
+            rewriter.replace(op.result, _split(rewriter, op, splits))
+        else:
+            rewriter.keep(op)
+    return rewriter.finish()
+
+
+def _split(rewriter: Rewriter, op: Op, splits: int) -> Value:
+    attrs = {k: v for k, v in op.attrs if k != "slot"}
+    acc, top, total = rewriter.add_multi("attention_split", *op.operands, loc=op.loc, splits=splits, **attrs)
+
+    def add(opcode: str, *operands: Value, type: TensorType | None = None, **more: object) -> Value:
+        return rewriter.add(opcode, *operands, loc=op.loc, type=type, **more)
+
+    highest = add("reduce", top, kind="max", axes=(3,), keepdim=True)
+    weight = add("exp", add("sub", top, highest))
+    index = index_symbols(5)
+    column = TensorType(DType.f32, (*weight.shape, acc.shape[4] * 0 + 1))
+    spread = add("view", weight, type=column, map=IndexMap(5, index[:4]))
+    numerator = add("reduce", add("mul", acc, spread), kind="sum", axes=(3,), keepdim=False)
+    denominator = add("reduce", add("mul", total, weight), kind="sum", axes=(3,), keepdim=True)
+    rewriter.keep(
+        Op("const", (), make_attrs({"value": 1e-30}), (Value(rewriter.names.fresh(), TensorType(DType.f32, ())),), op.loc)
+    )
+    safe = add("maximum", denominator, rewriter.ops[-1].result)
+    return add("cast", add("div", numerator, safe), type=op.result.type)
