@@ -103,15 +103,31 @@ def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     return torch.nn.functional.normalize(mean, dim=-1)
 
 
-def chat(tokenizer: Any, question: str) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` [1, S] of a question, in the chat template where there is one."""
-    if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": question}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+def chat(tokenizer: Any, *questions: str) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` [B, S] of questions, padded, in the chat template where there is one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return plain(tokenizer, *questions)
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
         )
-    else:
-        encoded = tokenizer(question, return_tensors="pt")
+        for question in questions
+    ]
+    # The template has written the special tokens already.
+    return plain(tokenizer, *texts, add_special_tokens=False)
+
+
+def plain(tokenizer: Any, *texts: str, add_special_tokens: bool = True) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` [B, S] of texts as they are, padded on the left to the longest."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    encoded = tokenizer(
+        list(texts),
+        padding=len(texts) > 1,
+        padding_side="left",
+        return_tensors="pt",
+        add_special_tokens=add_special_tokens,
+    )
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 

@@ -1,0 +1,212 @@
+"""The command line: ``tilewright generate | report | opt``. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import TextStreamer
+
+import tilewright as tw
+from tilewright import optimizer, pretrained
+from tilewright.errors import OptionError, TilewrightError, WeightsError
+from tilewright.progress import Progress
+from tilewright.timing import TimedStreamer
+
+app = typer.Typer(
+    help="Compiles Hugging Face transformers to generated kernels, and runs them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+notes = Console(stderr=True)
+
+
+class Dtype(StrEnum):
+    """Dtypes that the command line offers."""
+
+    f32 = "f32"
+    bf16 = "bf16"
+    f16 = "f16"
+
+    @property
+    def in_torch(self) -> torch.dtype:
+        return {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[self.value]
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="smollm2, minilm, or a Hugging Face folder or locally cached id.")
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights and activations.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
+BackendOption = Annotated[
+    str | None, typer.Option(help="cpp, triton or reference; by default the one that fits the device.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads, ours and torch's; by default torch's choice.")
+]
+AutotuneOption = Annotated[str, typer.Option(help="off, cached or full.")]
+DumpOption = Annotated[
+    Path | None, typer.Option(help="Folder for the IR after every pass, kernel sources and the memory plan.")
+]
+LengthOption = Annotated[int, typer.Option(min=1, help="Longest sequence, prompt and answer together.")]
+
+
+def readable_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Ends a command with the message alone, and exit status 1, when it raises one of our errors."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except TilewrightError as error:
+            notes.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
+            notes.print(str(error), markup=False, highlight=False)
+            raise typer.Exit(1) from error
+
+    return run
+
+
+@app.command()
+@readable_errors
+def generate(
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", "-p", help="A question; give several for a left-padded batch.")
+    ],
+    model: ModelOption = "smollm2",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    temperature: Annotated[float | None, typer.Option(help="Sample; higher is wilder.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among tokens that make up this mass.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without chat template.")
+    ] = False,
+    dtype: DtypeOption = Dtype.f32,
+    device: DeviceOption = "cpu",
+    backend: BackendOption = None,
+    threads: ThreadsOption = None,
+    max_length: LengthOption = 2048,
+    autotune: AutotuneOption = "cached",
+    dump: DumpOption = None,
+) -> None:
+    """Answer one or more prompts; a single answer is streamed. Greedy unless a sampling option is given."""
+    if threads:
+        torch.set_num_threads(threads)
+    source, tokenizer = pretrained.load(model, dtype.in_torch, Progress())
+    if tokenizer is None:
+        raise WeightsError(f"'{model}' has no tokenizer; save one beside the model with save_pretrained")
+    if not source.can_generate():
+        raise OptionError(f"'{model}' is an encoder and writes no text; try --model smollm2")
+    fast = tw.compile(
+        source.to(device),
+        batch_sizes=(len(prompt),),
+        max_length=max_length,
+        autotune=autotune,
+        backend=backend,
+        dump=dump,
+        progress=Progress(),
+    )
+    encode = pretrained.plain if raw else pretrained.chat
+    inputs = {name: tensor.to(device) for name, tensor in encode(tokenizer, *prompt).items()}
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
+    torch.manual_seed(seed)
+    streamer = None
+    if len(prompt) == 1:
+        streamer = TimedStreamer(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    start = time.perf_counter()
+    tokens = fast.generate(
+        **inputs, **options, do_sample=bool(options), max_new_tokens=max_new_tokens, streamer=streamer
+    )
+    seconds = time.perf_counter() - start
+    if streamer is not None:
+        notes.print(f"[dim]{streamer.timing(start)}[/dim]")
+        return
+    width = inputs["input_ids"].shape[1]
+    for question, answer in zip(prompt, tokens[:, width:], strict=True):
+        console.rule(question, align="left")
+        console.print(tokenizer.decode(answer, skip_special_tokens=True), markup=False, highlight=False)
+    count = tokens[:, width:].numel()
+    notes.print(f"[dim]{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s together[/dim]")
+
+
+@app.command()
+@readable_errors
+def report(
+    model: ModelOption = "smollm2",
+    ir: Annotated[str | None, typer.Option(help="Print the IR of this stage instead, e.g. decode.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to build for; repeatable.")] = None,
+    dtype: DtypeOption = Dtype.f32,
+    device: DeviceOption = "cpu",
+    backend: BackendOption = None,
+    threads: ThreadsOption = None,
+    max_length: LengthOption = 2048,
+    autotune: AutotuneOption = "cached",
+    dump: DumpOption = None,
+) -> None:
+    """Compile a model and tell what came out: kernels, launches, bytes and FLOPs, memory, fallbacks."""
+    if threads:
+        torch.set_num_threads(threads)
+    source, _ = pretrained.load(model, dtype.in_torch, Progress())
+    fast = tw.compile(
+        source.to(device),
+        batch_sizes=tuple(batch or (1,)),
+        max_length=max_length,
+        autotune=autotune,
+        backend=backend,
+        dump=dump,
+        progress=Progress(),
+    )
+    text = str(fast.report()) if ir is None else fast.ir(ir)
+    typer.echo(text)
+
+
+@app.command()
+@readable_errors
+def opt(
+    file: Annotated[str, typer.Argument(help="A file of IR text; - for standard input.")] = "-",
+    passes: Annotated[
+        str, typer.Option("--passes", "-P", help="Names, separated by commas, run in order.")
+    ] = "",
+    verify: Annotated[
+        bool, typer.Option(help="Verify the module before the first and after every pass.")
+    ] = True,
+    fix: Annotated[
+        list[str] | None, typer.Option(help="A dim and its value for 'specialize', e.g. S=1; repeatable.")
+    ] = None,
+    last_tokens: Annotated[bool, typer.Option(help="Keep only the last L positions' logits.")] = False,
+    splits: Annotated[int, typer.Option(min=0, help="Chunks of the context in decode attention.")] = 0,
+    show: Annotated[bool, typer.Option("--list", help="List the passes and stop.")] = False,
+) -> None:
+    """Read IR text, run the named passes, print the result: the compiler's middle, one step at a time."""
+    if show:
+        table = Table("pass", "why it stands where it stands", box=None)
+        for name, reason in optimizer.available():
+            table.add_row(name, reason)
+        console.print(table)
+        return
+    names = [name.strip() for name in passes.split(",") if name.strip()]
+    text = sys.stdin.read() if file == "-" else _read(Path(file))
+    typer.echo(optimizer.run(text, names, optimizer.options(fix or [], last_tokens, splits), verify))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise OptionError(f"cannot read {path}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    app()
