@@ -1,0 +1,278 @@
+// Attention with an online softmax: softmax(q k^T * scale) v without a score matrix in memory (the method of
+// FlashAttention, Dao et al. 2022; over splits of the context, of Flash-Decoding, 2023).
+//
+// All query heads of a KV head are handled together, so keys and values are read once. Masks are index arithmetic:
+// query row i stands at context position keys - queries + i. A row without a valid key gives zeros.
+#pragma once
+
+#include "gemm.h"
+#include "math.h"
+
+namespace tw {
+
+constexpr float MASKED = -1e30f;  // finite, so that differences of masked scores are no NaN
+constexpr int KEY_TILE = 64;      // keys per step of the online softmax
+constexpr int QUERY_ROWS = 96;    // rows (positions x heads of a group) per work item of a prompt
+
+// Strides of a [batch, heads, positions, size] tensor, in elements; the last axis is contiguous.
+struct Strides {
+    long batch, head, row;
+};
+
+struct AttentionShape {
+    long batch, heads, groups, queries, keys;
+    Strides q, k, v, out;
+    const uint8_t* mask;  // [batch, mask_row], non-zero where a key may be attended to; or null
+    long mask_row;
+    float scale, softcap;  // softcap 0: none
+    bool causal;
+    long window;  // keys further back than this are masked; 0: none
+
+    long heads_per_group() const { return heads / groups; }
+    // The keys that causality and window leave to a query.
+    Range visible(long query) const {
+        const long at = keys - queries + query;
+        const long begin = window > 0 && at - window + 1 > 0 ? at - window + 1 : 0;
+        return {begin < keys ? begin : keys, causal && at + 1 < keys ? at + 1 : keys};
+    }
+};
+
+// Soft cap and masks, in place, of the scores of one query row with keys [first, first + count).
+static inline void mask_scores(const AttentionShape& s, long batch, long query, long first, int count, float* scores) {
+    if (s.softcap > 0.0f) {
+        const float inverse = 1.0f / s.softcap;
+#pragma omp simd
+        for (int j = 0; j < count; j++) scores[j] = s.softcap * tw::tanh(scores[j] * inverse);
+    }
+    const Range visible = s.visible(query);
+    if (visible.begin > first || visible.end < first + count) {
+        for (int j = 0; j < count; j++) {
+            if (first + j < visible.begin || first + j >= visible.end) scores[j] = MASKED;
+        }
+    }
+    if (s.mask != nullptr) {
+        const uint8_t* valid = s.mask + batch * s.mask_row + first;
+#pragma omp simd
+        for (int j = 0; j < count; j++) scores[j] = valid[j] != 0 ? scores[j] : MASKED;
+    }
+}
+
+// The running maximum and sum of one row's softmax.
+struct SoftmaxRow {
+    float top = MASKED, total = 0.0f;
+
+    // Turn scores into weights relative to the new maximum; gives the factor for what was accumulated before.
+    float update(float* scores, int count) {
+        float highest = top;
+#pragma omp simd reduction(max : highest)
+        for (int j = 0; j < count; j++) highest = scores[j] > highest ? scores[j] : highest;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int j = 0; j < count; j++) {
+            const float score = scores[j], weight = tw::exp(score - highest);
+            scores[j] = score > 0.5f * MASKED ? weight : 0.0f;
+            sum += scores[j];
+        }
+        const float factor = tw::exp(top - highest);
+        total = total * factor + sum;
+        top = highest;
+        return factor;
+    }
+};
+
+static inline long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Floats of scratch that one thread of `attend` needs.
+static inline long attention_scratch_floats(long d, long dv) {
+    const long dvp = round_up(dv, PANEL);
+    return QUERY_ROWS * (d + KEY_TILE + dvp) + KEY_TILE * (round_up(d, VW) + dvp);
+}
+
+// One work item of a prompt: rows r = (query - q0) * heads + (head - head0), of one batch row and one KV head.
+template <class T, int D, int DV>
+struct PromptBlock {
+    static constexpr int DVP = (DV + PANEL - 1) / PANEL * PANEL;
+    static constexpr int DP = (D + VW - 1) / VW * VW;
+    const AttentionShape& s;
+    long batch, group, q0, head0, heads;
+    int rows;
+    float *q, *scores, *acc, *keys, *values;
+    SoftmaxRow softmax[QUERY_ROWS];
+
+    long head(int r) const { return head0 + r % heads; }
+    long query(int r) const { return q0 + r / heads; }
+
+    void load_queries(const T* source) {
+        for (int r = 0; r < rows; r++) {
+            const T* from = source + batch * s.q.batch + head(r) * s.q.head + query(r) * s.q.row;
+            for (int i = 0; i < D; i++) q[r * D + i] = to_f32(from[i]) * s.scale;
+            for (int i = 0; i < DVP; i++) acc[r * DVP + i] = 0.0f;
+            softmax[r] = SoftmaxRow{};
+        }
+    }
+
+    // Values as panels [DVP / PANEL][KEY_TILE][PANEL], zero beyond DV.
+    void pack_values(const T* source, int count) {
+        for (int p = 0; p < DVP; p += PANEL) {
+            float* panel = values + p * KEY_TILE;
+            for (int j = 0; j < count; j++) {
+                const T* from = source + j * s.v.row + p;
+                for (int i = 0; i < PANEL; i++) panel[j * PANEL + i] = p + i < DV ? to_f32(from[i]) : 0.0f;
+            }
+        }
+    }
+
+    void step(const T* k, const T* v, long first, int count) {
+        for (int p = 0; p < count; p += PANEL) {
+            const int n = count - p < PANEL ? count - p : PANEL;
+            pack_rows<T, widened<T>>(keys + p * DP, n, D, [&](int j) { return k + (first + p + j) * s.k.row; });
+        }
+        pack_values(v + first * s.v.row, count);
+        for (int r = 0; r < rows; r += TILE_ROWS) {
+            const int m = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
+            for (int p = 0; p < count; p += PANEL) {
+                multiply_rows<float, false>(m, q + r * D, D, keys + p * DP, D, scores + r * KEY_TILE + p, KEY_TILE);
+            }
+            for (int i = r; i < r + m; i++) {
+                float* row = scores + i * KEY_TILE;
+                mask_scores(s, batch, query(i), first, count, row);
+                const float factor = softmax[i].update(row, count);
+                if (factor != 1.0f) {
+                    for (int c = 0; c < DVP; c++) acc[i * DVP + c] *= factor;
+                }
+            }
+            for (int p = 0; p < DVP; p += PANEL) {
+                multiply_rows<float, true>(m, scores + r * KEY_TILE, KEY_TILE, values + p * KEY_TILE, count,
+                                           acc + r * DVP + p, DVP);
+            }
+        }
+    }
+
+    void store(T* out) const {
+        for (int r = 0; r < rows; r++) {
+            T* to = out + batch * s.out.batch + head(r) * s.out.head + query(r) * s.out.row;
+            const float inverse = softmax[r].total > 0.0f ? 1.0f / softmax[r].total : 0.0f;
+            for (int i = 0; i < DV; i++) to[i] = from_f32<T>(acc[r * DVP + i] * inverse);
+        }
+    }
+};
+
+// Attention of any number of queries; every worker of the team calls it. scratch: attention_scratch_floats(D, DV).
+template <class T, int D, int DV>
+static inline void attend(const Worker& worker, const AttentionShape& s, const T* q, const T* k, const T* v, T* out,
+                          float* scratch) {
+    using Block = PromptBlock<T, D, DV>;
+    const long per_group = s.heads_per_group();
+    const long heads = per_group < QUERY_ROWS ? per_group : QUERY_ROWS, positions = QUERY_ROWS / heads;
+    const long cuts = (per_group + heads - 1) / heads;  // of a group with more heads than rows
+    const long blocks = (s.queries + positions - 1) / positions, parts = s.batch * s.groups * cuts;
+    Block block{s};
+    block.q = scratch;
+    block.scores = block.q + QUERY_ROWS * D;
+    block.acc = block.scores + QUERY_ROWS * KEY_TILE;
+    block.keys = block.acc + QUERY_ROWS * Block::DVP;
+    block.values = block.keys + KEY_TILE * Block::DP;
+    // Longest blocks first, dealt out in turn: causality makes late queries the most expensive.
+    for (long item = worker.id; item < blocks * parts; item += worker.size()) {
+        const long part = item % parts, cut = part % cuts;
+        block.group = part / cuts % s.groups;
+        block.batch = part / cuts / s.groups;
+        block.head0 = block.group * per_group + cut * heads;
+        block.heads = per_group - cut * heads < heads ? per_group - cut * heads : heads;
+        block.q0 = (blocks - 1 - item / parts) * positions;
+        const long end = block.q0 + positions < s.queries ? block.q0 + positions : s.queries;
+        block.rows = int((end - block.q0) * block.heads);
+        block.load_queries(q);
+        const T* kg = k + block.batch * s.k.batch + block.group * s.k.head;
+        const T* vg = v + block.batch * s.v.batch + block.group * s.v.head;
+        const long last = s.visible(end - 1).end;
+        for (long first = s.visible(block.q0).begin; first < last; first += KEY_TILE) {
+            block.step(kg, vg, first, int(last - first < KEY_TILE ? last - first : KEY_TILE));
+        }
+        block.store(out);
+    }
+}
+
+// One row of a product with keys: out[j] = q . k_j for four keys.
+template <class T, int D>
+TW_INLINE void score_four(const float* q, const T* k, long stride, float* out) {
+    constexpr int full = D / VW * VW;
+    vf sum[4] = {vset(0.0f), vset(0.0f), vset(0.0f), vset(0.0f)};
+    for (int i = 0; i < full; i += VW) {
+        const vf qi = vload(q + i);
+        for (int j = 0; j < 4; j++) sum[j] = vfma(qi, vload(k + j * stride + i), sum[j]);
+    }
+    if constexpr (full < D) {
+        const vf qi = vload_n(q + full, D - full);
+        for (int j = 0; j < 4; j++) sum[j] = vfma(qi, vload_n(k + j * stride + full, D - full), sum[j]);
+    }
+    vsum4(sum, out);
+}
+
+// acc = acc * factor + the sum of weights[j] * v_j.
+template <class T, int DV>
+TW_INLINE void add_values(const float* weights, int count, float factor, const T* v, long stride, float* acc) {
+    constexpr int full = DV / VW, tail = DV % VW;
+    vf sum[full + 1];
+    for (int i = 0; i < full; i++) sum[i] = vmul(vload(acc + i * VW), vset(factor));
+    if constexpr (tail > 0) sum[full] = vmul(vload_n(acc + full * VW, tail), vset(factor));
+    for (int j = 0; j < count; j++) {
+        const vf weight = vset(weights[j]);
+        const T* from = v + j * stride;
+        for (int i = 0; i < full; i++) sum[i] = vfma(weight, vload(from + i * VW), sum[i]);
+        if constexpr (tail > 0) sum[full] = vfma(weight, vload_n(from + full * VW, tail), sum[full]);
+    }
+    for (int i = 0; i < full; i++) vstore(acc + i * VW, sum[i]);
+    if constexpr (tail > 0) vstore_n(acc + full * VW, sum[full], tail);
+}
+
+// Attention of few queries over `splits` equal chunks of the context: partial sums acc[B, H, S, splits, DV] relative to
+// top[B, H, S, splits], with their total weight. Every worker of the team calls it; it needs no scratch.
+template <class T, int D, int DV>
+static inline void attend_split(const Worker& worker, const AttentionShape& s, long splits, const T* q, const T* k,
+                                const T* v, float* acc, float* top, float* total) {
+    const long chunk = (s.keys + splits - 1) / splits, per_group = s.heads_per_group();
+    const long items = s.batch * s.groups * splits;
+    const Range mine = split(worker, items);
+    for (long item = mine.begin; item < mine.end; item++) {
+        const long batch = item / splits / s.groups, group = item / splits % s.groups, part = item % splits;
+        const long begin = part * chunk, end = begin + chunk < s.keys ? begin + chunk : s.keys;
+        const T* kg = k + batch * s.k.batch + group * s.k.head;
+        const T* vg = v + batch * s.v.batch + group * s.v.head;
+        for (long row = 0; row < s.queries * per_group; row++) {
+            const long query = row / per_group, head = group * per_group + row % per_group;
+            const long at = ((batch * s.heads + head) * s.queries + query) * splits + part;
+            top[at] = MASKED;
+            total[at] = 0.0f;
+            for (int i = 0; i < DV; i++) acc[at * DV + i] = 0.0f;
+        }
+        for (long first = begin; first < end; first += KEY_TILE) {
+            const int count = int(end - first < KEY_TILE ? end - first : KEY_TILE);
+            for (int j = 0; j < count; j++) {  // the values, while the keys are being worked on
+                for (int i = 0; i < int(DV * sizeof(T)); i += 64) prefetch((const char*)(vg + (first + j) * s.v.row) + i);
+            }
+            for (long row = 0; row < s.queries * per_group; row++) {
+                const long query = row / per_group, head = group * per_group + row % per_group;
+                const T* from = q + batch * s.q.batch + head * s.q.head + query * s.q.row;
+                alignas(64) float scaled[D], scores[KEY_TILE];
+                for (int i = 0; i < D; i++) scaled[i] = to_f32(from[i]) * s.scale;
+                int j = 0;
+                for (; j + 4 <= count; j += 4) score_four<T, D>(scaled, kg + (first + j) * s.k.row, s.k.row, scores + j);
+                for (; j < count; j++) {
+                    float four[4];
+                    score_four<T, D>(scaled, kg + (first + j) * s.k.row, 0, four);
+                    scores[j] = four[0];
+                }
+                mask_scores(s, batch, query, first, count, scores);
+                const long at = ((batch * s.heads + head) * s.queries + query) * splits + part;
+                SoftmaxRow softmax{top[at], total[at]};
+                const float factor = softmax.update(scores, count);
+                top[at] = softmax.top;
+                total[at] = softmax.total;
+                add_values<T, DV>(scores, count, factor, vg + first * s.v.row, s.v.row, acc + at * DV);
+            }
+        }
+    }
+}
+
+}  // namespace tw

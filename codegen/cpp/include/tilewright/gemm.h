@@ -1,0 +1,182 @@
+// Matrix products with many rows (a prompt): arithmetic sets the time.
+//
+// Weights stay row-major; each thread packs a panel of PANEL weight rows, transposed, into its scratch, and multiplies
+// all rows of activations with it, a register tile of up to TILE_ROWS x PANEL sums at a time. A panel is read from the
+// second-level cache once per register tile, which is rare enough that K need not be blocked.
+#pragma once
+
+#include "parallel.h"
+#include "transpose.h"
+
+namespace tw {
+
+#if defined(TW_AVX512)
+constexpr int TILE_ROWS = 12;  // 24 sums, 2 panel vectors and a broadcast in 32 registers
+#else
+constexpr int TILE_ROWS = 6;
+#endif
+constexpr int PANEL = 2 * VW;
+
+// Elements widened to float, one per unit.
+template <class W>
+struct widened {
+    static constexpr int per_unit = 1;
+    TW_INLINE vf load(const W* p, long n) { return n >= VW ? vload(p) : vload_n(p, int(n)); }
+};
+
+// What a weight panel holds: 32-bit units, each one element of k, or a pair of them where bf16 has a dot product.
+template <class W>
+struct packed : widened<W> {
+    TW_INLINE vf broadcast(const float* a, long unit) { return vset(a[unit]); }
+    TW_INLINE vf add(vf a, vf b, vf sum) { return vfma(a, b, sum); }
+};
+#if defined(TW_DOT_BF16)
+template <>
+struct packed<bf16> {
+    static constexpr int per_unit = 2;
+    TW_INLINE vf load(const bf16* p, long n) {
+        return _mm512_castsi512_ps((__m512i)(n >= 32 ? dot<bf16>::load(p) : dot<bf16>::load_n(p, int(n))));
+    }
+    TW_INLINE vf broadcast(const bf16* a, long unit) {
+        int32_t pair;
+        std::memcpy(&pair, a + 2 * unit, sizeof(pair));
+        return _mm512_castsi512_ps(_mm512_set1_epi32(pair));
+    }
+    TW_INLINE vf add(vf a, vf b, vf sum) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+    }
+};
+#endif
+
+template <class W>
+TW_INLINE long units(long k) {
+    return (k + packed<W>::per_unit - 1) / packed<W>::per_unit;
+}
+
+// Floats of scratch that one thread needs for `dots` panels (rows of a panel are written in blocks of VW units).
+template <class W>
+TW_INLINE long panel_floats(long k, int dots) {
+    return long(dots) * PANEL * ((units<W>(k) + VW - 1) / VW * VW);
+}
+
+// panel[unit][PANEL] from up to PANEL rows of k elements: row(j) is the address of row j < count; the rest is zero.
+template <class W, class Units, class Row>
+static inline void pack_rows(float* panel, int count, long k, const Row& row) {
+    constexpr long step = long(VW) * Units::per_unit;
+    for (int j0 = 0; j0 < PANEL; j0 += VW) {
+        const W* rows[VW];
+        for (int j = 0; j < VW; j++) rows[j] = j0 + j < count ? row(j0 + j) : nullptr;
+        for (long i = 0; i < k; i += step) {
+            vf block[VW];
+            for (int j = 0; j < VW; j++) {
+                block[j] = rows[j] != nullptr ? Units::load(rows[j] + i, k - i) : vset(0.0f);
+            }
+            transpose_block(block);
+            float* out = panel + i / Units::per_unit * PANEL + j0;
+            for (int u = 0; u < VW; u++) vstore(out + u * PANEL, block[u]);
+        }
+    }
+}
+
+template <class W, class Row>
+static inline void pack_panel(float* panel, int count, long k, const Row& row) {
+    pack_rows<W, packed<W>>(panel, count, k, row);
+}
+
+// The same panel from a weight that is stored with k outside: w[k * stride + column], columns contiguous.
+template <class W>
+static inline void pack_panel_columns(float* panel, int count, long k, const W* w, long stride) {
+    static_assert(packed<W>::per_unit == 1 || sizeof(W) == 2, "pairs are of 16-bit elements");
+    for (long i = 0; i < k; i += packed<W>::per_unit) {
+        float* out = panel + i / packed<W>::per_unit * PANEL;
+        if constexpr (packed<W>::per_unit == 1) {
+            for (int j = 0; j < PANEL; j++) out[j] = j < count ? to_f32(w[i * stride + j]) : 0.0f;
+        } else {
+            W* pairs = reinterpret_cast<W*>(out);
+            for (int j = 0; j < PANEL; j++) {
+                pairs[2 * j] = j < count ? w[i * stride + j] : W{};
+                pairs[2 * j + 1] = j < count && i + 1 < k ? w[(i + 1) * stride + j] : W{};
+            }
+        }
+    }
+}
+
+// c[m * ldc + j] (+)= sum over units of a[m][unit] * panel[unit][j], for M rows of a and one panel.
+template <class W, int M, bool Accumulate>
+static __attribute__((noinline)) void multiply_tile(const activation_t<W>* a, long lda, const float* panel, long count,
+                                                    float* c, long ldc) {
+    vf sum[M][2];
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) {
+        sum[m][0] = Accumulate ? vload(c + m * ldc) : vset(0.0f);
+        sum[m][1] = Accumulate ? vload(c + m * ldc + VW) : vset(0.0f);
+    }
+    for (long u = 0; u < count; u++) {
+        const vf b0 = vload(panel + u * PANEL), b1 = vload(panel + u * PANEL + VW);
+#pragma GCC unroll 12
+        for (int m = 0; m < M; m++) {
+            const vf am = packed<W>::broadcast(a + m * lda, u);
+            sum[m][0] = packed<W>::add(am, b0, sum[m][0]);
+            sum[m][1] = packed<W>::add(am, b1, sum[m][1]);
+        }
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) {
+        vstore(c + m * ldc, sum[m][0]);
+        vstore(c + m * ldc + VW, sum[m][1]);
+    }
+}
+
+// multiply_tile for a number of rows known at run time, 1 to TILE_ROWS.
+template <class W, bool Accumulate, int M = TILE_ROWS>
+static inline void multiply_rows(int rows, const activation_t<W>* a, long lda, const float* panel, long count, float* c,
+                                 long ldc) {
+    if constexpr (M == 1) {
+        multiply_tile<W, 1, Accumulate>(a, lda, panel, count, c, ldc);
+    } else if (rows == M) {
+        multiply_tile<W, M, Accumulate>(a, lda, panel, count, c, ldc);
+    } else {
+        multiply_rows<W, Accumulate, M - 1>(rows, a, lda, panel, count, c, ldc);
+    }
+}
+
+// This worker's rectangle of the result: columns are split first, rows only when there are too few panels.
+struct Share {
+    Range rows, columns;
+};
+static inline Share share_of(const Worker& worker, long rows, long columns) {
+    const long panels = (columns + PANEL - 1) / PANEL;
+    const int across = int(panels < worker.size() ? panels : worker.size());
+    const int down = worker.size() / across;
+    if (worker.id >= across * down) return {{0, 0}, {0, 0}};
+    return {split(rows, worker.id / across, down), split(columns, worker.id % across, across, PANEL)};
+}
+
+// Products of `rows` rows of activations with D weight rows per column; every worker of the team calls it.
+// pack(d, n0, count, panel) packs the panel of dot d that starts at column n0; epilogue(m0, m, n0, n, tile, per_dot,
+// per_row) receives tile[d * per_dot + i * per_row + j]. scratch: panel_floats(k, D) floats for this worker.
+template <class W, int D, class Pack, class Epilogue>
+static inline void gemm(const Worker& worker, long rows, long columns, long k, const activation_t<W>* a, long lda,
+                        float* scratch, const Pack& pack, const Epilogue& epilogue) {
+    const Share share = share_of(worker, rows, columns);
+    const long count = units<W>(k), panel_size = panel_floats<W>(k, 1);
+    const long height = share.rows.end - share.rows.begin;
+    const long tiles = (height + TILE_ROWS - 1) / TILE_ROWS;
+    if (height <= 0) return;
+    alignas(64) float tile[D * TILE_ROWS * PANEL];
+    for (long n0 = share.columns.begin; n0 < share.columns.end; n0 += PANEL) {
+        const int n = int(share.columns.end - n0 < PANEL ? share.columns.end - n0 : PANEL);
+        for (int d = 0; d < D; d++) pack(d, n0, n, scratch + d * panel_size);
+        for (long t = 0; t < tiles; t++) {
+            const long m0 = share.rows.begin + height * t / tiles;
+            const int m = int(share.rows.begin + height * (t + 1) / tiles - m0);
+            for (int d = 0; d < D; d++) {
+                multiply_rows<W, false>(m, a + m0 * lda, lda, scratch + d * panel_size, count,
+                                        tile + d * TILE_ROWS * PANEL, PANEL);
+            }
+            epilogue(m0, m, n0, n, tile, long(TILE_ROWS) * PANEL, long(PANEL));
+        }
+    }
+}
+
+}  // namespace tw
