@@ -22,6 +22,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+import sympy
+
 from tilewright.ir.errors import VerifyError
 from tilewright.ir.loops import attention_form, matmul_form, scalarize
 from tilewright.ir.module import Function, Module, Names, Op, make_attrs
@@ -248,7 +250,12 @@ class _Fuser:
             return False
         if n in self.returned or any(u not in members for u in self.users[n]):
             return False
-        return op.opcode not in _COSTLY or all(v.shape and v.shape[-1] == 1 for v in op.results)
+        return op.opcode not in (*_COSTLY, "reduce") or self._points([n]) <= self._rows(members)
+
+    def _rows(self, members: set[int]) -> int:
+        """Rows of the kernel's matrix product."""
+        product = next(self.ops[n] for n in members if self.ops[n].opcode == "matmul")
+        return concrete((sympy.prod(product.operands[0].shape[:-1], start=sympy.Integer(1)),), self.highs)[0]
 
     # -- 3. loops ----------------------------------------------------------------------------------------------
 
