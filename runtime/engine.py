@@ -1,0 +1,255 @@
+"""The engine: checks what callers hand in, keeps request states, and picks the program for each call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tilewright.ir.program import InputError
+
+from .executor import EngineSpec, Executor, TensorSpec
+from .kv_state import RequestState
+
+
+class Engine:
+    """Runs a compiled model. Safe to use from several threads, each with its own request states.
+
+    ``decode`` holds one executor per batch bucket (S = 1); ``prefill`` takes any B and S, and is the only program of
+    an encoder or a plain module.
+    """
+
+    def __init__(self, decode: Sequence[Executor], prefill: Executor, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.prefill_executor = prefill
+        self.decode_executors = {e.batch: e for e in sorted(decode, key=lambda e: e.batch)}
+        self._idle: list[RequestState] = []  # states of stateless calls, kept for their arenas
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Batch sizes that decode programs exist for, smallest first."""
+        return tuple(self.decode_executors)
+
+    @property
+    def max_batch(self) -> int:
+        """Largest batch that a request may have."""
+        return max(self.buckets)
+
+    def bucket(self, batch: int) -> int:
+        """The smallest bucket that holds ``batch`` sequences. Raises InputError beyond the largest one."""
+        for size in self.buckets:
+            if batch <= size:
+                return size
+        raise InputError(
+            f"a batch of {batch} sequences (beams and returned sequences count) is larger than the largest of "
+            f"batch_sizes={self.buckets}; compile with batch_sizes=(..., {batch}) or split the batch"
+        )
+
+    def new_state(self, batch: int) -> RequestState:
+        """An empty request state for ``batch`` sequences. Raises InputError for a batch beyond the largest bucket."""
+        if batch < 1:
+            raise InputError("an empty batch: pass at least one sequence")
+        return RequestState(self.spec, batch, self.bucket(batch))
+
+    def check_length(self, total: int) -> None:
+        """Raise InputError when a sequence of ``total`` tokens does not fit the state."""
+        if total > self.spec.max_length:
+            raise InputError(
+                f"{total} tokens (prompt plus new ones) do not fit max_length={self.spec.max_length}; compile with "
+                f"max_length={total} or more, or ask for fewer tokens"
+            )
+
+    # Decoders
+
+    def step(
+        self,
+        state: RequestState,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        keep: int = 0,
+    ) -> Tensor:
+        """Append tokens to a request and return the logits of its last ``keep`` positions (0: of all).
+
+        ``input_ids`` is i64[B, S] (i32 also goes), ``attention_mask`` [B, past + S] or None for all ones, and
+        ``position_ids`` [B, S] or [1, S] or None. Returns logits[B, keep, V], a fresh tensor. Raises InputError for
+        inputs that do not fit, and leaves the state as it was.
+        """
+        ids = self._check_ids(state, input_ids)
+        self._check_mask(state, ids, attention_mask)
+        if position_ids is not None:
+            position_ids = self._check_positions(ids, position_ids)
+        self._write_mask(state, attention_mask, state.length + ids.shape[1])
+        positions = self._positions(state, ids) if position_ids is None else position_ids
+        keep = ids.shape[1] if keep == 0 else min(keep, ids.shape[1])
+        if ids.shape[1] > 1:
+            return self._prefill(state, ids, positions, keep)
+        state.ids[: state.batch] = ids
+        state.positions[: state.batch] = positions
+        self.advance(state)
+        return state.logits[: state.batch].clone()
+
+    def advance(self, state: RequestState) -> None:
+        """One decode step on ``state.ids`` and ``state.positions`` into ``state.logits``, without checks or allocation.
+
+        The caller guarantees that there is room and that the ids are in range; the new key counts as attended to
+        unless the mask at its position says otherwise.
+        """
+        dims = state.step_dims
+        dims["T"] = state.length + 1
+        self.decode_executors[state.rows].run(state.step_inputs, dims, state, state.step_outputs)
+        state.length += 1
+
+    def _prefill(self, state: RequestState, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
+        """Run the prompt in chunks, so that the arena does not grow with it. Returns logits[B, keep, V]."""
+        spec, batch, total = self.spec, state.batch, ids.shape[1]
+        name, first_kept, past = spec.outputs[0].name, total - keep, state.length
+        parts: list[Tensor] = []
+        try:
+            for start in range(0, total, spec.chunk):
+                stop = min(start + spec.chunk, total)
+                kept = max(1, stop - max(start, first_kept))
+                inputs = {
+                    "input_ids": ids[:, start:stop].contiguous(),
+                    "position_ids": positions[:, start:stop].contiguous(),
+                    "attention_mask": state.mask,
+                }
+                dims = {"B": batch, "S": stop - start, "T": state.length + stop - start, "L": kept}
+                logits = spec.outputs[0].empty(dims, spec.device)
+                self.prefill_executor.run(inputs, dims, state, {name: logits})
+                state.length += stop - start
+                if stop > first_kept:
+                    parts.append(logits)
+        except BaseException:
+            # An interrupted prompt leaves the request as long as it was before the call.
+            state.mask[:, past:] = True
+            state.length = past
+            raise
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return logits[:, -keep:]  # a model without a head gives every position
+
+    def _positions(self, state: RequestState, ids: Tensor) -> Tensor:
+        """Default position ids, i64[B, S], by the model's own rule; the mask has been written already."""
+        total = state.length + ids.shape[1]
+        if self.spec.positions == "mask":
+            mask = state.mask[: state.batch, :total].to(torch.int64)
+            return (mask.cumsum(1) * mask - 1)[:, state.length :]
+        positions = torch.arange(state.length, total, device=self.spec.device)
+        return positions.unsqueeze(0).expand(state.batch, -1)
+
+    def _write_mask(self, state: RequestState, attention_mask: Tensor | None, total: int) -> None:
+        if attention_mask is not None:
+            state.mask[: state.batch, :total] = attention_mask != 0
+            state.padded = True
+        elif state.padded:
+            state.mask[: state.batch] = True
+            state.padded = False
+
+    # Validation
+
+    def _check_ids(self, state: RequestState, ids: Tensor) -> Tensor:
+        ids = self.check_prompt(ids)
+        if ids.shape[0] != state.batch:
+            raise InputError(
+                f"input_ids has {ids.shape[0]} rows, but its cache holds {state.batch} sequences; pass the cache that "
+                "belongs to this batch"
+            )
+        self.check_length(state.length + ids.shape[1])
+        return ids
+
+    def check_prompt(self, ids: Tensor) -> Tensor:
+        """The token ids as i64[B, S] on the model's device. Raises InputError when they are no such thing."""
+        if not isinstance(ids, Tensor):
+            raise InputError(f"input_ids must be a tensor of shape [batch, tokens], got {type(ids).__name__}")
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"input_ids must be of dtype int64, got {ids.dtype}; pass the tokenizer's ids")
+        if ids.ndim != 2:
+            raise InputError(f"input_ids must be of shape [batch, tokens], got {tuple(ids.shape)}")
+        if ids.numel() == 0:
+            raise InputError(f"input_ids is empty ({tuple(ids.shape)}); a prompt needs at least one token")
+        low, high = (int(v) for v in torch.aminmax(ids))
+        if low < 0 or (self.spec.vocab_size and high >= self.spec.vocab_size):
+            raise InputError(
+                f"token id {low if low < 0 else high} is out of range: the vocabulary has {self.spec.vocab_size} "
+                "entries; is this the model's own tokenizer?"
+            )
+        return ids.to(self.spec.device, torch.int64)
+
+    def _check_mask(self, state: RequestState, ids: Tensor, mask: Tensor | None) -> None:
+        expected = (state.batch, state.length + ids.shape[1])
+        if mask is None:
+            return
+        if mask.is_floating_point() or mask.is_complex():
+            raise InputError(f"attention_mask must be of an integer or bool dtype, got {mask.dtype}")
+        if tuple(mask.shape) != expected:
+            raise InputError(
+                f"attention_mask must be of shape {expected}, [batch, past + new tokens], got {tuple(mask.shape)}"
+            )
+
+    def _check_positions(self, ids: Tensor, positions: Tensor) -> Tensor:
+        if positions.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"position_ids must be of dtype int64, got {positions.dtype}")
+        if (
+            positions.ndim != 2
+            or positions.shape[0] not in (1, ids.shape[0])
+            or positions.shape[1] != ids.shape[1]
+        ):
+            raise InputError(
+                f"position_ids must be of shape {tuple(ids.shape)}, got {tuple(positions.shape)}"
+            )
+        low, high = (int(v) for v in torch.aminmax(positions))
+        # Where positions count the mask, tokens before the first attended one are at -1.
+        if high >= self.spec.max_length or low < (-1 if self.spec.positions == "mask" else 0):
+            raise InputError(
+                f"position {high if low >= 0 else low} is outside of 0 to max_length - 1 = {self.spec.max_length - 1}"
+            )
+        return positions.to(self.spec.device, torch.int64).expand(ids.shape[0], -1)
+
+    # Encoders and plain modules
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run a model without KV state once: the spec's inputs by name to its outputs by name.
+
+        Dim symbols are read off the inputs' shapes. Raises InputError for a missing, unknown or misshapen input.
+        """
+        unknown = set(inputs) - {i.name for i in self.spec.inputs}
+        if unknown:
+            raise InputError(
+                f"unknown inputs {sorted(unknown)}; this model takes {[i.name for i in self.spec.inputs]}"
+            )
+        dims: dict[str, int] = {}
+        ready = {i.name: self._check_input(i, inputs.get(i.name), dims) for i in self.spec.inputs}
+        for name, low, high in self.spec.symbols:
+            if name in dims and not low <= dims[name] <= high:
+                raise InputError(f"dim {name} is {dims[name]}, but this model takes {low} to {high}")
+        outputs = {o.name: o.empty(dims, self.spec.device) for o in self.spec.outputs}
+        try:
+            state = self._idle.pop()
+        except IndexError:
+            state = RequestState(self.spec, 0, 0)
+        self.prefill_executor.run(ready, dims, state, outputs)
+        self._idle.append(state)
+        return outputs
+
+    def _check_input(self, spec: TensorSpec, value: Tensor | None, dims: dict[str, int]) -> Tensor:
+        if value is None:
+            raise InputError(f"input {spec.name!r} is missing")
+        same_kind = value.is_floating_point() == spec.dtype.is_floating_point
+        if not same_kind or (spec.dtype.is_floating_point and value.dtype != spec.dtype):
+            raise InputError(f"{spec.name} must be of dtype {spec.dtype}, got {value.dtype}")
+        expected = tuple(dims.get(str(d), d) for d in spec.type.shape)
+        fits = len(expected) == value.ndim and all(
+            e == n or getattr(e, "is_Symbol", False) for e, n in zip(expected, value.shape, strict=False)
+        )
+        if not fits:
+            shape = ", ".join(map(str, expected))
+            raise InputError(f"{spec.name} must be of shape [{shape}], got {list(value.shape)}")
+        if value.numel() == 0:
+            raise InputError(f"{spec.name} is empty: shape {tuple(value.shape)}")
+        dims.update({str(d): n for d, n in zip(spec.type.shape, value.shape, strict=True) if d.is_Symbol})
+        if spec.name == "input_ids" and self.spec.vocab_size:
+            self.check_prompt(value)
+        if spec.dtype == torch.bool and value.dtype != torch.bool:
+            value = value != 0
+        return value.to(self.spec.device, spec.dtype).contiguous()

@@ -1,0 +1,138 @@
+"""What the engine needs of a backend, and the plain data that describes a compiled model to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+
+from tilewright.ir.program import BufferKind, Program, TensorType, concrete
+
+if TYPE_CHECKING:
+    from .kv_state import RequestState
+
+Kind = Literal["decoder", "encoder", "module"]
+
+
+class Executor(Protocol):
+    """Runs one program (one phase, one batch bucket) of a compiled model.
+
+    An executor is shared by all requests and threads; whatever belongs to one request (arena, pointer tables, a
+    captured CUDA graph) it keeps in ``state.scratch[self]``, which lives and dies with the request.
+    """
+
+    @property
+    def phase(self) -> str:
+        """``decode``, ``prefill`` or ``forward``."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """Batch bucket that a decode program is specialised for; 0 when B is a run-time dim."""
+        ...
+
+    def run(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        dims: Mapping[str, int],
+        state: RequestState | None,
+        outputs: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Compute ``outputs`` in place.
+
+        ``inputs`` are contiguous tensors by name, in the dtypes of the spec, except the key mask of a decoder
+        (``attention_mask``), which is the state's bool[rows, max_length] at capacity. ``dims`` sizes every dim symbol:
+        B (``batch`` itself for decode, where trailing rows may be padding), S, T = past + S, and L. The KV buffers
+        are ``state.buffers[slot]``, [rows, heads, max_length, head_dim]; the program appends to them at T - S, and
+        the engine advances ``state.length`` afterwards. Decode calls see the same input, output and state tensors
+        at every step of a request until ``state.version`` changes, so their addresses may be cached.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class StateSlot:
+    """One KV buffer of a request, [B, heads, max_length, head_dim]; keys and values are two slots."""
+
+    name: str
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def nbytes(self, rows: int, max_length: int) -> int:
+        """Bytes that the buffer holds for that many batch rows."""
+        return rows * self.heads * max_length * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name and type of an input or output; dims are sizes or expressions over B, S, T and L."""
+
+    name: str
+    type: TensorType
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.type.dtype.torch
+
+    def empty(self, dims: Mapping[str, int], device: torch.device) -> torch.Tensor:
+        """A new contiguous tensor of this type at the given dim sizes."""
+        return torch.empty(concrete(self.type.shape, dims), dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """Everything that the engine knows about a compiled model; plain data.
+
+    symbols: inclusive range of each dim. outputs: a decoder's first one is what its steps return: logits[B, L, V], or
+    the hidden states of a model without a head. positions: how position ids default, counted from the past length
+    or over the attended keys of the mask (as OPT does).
+    """
+
+    kind: Kind
+    device: torch.device
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    symbols: tuple[tuple[str, int, int], ...] = ()
+    slots: tuple[StateSlot, ...] = ()
+    vocab_size: int = 0
+    max_length: int = 0
+    chunk: int = 512
+    positions: Literal["past", "mask"] = "past"
+
+    @staticmethod
+    def of(
+        program: Program,
+        kind: Kind,
+        device: torch.device,
+        vocab_size: int = 0,
+        chunk: int = 512,
+        positions: Literal["past", "mask"] = "past",
+    ) -> EngineSpec:
+        """The spec that a model's prefill or forward program implies."""
+
+        def specs(of_kind: BufferKind) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(b.name, b.type) for _, b in program.of_kind(of_kind))
+
+        slots = tuple(
+            StateSlot(s.name, int(s.type.shape[1]), int(s.type.shape[3]), s.dtype)
+            for s in specs(BufferKind.state)
+        )
+        return EngineSpec(
+            kind=kind,
+            device=device,
+            inputs=specs(BufferKind.input),
+            outputs=specs(BufferKind.output),
+            symbols=program.symbols,
+            slots=slots,
+            vocab_size=vocab_size,
+            max_length=program.capacity,
+            chunk=chunk,
+            positions=positions,
+        )
+
+    def has_input(self, name: str) -> bool:
+        """True when the program reads an input of that name."""
+        return any(i.name == name for i in self.inputs)

@@ -1,0 +1,111 @@
+"""The state of one request: KV buffers, key mask, length, and the tensors that a decode step reads and writes.
+
+Everything a decode step touches is allocated once, at the request's start; the compiled model itself holds none of
+it, so several threads may run one model as long as each has its own state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewright.ir.program import InputError
+
+from .executor import EngineSpec
+
+
+class RequestState:
+    """KV state of ``batch`` sequences, laid out for ``rows >= batch`` rows, where rows is a batch bucket.
+
+    ``buffers[slot]`` is [rows, heads, max_length, head_dim], of which the first ``length`` positions are filled;
+    ``mask`` is bool[rows, max_length], one byte each, true where a key may be attended to and from ``length`` on.
+    ``version`` changes whenever a tensor is replaced, which invalidates the addresses that an executor keeps in
+    ``scratch``.
+    """
+
+    def __init__(self, spec: EngineSpec, batch: int, rows: int) -> None:
+        self.spec = spec
+        self.batch = batch
+        self.rows = rows
+        self.length = 0
+        self.version = 0
+        self.padded = False  # whether some attended-to position is masked out
+        self.scratch: dict[Any, Any] = {}
+        self._allocate()
+
+    def _allocate(self) -> None:
+        spec, rows = self.spec, self.rows
+        # A state outlives the call that makes it, and tensors made in inference mode cannot be updated outside of it.
+        with torch.inference_mode(False):
+            # zeros, so that padding rows, which are computed but never read, hold no NaN that slows the kernels down
+            self.buffers: dict[str, Tensor] = {
+                slot.name: torch.zeros(
+                    rows, slot.heads, spec.max_length, slot.head_dim, dtype=slot.dtype, device=spec.device
+                )
+                for slot in spec.slots
+            }
+            self.mask = torch.ones(rows, spec.max_length, dtype=torch.bool, device=spec.device)
+            self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=spec.device)
+            self.positions = torch.zeros(rows, 1, dtype=torch.int64, device=spec.device)
+            self.logits = spec.outputs[0].empty({"B": rows, "S": 1, "L": 1}, spec.device)
+        self.step_inputs = {
+            "input_ids": self.ids,
+            "position_ids": self.positions,
+            "attention_mask": self.mask,
+        }
+        self.step_outputs = {spec.outputs[0].name: self.logits}
+        self.step_dims = {"B": rows, "S": 1, "T": 1, "L": 1}
+
+    @property
+    def max_length(self) -> int:
+        """Capacity in positions."""
+        return self.spec.max_length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the KV buffers."""
+        return sum(b.nbytes for b in self.buffers.values())
+
+    def crop(self, length: int) -> None:
+        """Forget every position from ``length`` on. Raises InputError when that many are not there."""
+        if not 0 <= length <= self.length:
+            raise InputError(f"cannot crop a cache of {self.length} positions to {length}")
+        self.mask[:, length : self.length] = True
+        self.length = length
+
+    def reorder(self, rows: Tensor) -> None:
+        """Make batch row i continue row ``rows[i]``, as beam search does; i64[batch]. Addresses stay the same."""
+        rows = rows.to(self.spec.device)
+        if rows.shape != (self.batch,):
+            raise InputError(
+                f"reorder needs {self.batch} row numbers, one per sequence, got shape {tuple(rows.shape)}"
+            )
+        for buffer in self.buffers.values():
+            buffer[: self.batch, :, : self.length] = buffer[: self.batch, :, : self.length].index_select(
+                0, rows
+            )
+        self.mask[: self.batch] = self.mask[: self.batch].index_select(0, rows)
+
+    def select(self, rows: Tensor, new_rows: int) -> None:
+        """Become a request over the sequences ``rows``, repeated or dropped at will; i64[n], n <= new_rows.
+
+        ``new_rows`` is the bucket to lay the new state out for. Reallocates when the bucket changes.
+        """
+        rows = rows.to(self.spec.device)
+        if rows.ndim != 1 or not 1 <= rows.numel() <= new_rows:
+            raise InputError(f"a batch of {rows.numel()} sequences does not fit a state of {new_rows} rows")
+        kept = {
+            name: b[: self.batch, :, : self.length].index_select(0, rows) for name, b in self.buffers.items()
+        }
+        mask = self.mask[: self.batch].index_select(0, rows)
+        self.batch = rows.numel()
+        if new_rows != self.rows:
+            self.rows = new_rows
+            self._allocate()
+            self.scratch.clear()
+            self.version += 1
+        for name, buffer in self.buffers.items():
+            buffer[: self.batch, :, : self.length] = kept[name]
+        self.mask[: self.batch] = mask

@@ -1,0 +1,61 @@
+"""Choosing the next token: temperature, top-k and top-p, in the order and with the arithmetic of transformers.
+
+The same ``torch.multinomial`` on the same probabilities draws the same tokens from the same seed, so what is fast
+here only avoids work whose result is known: after top-k, top-p needs to sort k values instead of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tilewright.ir.program import InputError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw a token. Neutral values switch a step off: temperature 1, top_k 0, top_p 1."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or self.top_k < 0 or not 0 <= self.top_p <= 1:
+            raise InputError(f"sampling needs temperature > 0, top_k >= 0 and 0 <= top_p <= 1, got {self}")
+
+
+def sample(scores: Tensor, how: Sampling) -> Tensor:
+    """Draw one token per row from f32[B, V] logits, which may be overwritten. Returns i64[B, 1]."""
+    if how.temperature != 1.0:
+        scores = scores.div_(how.temperature)
+    if how.top_k:
+        scores = _top_k_p(scores, min(how.top_k, scores.shape[-1]), how.top_p)
+    elif how.top_p < 1.0:
+        scores = _top_p(scores, how.top_p)
+    return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
+
+
+def _top_k_p(scores: Tensor, k: int, top_p: float) -> Tensor:
+    """Top-k, then top-p among the k: everything else becomes -inf."""
+    best, index = torch.topk(scores, k)
+    kept = scores >= best[:, -1:]
+    if int(kept.sum()) != k * scores.shape[0]:
+        # Several tokens tie with the k-th, and all of them stay.
+        scores = scores.masked_fill(~kept, -torch.inf)
+        return _top_p(scores, top_p) if top_p < 1.0 else scores
+    if top_p < 1.0:
+        best = _top_p(best.flip(-1), top_p, ascending=True).flip(-1)
+    return torch.full_like(scores, -torch.inf).scatter_(1, index, best)
+
+
+def _top_p(scores: Tensor, top_p: float, ascending: bool = False) -> Tensor:
+    """Keep the smallest set of best tokens whose probabilities sum to top_p or more; at least one."""
+    values, index = (scores, None) if ascending else torch.sort(scores, descending=False)
+    removed = values.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+    removed[:, -1:] = False
+    if index is not None:
+        removed = removed.scatter(1, index, removed)
+    return scores.masked_fill(removed, -torch.inf)
