@@ -17,8 +17,12 @@ from rich.table import Table
 from transformers import TextStreamer
 
 import tilewright as tw
-from tilewright import optimizer, pretrained
+from tilewright import pretrained
 from tilewright.errors import OptionError, TilewrightError, WeightsError
+from tilewright.ir.parser import parse_module
+from tilewright.ir.verify import verify_module
+from tilewright.passes.base import PassOptions
+from tilewright.passes.pipeline import PIPELINE, find_passes, run_passes
 from tilewright.progress import Progress
 from tilewright.timing import TimedStreamer
 
@@ -71,7 +75,9 @@ def readable_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except TilewrightError as error:
             notes.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
-            notes.print(str(error), markup=False, highlight=False)
+            notes.print(
+                "\n".join([str(error), *getattr(error, "__notes__", [])]), markup=False, highlight=False
+            )
             raise typer.Exit(1) from error
 
     return run
@@ -192,13 +198,27 @@ def opt(
     """Read IR text, run the named passes, print the result: the compiler's middle, one step at a time."""
     if show:
         table = Table("pass", "why it stands where it stands", box=None)
-        for name, reason in optimizer.available():
-            table.add_row(name, reason)
+        for entry in PIPELINE:
+            table.add_row(entry.name, entry.reason)
         console.print(table)
         return
-    names = [name.strip() for name in passes.split(",") if name.strip()]
-    text = sys.stdin.read() if file == "-" else _read(Path(file))
-    typer.echo(optimizer.run(text, names, optimizer.options(fix or [], last_tokens, splits), verify))
+    steps = find_passes([name.strip() for name in passes.split(",") if name.strip()])
+    options = PassOptions(fixed=_dims(fix or []), last_tokens=last_tokens, splits=splits)
+    module = parse_module(sys.stdin.read() if file == "-" else _read(Path(file)))
+    if verify:
+        verify_module(module)
+    typer.echo(str(run_passes(module, options, steps, verify=verify)), nl=False)
+
+
+def _dims(texts: list[str]) -> tuple[tuple[str, int], ...]:
+    """Dims and their values from ``NAME=VALUE`` texts. Raises OptionError for text of another form."""
+    dims = []
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not name.isidentifier() or not value.isdecimal():
+            raise OptionError(f"'{text}' does not fix a dim; write NAME=VALUE, for example S=1")
+        dims.append((name, int(value)))
+    return tuple(dims)
 
 
 def _read(path: Path) -> str:
