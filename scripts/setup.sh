@@ -31,7 +31,7 @@ PY
 command -v g++ >/dev/null || fail "g++ was not found; the generated kernels need it. Install it (Debian/Ubuntu: apt-get install g++)."
 
 chosen=""
-for candidate in ${PYTHON:-python3 python3.11 python3.12 python}; do
+for candidate in ${PYTHON:-python3.11 python3.12 python3 python}; do
     command -v "$candidate" >/dev/null || continue
     kind=$(probe "$candidate") || continue
     [ -n "$chosen" ] && [ "$kind" = plain ] && continue
