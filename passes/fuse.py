@@ -235,13 +235,33 @@ class _Fuser:
     # -- 2. prologues ------------------------------------------------------------------------------------------
 
     def _grow_prologue(self, group: int) -> None:
-        members = self.groups[group]
-        if any(self.ops[n].opcode in _ATTENTION for n in members):
+        core = self.groups[group]
+        if any(self.ops[n].opcode in _ATTENTION for n in core):
             return
+        members = set(core)
         for n in range(max(members), -1, -1):
             if n not in self.owner and self._recomputable(n, members) and self._legal(members | {n}):
-                self._adopt(group, members | {n})
-                members = self.groups[group]
+                members.add(n)
+        for n in sorted(members - core, reverse=True):
+            without = self._without(n, members, core)
+            if self._frontier_bytes(without) < self._frontier_bytes(members) and self._legal(without):
+                members = without
+        self._adopt(group, members)
+
+    def _without(self, n: int, members: set[int], core: set[int]) -> set[int]:
+        """Members less op n and the prologue ops that served it alone."""
+        left = members - {n}
+        for p in sorted(members - core, reverse=True):
+            if p in left and not any(u in left for u in self.users[p]):
+                left.discard(p)
+        return left
+
+    def _frontier_bytes(self, members: set[int]) -> int:
+        """Bytes that other kernels have to store only because this one reads them."""
+        read = {p for n in members for p in self._producers(n)} - members
+        return sum(
+            self._bytes(p) for p in read if p not in self.owner and _is_loop(self.ops[p]) and self.ops[p].opcode not in _SOURCES
+        )
 
     def _recomputable(self, n: int, members: set[int]) -> bool:
         """True when op n is used in this kernel only and may be computed again in each of its tiles."""
