@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import sympy
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from tilewright.ir.errors import CaptureError
 
-from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, opaque_layers
+from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, flat_names, opaque_layers
 from .capture_ops import ATTENTION, opaque_attention
 from .capture_patches import PositionRule, position_rule
 
@@ -63,9 +63,10 @@ class LayerCall:
 class Captured:
     """A captured model. ``tensors`` holds the model's own tensors (shared, not copied) by absolute name.
 
-    ``outputs`` names what the outer graph returns, in order. For a "module" ``output_spec`` is the pytree that they
-    fill; for a Hugging Face model ``output_class`` is the ModelOutput that it returns. ``notes`` says, for the report,
-    which repeated layers could not be captured as layers and why.
+    ``outputs`` names what the outer graph returns, in order. For a Hugging Face model ``output_class`` is the
+    ModelOutput that they fill. For a "module" they fill the pytree ``output_spec`` together with
+    ``output_constants``, the leaves (by position) that are no tensors. ``notes`` says, for the report, which
+    repeated layers could not be captured as layers and why.
     """
 
     main: CapturedGraph
@@ -77,6 +78,7 @@ class Captured:
     outputs: tuple[str, ...]
     output_class: type | None
     output_spec: pytree.TreeSpec | None
+    output_constants: Mapping[int, Any]
     position_rule: PositionRule
     notes: tuple[str, ...]
 
@@ -124,6 +126,7 @@ class _Returned:
     names: tuple[str, ...] = ()
     output_class: type | None = None
     spec: pytree.TreeSpec | None = None
+    constants: dict[int, Any] = field(default_factory=dict)
 
 
 class _Outer(nn.Module):
@@ -196,6 +199,7 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
         outputs=outer.returned.names,
         output_class=outer.returned.output_class,
         output_spec=None,
+        output_constants={},
         position_rule=position_rule(model.config.model_type),
         notes=tuple(notes),
     )
@@ -246,8 +250,7 @@ def _capture_layer(
         exported = _export(LayerForward(record), (examples,), {"inputs": shapes}, record.layer.name)
     except CaptureError as error:
         raise NotALayerError(record.layer.list_name, str(error).splitlines()[0]) from error
-    logical = tuple("x" if n == 0 else f"a{n}" for n in range(len(examples)))
-    return _graph(name, exported, logical, _symbol_names(exported, named), prefix="layer.")
+    return _graph(name, exported, record.names(), _symbol_names(exported, named), prefix="layer.")
 
 
 def _dim_name(size: Any, symbols: Mapping[sympy.Symbol, str], record: LayerRecord) -> str | int:
@@ -323,7 +326,8 @@ class _Plain(nn.Module):
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         leaves, self.returned.spec = pytree.tree_flatten(self.model(*args, **kwargs))
-        return tuple(leaves)
+        self.returned.constants = {n: leaf for n, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _capture_module(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]) -> Captured:
@@ -339,11 +343,7 @@ def _capture_module(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str
         raise CaptureError(f"{type(model).__name__}: example_inputs must be real tensors, not meta tensors")
     plain = _Plain(model)
     exported, ranges, notes = _export_dynamic_batch(plain, args, kwargs, leaves)
-    names = tuple(
-        name + "".join(str(k) for k in path).replace("[", ".").replace("]", "").replace("'", "")
-        for name, value in bound.items()
-        for path, _ in pytree.tree_flatten_with_path(value)[0]
-    )
+    names = tuple(name for argument, value in bound.items() for name in flat_names(argument, value))
     dims: list[tuple[str, ...]] = [("B",)] * len(leaves) if ranges else []
     main = _untied(_graph("main", exported, names, _symbol_names(exported, dims), prefix="model."), model)
     spec = plain.returned.spec
@@ -355,9 +355,10 @@ def _capture_module(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str
         symbols=ranges,
         tensors=_all_tensors(model, main, {}, {}),
         kind="module",
-        outputs=tuple(f"output{n}" for n in range(spec.num_leaves)),
+        outputs=tuple(f"output{n}" for n in range(spec.num_leaves - len(plain.returned.constants))),
         output_class=None,
         output_spec=spec,
+        output_constants=plain.returned.constants,
         position_rule="past",
         notes=notes,
     )

@@ -8,6 +8,8 @@ capture does not grow with depth.
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,12 +61,35 @@ class LayerRecord:
         kinds = tuple((x.ndim, x.dtype) for x in self.inputs)
         return module_signature(self.layer.module), str(self.spec), freeze(self.leaves), self.positions, kinds
 
+    def names(self) -> tuple[str, ...]:
+        """A readable name for each tensor argument: that of the parameter of forward, and where in it."""
+        leaves: list[Any] = [None] * len(self.leaves)
+        for position in self.positions:
+            leaves[position] = position
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        arguments = inspect.signature(self.layer.module.forward).bind(*args, **kwargs).arguments
+        flat: dict[int, str] = {}
+        for argument, value in arguments.items():
+            leaves = pytree.tree_leaves(value)
+            flat |= {
+                leaf: n
+                for n, leaf in zip(flat_names(argument, value), leaves, strict=True)
+                if leaf is not None
+            }
+        return tuple(flat[position] for position in self.positions)
+
     def signature(self) -> tuple[Any, ...]:
         """Equal for two calls when one exported graph serves both, with other weights.
 
         Ask for it after the outer export has ended: only then are equal sizes known to be equal.
         """
         return self.static_signature, tuple(str(tuple(x.shape)) for x in self.inputs)
+
+
+def flat_names(name: str, value: Any) -> list[str]:
+    """Identifiers for the leaves of one argument: its own name, with keys and numbers of what it nests appended."""
+    paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(value)[0]]
+    return [re.sub(r"\W+", "_", name + path).rstrip("_") for path in paths]
 
 
 @dataclass

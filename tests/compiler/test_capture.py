@@ -201,7 +201,7 @@ def test_plain_modules_get_a_dynamic_batch(batch: int) -> None:
     captured = capture(_Pair().eval(), {"x": torch.ones(batch, 4), "other": {"y": torch.ones(batch, 4)}})
     assert captured.kind == "module"
     assert set(captured.symbols) == set(captured.main.symbols.values()) == {"B"}
-    assert [name for _, name in captured.main.inputs] == ["x", "other.y"]
+    assert [name for _, name in captured.main.inputs] == ["x", "other_y"]
     assert captured.output_spec is not None
     assert captured.outputs == ("output0", "output1")
 

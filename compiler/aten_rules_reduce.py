@@ -1,0 +1,208 @@
+"""Reductions, and the norms and softmax that are built from them. Half precision is reduced in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from tilewright.ir.types import DType, Value
+
+from .aten_rules import Context, Result, axes_of, axis, rule
+
+Dims = int | Sequence[int] | None
+
+
+def _sum(ctx: Context, x: Value, axes: Sequence[int], keepdim: bool) -> Value:
+    """The sum in the result's type (integers add up in int64), accumulated in float32 for half types."""
+    wide = ctx.wide(ctx.out.dtype)
+    return ctx.cast(ctx.reduce("sum", ctx.cast(x, wide), axes, keepdim), ctx.out.dtype)
+
+
+@rule("sum.default")
+def _sum_all(ctx: Context, x: Value, dtype: Any = None) -> Result:
+    return _sum(ctx, x, range(x.type.rank), False)
+
+
+@rule("sum.dim_IntList")
+def _sum_dims(ctx: Context, x: Value, dim: Dims, keepdim: bool = False, dtype: Any = None) -> Result:
+    return _sum(ctx, x, axes_of(dim, x.type.rank), keepdim)
+
+
+def _count(x: Value, axes: Sequence[int]) -> sympy.Expr:
+    return sympy.prod([x.shape[n] for n in axes], start=sympy.Integer(1))
+
+
+def _mean(ctx: Context, x: Value, axes: Sequence[int], keepdim: bool) -> Value:
+    """The mean of a tensor that is wide enough already."""
+    return ctx.apply("div", ctx.reduce("sum", x, axes, keepdim), _count(x, axes))
+
+
+@rule("mean.default")
+def _mean_all(ctx: Context, x: Value, dtype: Any = None) -> Result:
+    return _mean_dims(ctx, x, None)
+
+
+@rule("mean.dim")
+def _mean_dims(ctx: Context, x: Value, dim: Dims, keepdim: bool = False, dtype: Any = None) -> Result:
+    wide = ctx.cast(x, ctx.wide(ctx.out.dtype))
+    return ctx.cast(_mean(ctx, wide, axes_of(dim, x.type.rank), keepdim), ctx.out.dtype)
+
+
+def _variance(ctx: Context, x: Value, dim: Dims, correction: float, keepdim: bool) -> Value:
+    axes = axes_of(dim, x.type.rank)
+    centred = ctx.apply("sub", x, _mean(ctx, x, axes, True))
+    total = ctx.reduce("sum", ctx.apply("mul", centred, centred), axes, keepdim)
+    return ctx.apply("div", total, _count(x, axes) - sympy.nsimplify(correction))
+
+
+@rule("var.correction")
+def _var(
+    ctx: Context, x: Value, dim: Dims = None, correction: float | None = None, keepdim: bool = False
+) -> Result:
+    wide = ctx.cast(x, ctx.wide(x.dtype))
+    return ctx.cast(_variance(ctx, wide, dim, 1 if correction is None else correction, keepdim), x.dtype)
+
+
+@rule("var.dim")
+def _var_dim(ctx: Context, x: Value, dim: Dims, unbiased: bool = True, keepdim: bool = False) -> Result:
+    return _var(ctx, x, dim, int(unbiased), keepdim)
+
+
+@rule("std.correction")
+def _std(
+    ctx: Context, x: Value, dim: Dims = None, correction: float | None = None, keepdim: bool = False
+) -> Result:
+    wide = ctx.cast(x, ctx.wide(x.dtype))
+    variance = _variance(ctx, wide, dim, 1 if correction is None else correction, keepdim)
+    return ctx.cast(ctx.apply("sqrt", variance), x.dtype)
+
+
+@rule("std.dim")
+def _std_dim(ctx: Context, x: Value, dim: Dims, unbiased: bool = True, keepdim: bool = False) -> Result:
+    return _std(ctx, x, dim, int(unbiased), keepdim)
+
+
+@rule("amax.default")
+def _amax(ctx: Context, x: Value, dim: Dims = (), keepdim: bool = False) -> Result:
+    return ctx.reduce("max", x, axes_of(dim, x.type.rank), keepdim)
+
+
+@rule("amin.default")
+def _amin(ctx: Context, x: Value, dim: Dims = (), keepdim: bool = False) -> Result:
+    return ctx.reduce("min", x, axes_of(dim, x.type.rank), keepdim)
+
+
+@rule("max.default")
+def _max_all(ctx: Context, x: Value) -> Result:
+    return ctx.reduce("max", x, range(x.type.rank), False)
+
+
+@rule("min.default")
+def _min_all(ctx: Context, x: Value) -> Result:
+    return ctx.reduce("min", x, range(x.type.rank), False)
+
+
+@rule("any.default", "any.dim", "any.dims")
+def _any(ctx: Context, x: Value, dim: Dims = None, keepdim: bool = False) -> Result:
+    return ctx.reduce("any", ctx.cast(x, DType.bool), axes_of(dim, x.type.rank), keepdim)
+
+
+@rule("all.default", "all.dim", "all.dims")
+def _all(ctx: Context, x: Value, dim: Dims = None, keepdim: bool = False) -> Result:
+    return ctx.reduce("all", ctx.cast(x, DType.bool), axes_of(dim, x.type.rank), keepdim)
+
+
+@rule("prod.default")
+def _prod_all(ctx: Context, x: Value, dtype: Any = None) -> Result:
+    wide = ctx.cast(x, ctx.wide(ctx.out.dtype))
+    return ctx.cast(ctx.reduce("prod", wide, range(x.type.rank), False), ctx.out.dtype)
+
+
+@rule("prod.dim_int")
+def _prod(ctx: Context, x: Value, dim: int, keepdim: bool = False, dtype: Any = None) -> Result:
+    wide = ctx.cast(x, ctx.wide(ctx.out.dtype))
+    return ctx.cast(ctx.reduce("prod", wide, [axis(dim, x.type.rank)], keepdim), ctx.out.dtype)
+
+
+# --- softmax ------------------------------------------------------------------------------------------------------
+
+
+def softmax(ctx: Context, x: Value, dim: int) -> Value:
+    """Softmax in the type of ``x``, shifted by the maximum so that exp cannot overflow."""
+    axes = [axis(dim, x.type.rank)]
+    e = ctx.apply("exp", ctx.apply("sub", x, ctx.reduce("max", x, axes, True)))
+    return ctx.apply("div", e, ctx.reduce("sum", e, axes, True))
+
+
+@rule("softmax.int", "_softmax.default")
+def _softmax(ctx: Context, x: Value, dim: int, dtype: Any = None) -> Result:
+    return ctx.cast(softmax(ctx, ctx.cast(x, ctx.wide(ctx.out.dtype)), dim), ctx.out.dtype)
+
+
+@rule("log_softmax.int", "_log_softmax.default")
+def _log_softmax(ctx: Context, x: Value, dim: int, dtype: Any = None) -> Result:
+    axes = [axis(dim, x.type.rank)]
+    wide = ctx.cast(x, ctx.wide(ctx.out.dtype))
+    shifted = ctx.apply("sub", wide, ctx.reduce("max", wide, axes, True))
+    total = ctx.apply("log", ctx.reduce("sum", ctx.apply("exp", shifted), axes, True))
+    return ctx.cast(ctx.apply("sub", shifted, total), ctx.out.dtype)
+
+
+@rule("logsumexp.default")
+def _logsumexp(ctx: Context, x: Value, dim: Dims, keepdim: bool = False) -> Result:
+    axes = axes_of(dim, x.type.rank)
+    wide = ctx.cast(x, ctx.wide(ctx.out.dtype))
+    top = ctx.reduce("max", wide, axes, True)
+    total = ctx.reduce("sum", ctx.apply("exp", ctx.apply("sub", wide, top)), axes, True)
+    out = ctx.apply("add", ctx.apply("log", total), top)
+    return ctx.cast(out if keepdim else ctx.drop(out, axes), ctx.out.dtype)
+
+
+# --- norms --------------------------------------------------------------------------------------------------------
+
+
+def _scale_and_shift(ctx: Context, x: Value, weight: Value | None, bias: Value | None) -> Value:
+    if weight is not None:
+        x = ctx.apply("mul", x, ctx.cast(weight, x.dtype))
+    if bias is not None:
+        x = ctx.apply("add", x, ctx.cast(bias, x.dtype))
+    return x
+
+
+@rule("layer_norm.default")
+def _layer_norm(
+    ctx: Context,
+    x: Value,
+    normalized_shape: Sequence[int],
+    weight: Value | None = None,
+    bias: Value | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Result:
+    rank = x.type.rank
+    axes = range(rank - len(normalized_shape), rank)
+    wide = ctx.cast(x, ctx.wide(x.dtype))
+    centred = ctx.apply("sub", wide, _mean(ctx, wide, axes, True))
+    variance = _mean(ctx, ctx.apply("mul", centred, centred), axes, True)
+    normal = ctx.apply("mul", centred, ctx.apply("rsqrt", ctx.apply("add", variance, eps)))
+    return ctx.cast(_scale_and_shift(ctx, normal, weight, bias), ctx.out.dtype)
+
+
+@rule("rms_norm.default")
+def _rms_norm(
+    ctx: Context,
+    x: Value,
+    normalized_shape: Sequence[int],
+    weight: Value | None = None,
+    eps: float | None = None,
+) -> Result:
+    rank = x.type.rank
+    axes = range(rank - len(normalized_shape), rank)
+    wide = ctx.cast(x, ctx.wide(x.dtype))
+    square = _mean(ctx, ctx.apply("mul", wide, wide), axes, True)
+    epsilon = torch.finfo(x.dtype.torch).eps if eps is None else eps
+    normal = ctx.apply("mul", wide, ctx.apply("rsqrt", ctx.apply("add", square, epsilon)))
+    return ctx.cast(_scale_and_shift(ctx, normal, weight, None), ctx.out.dtype)
