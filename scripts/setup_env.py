@@ -91,15 +91,18 @@ def base_torch_folder() -> Path | None:
     return package.parent if facts.get("cuda") and release >= (2, 11) else None
 
 
-def make_venv(venv: Path, torch_folder: Path | None) -> list[str]:
-    command = [sys.executable, "-m", "venv", str(venv)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    if torch_folder is not None:
-        # --system-site-packages would show the packages of the interpreter behind a virtual environment, not
-        # the environment's own, where torch may live; a path file shows the right folder in either case.
-        site = next((venv / "lib").glob("python3.*/site-packages"))
-        (site / "_base_torch.pth").write_text(f"{torch_folder}\n")
-    return command
+def make_venv(venv: Path, torch_folder: Path | None) -> None:
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, stdout=subprocess.DEVNULL)
+    if torch_folder is None:
+        return
+    # --system-site-packages would show the packages of the interpreter behind a virtual environment, not
+    # the environment's own, where torch may live; a path file shows the right folder in either case.
+    site = next((venv / "lib").glob("python3.*/site-packages"))
+    (site / "_base_torch.pth").write_text(f"{torch_folder}\n")
+    if (torch_folder / "setuptools").exists():
+        # What comes with a new environment (Python 3.11: setuptools 65) would hide the newer one there.
+        for old in (*site.glob("setuptools*"), *site.glob("pkg_resources")):
+            shutil.rmtree(old)
 
 
 def installed_versions(python: Path) -> Iterator[tuple[str, str]]:
