@@ -15,12 +15,14 @@ class PassOptions:
     """What the passes need to know of the program that is being built.
 
     fixed: dims that are constants in it (decode: S=1, L=1). last_tokens: keep the logits of the last L positions.
-    splits: chunks of the context in decode attention; 0 leaves attention whole.
+    splits: chunks of the context in decode attention; 0 leaves attention whole. vendor_matmul: products with weights go
+    to the vendor's library.
     """
 
     fixed: tuple[tuple[str, int], ...] = ()
     last_tokens: bool = False
     splits: int = 0
+    vendor_matmul: bool = False
 
 
 @dataclass(frozen=True)
