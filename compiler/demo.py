@@ -20,6 +20,7 @@ from tilewright import pretrained
 from tilewright.cli import BackendOption, DeviceOption, Dtype, DtypeOption, ModelOption, readable_errors
 from tilewright.errors import OptionError
 from tilewright.progress import Progress
+from tilewright.report import size_text
 from tilewright.timing import TimedStreamer, Timing
 
 console = Console()
@@ -132,7 +133,15 @@ def table(
     rows.add_row(
         "kernels per layer", str(report.kernels_per_layer), str(eager_ops_per_layer(source, inputs)), ""
     )
-    rows.add_row("arena, decode", _mebibytes(report.arena_bytes), "", "")
+    rows.add_row("arena, one token", size_text(report.arena_bytes), "", "")
+    prefill = report.phase("prefill")
+    peak = report.eager_peak_bytes
+    rows.add_row(
+        f"arena, prompt of {prefill.dims['S']}",
+        size_text(prefill.arena_bytes),
+        f"{size_text(peak)} at its peak",
+        f"{peak / prefill.arena_bytes:.1f}×" if prefill.arena_bytes else "",
+    )
     return rows
 
 
@@ -168,10 +177,6 @@ def eager_ops_per_layer(model: PreTrainedModel, inputs: dict[str, Tensor]) -> in
             for hook in hooks:
                 hook.remove()
     return counter.count
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:.2f} MiB"
 
 
 if __name__ == "__main__":

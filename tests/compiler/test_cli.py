@@ -31,7 +31,7 @@ func @main(%x: f32[S, 4]) -> (%b) {
   %c = exp %b : f32[S, 4]
 }
 """
-WORDS = ("hello", "world", "what", "is", "this", "?", "[PAD]", "[UNK]")
+WORDS = ("hello", "world", "what", "is", "this", "?", "[PAD]", "[UNK]", *(f"word{i}" for i in range(8, 128)))
 
 
 def run(*arguments: str, stdin: str | None = None, status: int = 0) -> tuple[str, str]:
@@ -41,14 +41,18 @@ def run(*arguments: str, stdin: str | None = None, status: int = 0) -> tuple[str
     return result.stdout, result.stderr
 
 
-@pytest.fixture
-def folder(tmp_path: Path, tiny_llama: PreTrainedModel) -> str:
-    """A tiny model and a tokenizer of eight words, as ``save_pretrained`` writes them."""
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with a word for each of a tiny model's tokens."""
     inner = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, "[UNK]"))
     inner.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
-    for model_or_tokenizer in (tiny_llama, tokenizer):
-        model_or_tokenizer.save_pretrained(tmp_path)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_llama: PreTrainedModel) -> str:
+    """A tiny model and a tokenizer, as ``save_pretrained`` writes them."""
+    tiny_llama.save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
     return str(tmp_path)
 
 
@@ -112,6 +116,7 @@ def test_generate_streams_what_the_model_says(folder: str, tiny_llama: PreTraine
     ids = torch.tensor([[WORDS.index(word) for word in ("what", "is", "this", "?")]])
     tokens = tiny_llama.generate(ids, max_new_tokens=6, do_sample=False)[0, 4:]
     _, tokenizer = pretrained.load(folder)
+    assert len(text.split()) == 6
     assert text.split() == tokenizer.decode(tokens, skip_special_tokens=True).split()
     assert "tokens/s" in errors
 
