@@ -23,9 +23,16 @@ def eliminate_dead_code(module: Module, options: PassOptions) -> Module:
 
 def has_effect(op: Op) -> bool:
     """True when the op does more than compute its results."""
-    return op.opcode in ("append", "call", "call_torch") or (
-        op.opcode == "attention" and bool(op.attr("slot")) or any(has_effect(o) for o in op.body)
-    )
+    match op.opcode:
+        case "append" | "call":
+            return True
+        case "attention":
+            return bool(op.attr("slot"))
+        case "call_torch":
+            return str(op.attr("target")).split(".")[-2].endswith("_")  # PyTorch's mark of an op that mutates
+        case "kernel":
+            return any(has_effect(o) for o in op.body)
+    return False
 
 
 def _function(function: Function) -> Function:
