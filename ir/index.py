@@ -48,7 +48,7 @@ class FloorDiv(sympy.Function):  # type: ignore[misc]
     def eval(cls, a: Expr, b: Expr) -> Expr | None:
         if a.is_Integer and b.is_Integer:
             return Integer(int(a) // int(b))
-        if b == 1 or a == 0:
+        if b == 1 or a == 0 or a == -1:
             return a
         if isinstance(a, FloorDiv):
             return FloorDiv(a.args[0], a.args[1] * b)
@@ -115,8 +115,8 @@ def _build(node: ast.expr, text: str) -> Expr:
             return Integer(value)
         case ast.Name(id=name):
             return sym(name)
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_build(operand, text)
+        case ast.UnaryOp(op=ast.USub()) | ast.BinOp(op=ast.Mult()):
+            return Mul(*_factors(node, text))
         case ast.Call(func=ast.Name(id=name), args=args) if name in _CALLS:
             return _CALLS[name](*(_build(a, text) for a in args))
         case ast.BinOp(left=left, op=op, right=right):
@@ -126,8 +126,6 @@ def _build(node: ast.expr, text: str) -> Expr:
                     return a + b
                 case ast.Sub():
                     return a - b
-                case ast.Mult():
-                    return a * b
                 case ast.FloorDiv() if b != 0:
                     return FloorDiv(a, b)
                 case ast.Mod() if b != 0:
@@ -135,6 +133,16 @@ def _build(node: ast.expr, text: str) -> Expr:
                 case ast.Pow() if b.is_Integer and 0 <= int(b) <= 16:
                     return a**b
     raise ParseError(f"unsupported syntax in index expression {text!r}")
+
+
+def _factors(node: ast.expr, text: str) -> list[Expr]:
+    """The factors of a product, all at once: ``Mul`` of a number and a sum alone would multiply them out."""
+    match node:
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return [Integer(-1), *_factors(operand, text)]
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            return [*_factors(left, text), *_factors(right, text)]
+    return [_build(node, text)]
 
 
 def upper_bound(expr: Expr, extents: Mapping[sympy.Symbol, Expr]) -> Expr | None:
@@ -155,12 +163,18 @@ def _term_bound(term: Expr, extents: Mapping[sympy.Symbol, Expr]) -> Expr | None
         # The largest value of a negated term is minus the smallest of the term: zero for index symbols.
         return Integer(0) if (-term).is_nonnegative and (-term).free_symbols & set(extents) else term
     bound: Expr = Integer(1)
-    for factor in Mul.make_args(term):
+    factors = Mul.make_args(term)
+    varying = [f for f in factors if f.free_symbols & set(extents)]
+    steady = all(f.is_nonnegative for f in factors if f not in varying)
+    if varying and not (steady and (len(varying) == 1 or all(_nonnegative_factor(f, extents) for f in varying))):
+        return None  # the largest factors need not give the largest product
+    for factor in factors:
         if factor in extents:
             bound *= extents[factor] - 1
         elif isinstance(factor, Mod):
             inner = upper_bound(factor.args[0], extents)
-            bound *= factor.args[1] - 1 if inner is None else Min(inner, factor.args[1] - 1)
+            small = inner is not None and provably_nonnegative(factor.args[0], extents)
+            bound *= Min(inner, factor.args[1] - 1) if small else factor.args[1] - 1
         elif isinstance(factor, FloorDiv):
             inner = upper_bound(factor.args[0], extents)
             if inner is None:
@@ -171,6 +185,12 @@ def _term_bound(term: Expr, extents: Mapping[sympy.Symbol, Expr]) -> Expr | None
         else:
             bound *= factor
     return bound
+
+
+def _nonnegative_factor(factor: Expr, extents: Mapping[sympy.Symbol, Expr]) -> bool:
+    if isinstance(factor, FloorDiv):
+        return provably_nonnegative(factor.args[0], extents)
+    return bool(factor.is_nonnegative)
 
 
 def provably_less(expr: Expr, limit: Expr, extents: Mapping[sympy.Symbol, Expr]) -> bool:
@@ -191,7 +211,10 @@ def provably_nonnegative(expr: Expr, extents: Mapping[sympy.Symbol, Expr]) -> bo
 
 def simplify(expr: Expr, extents: Mapping[sympy.Symbol, Expr]) -> Expr:
     """Simplify floor divisions and modulos, given that each index symbol lies in ``[0, extent)``."""
-    return _simplify(sympy.sympify(expr), tuple(sorted(extents.items(), key=lambda item: item[0].name)))
+    expr = sympy.sympify(expr)
+    if zero := {s: Integer(0) for s in expr.free_symbols if extents.get(s) == 1}:
+        expr = expr.xreplace(zero)
+    return _simplify(expr, tuple(sorted(extents.items(), key=lambda item: item[0].name)))
 
 
 @lru_cache(maxsize=65536)
@@ -205,11 +228,47 @@ def _simplify(expr: Expr, extents: tuple[tuple[sympy.Symbol, Expr], ...]) -> Exp
         q, r = _split_multiples(a, b)
         if provably_less(r, b, ranges) and provably_nonnegative(r, ranges):
             return q if isinstance(expr, FloorDiv) else r
-        return q + FloorDiv(r, b) if isinstance(expr, FloorDiv) else Mod(r, b)
+        rest = _divide(r, b, extents) if isinstance(expr, FloorDiv) else _remainder(r, b, extents)
+        return q + rest if isinstance(expr, FloorDiv) else rest
     rebuilt = expr.func(*args)
     if isinstance(rebuilt, Add | Mul):
         rebuilt = sympy.expand(rebuilt)
-    return _join_digits(rebuilt) if isinstance(rebuilt, Add) else rebuilt
+    joined = _join_digits(rebuilt) if isinstance(rebuilt, Add) else rebuilt
+    return joined if joined == rebuilt else _simplify(joined, extents)
+
+
+def _divide(a: Expr, b: Expr, extents: tuple[tuple[sympy.Symbol, Expr], ...]) -> Expr:
+    """``a // b`` after ``(x % (c*d)) // c => (x // c) % d`` and ``(c*q + r) // (c*d) => q // d`` for 0 <= r < c."""
+    if isinstance(a, Mod):
+        d, rest = _split_multiples(a.args[1], b)
+        if rest == 0:
+            return _simplify(Mod(FloorDiv(a.args[0], b), d), extents)
+    if (split := _common_scale(a, b, dict(extents))) is not None:
+        c, q, _ = split
+        return _simplify(FloorDiv(q, b / c), extents)
+    return FloorDiv(a, b)
+
+
+def _remainder(a: Expr, b: Expr, extents: tuple[tuple[sympy.Symbol, Expr], ...]) -> Expr:
+    """``a % b`` after ``(c*q + r) % (c*d) => c*(q % d) + r`` for 0 <= r < c."""
+    if (split := _common_scale(a, b, dict(extents))) is not None:
+        c, q, r = split
+        return sympy.expand(c * _simplify(Mod(q, b / c), extents) + r)
+    return Mod(a, b)
+
+
+def _common_scale(a: Expr, b: Expr, ranges: Mapping[sympy.Symbol, Expr]) -> tuple[Expr, Expr, Expr] | None:
+    """A factor ``c`` of ``b``, and ``a = c*q + r`` with ``0 <= r < c``; None when there is none but 1."""
+    for term in Add.make_args(a):
+        c = Mul(*(f for f in Mul.make_args(term) if not f.free_symbols & set(ranges) and f.is_positive))
+        if b.is_Integer and c.is_Integer:
+            c = sympy.gcd(b, c)
+        if c == 1 or _split_multiples(b, c)[1] != 0:
+            continue
+        q, r = _split_multiples(a, c)
+        if q != 0 and provably_less(r, c, ranges) and provably_nonnegative(r, ranges):
+            return c, q, r
+    return None
 
 
 def _join_digits(total: Expr) -> Expr:

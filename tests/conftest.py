@@ -6,10 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import PreTrainedModel
 
 from tests.compiler.models import tiny
 from tilewright.pretrained import load_minilm, load_smollm2
+
+# The same examples on every machine; `pytest --hypothesis-profile=explore` looks for new ones.
+settings.register_profile("repeatable", max_examples=50, deadline=None, derandomize=True, print_blob=True)
+settings.register_profile(
+    "explore", parent=settings.get_profile("repeatable"), max_examples=1000, derandomize=False
+)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
