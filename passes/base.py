@@ -73,7 +73,9 @@ class Rewriter:
         **attrs: Attr,
     ) -> Value:
         """Append a new op with one result. ``type`` is needed where it cannot be inferred."""
-        (value,) = self.add_multi(opcode, *operands, loc=loc, types=(type,) if type else None, hint=hint, **attrs)
+        (value,) = self.add_multi(
+            opcode, *operands, loc=loc, types=(type,) if type else None, hint=hint, **attrs
+        )
         return value
 
     def add_multi(

@@ -13,6 +13,10 @@ Rules, each named by its equation:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from sympy import Expr, Integer, Symbol
+
 from tilewright.ir.index import IndexMap, extents_of, simplify
 from tilewright.ir.module import Function, Op
 from tilewright.ir.types import DType, Value
@@ -29,7 +33,9 @@ def _view(op: Op, rewriter: Rewriter, made: dict[Value, Op]) -> Value | None:
         source = inner.operands[0]
         index_map = IndexMap(index_map.rank, inner.attr("map").apply(index_map.exprs))
     ranges = extents_of(op.result.shape)
-    final = IndexMap(index_map.rank, tuple(_unit(e, d, ranges) for e, d in zip(index_map.exprs, source.shape)))
+    final = IndexMap(
+        index_map.rank, tuple(_unit(e, d, ranges) for e, d in zip(index_map.exprs, source.shape, strict=True))
+    )
     if source.shape == op.result.shape and all(
         e == s or d == 1 for e, s, d in zip(final.exprs, final.symbols, source.shape, strict=True)
     ):
@@ -39,9 +45,9 @@ def _view(op: Op, rewriter: Rewriter, made: dict[Value, Op]) -> Value | None:
     return rewriter.add("view", source, loc=op.loc, type=op.result.type, map=final)
 
 
-def _unit(expr, extent, ranges):  # type: ignore[no-untyped-def]
-    """An index into a dim of size 1 is 0."""
-    return expr * 0 if extent == 1 else simplify(expr, ranges)
+def _unit(expr: Expr, extent: Expr, ranges: Mapping[Symbol, Expr]) -> Expr:
+    """The simplified index into a dim; 0 when the dim has size 1."""
+    return Integer(0) if extent == 1 else simplify(expr, ranges)
 
 
 def _cast(op: Op, rewriter: Rewriter, made: dict[Value, Op]) -> Value | None:
@@ -95,7 +101,13 @@ def _concat(op: Op, rewriter: Rewriter, made: dict[Value, Op]) -> Value | None:
     return op.operands[0] if len(op.operands) == 1 else None
 
 
-_RULES = {"view": _view, "cast": _cast, "pow": _pow, "concat": _concat, **dict.fromkeys(_NEUTRAL, _arithmetic)}
+_RULES = {
+    "view": _view,
+    "cast": _cast,
+    "pow": _pow,
+    "concat": _concat,
+    **dict.fromkeys(_NEUTRAL, _arithmetic),
+}
 
 
 def _function(function: Function) -> Function:

@@ -1,8 +1,8 @@
 """Computes equal expressions once.
 
-    %1 = exp %x : f32[4]
-    %2 = exp %x : f32[4]                      %1 = exp %x : f32[4]
-    %3 = add %1, %2 : f32[4]      =>          %3 = add %1, %1 : f32[4]
+%1 = exp %x : f32[4]
+%2 = exp %x : f32[4]                      %1 = exp %x : f32[4]
+%3 = add %1, %2 : f32[4]      =>          %3 = add %1, %1 : f32[4]
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Removes ops whose results nobody uses. ``append`` stays: it changes the request's state.
 
-    %1 = neg %x : f32[4]
-    %2 = exp %x : f32[4]          =>          %2 = exp %x : f32[4]
-    return %2
+%1 = neg %x : f32[4]
+%2 = exp %x : f32[4]          =>          %2 = exp %x : f32[4]
+return %2
 """
 
 from __future__ import annotations

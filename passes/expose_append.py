@@ -1,6 +1,6 @@
 """Makes the cache append an op of its own, so that it can become the epilogue of the matmul that computes k and v.
 
-    attention(q, k, v) {slot}  =>  attention(q, append(k) {slot.k}, append(v) {slot.v}) {slot = ""}
+attention(q, k, v) {slot}  =>  attention(q, append(k) {slot.k}, append(v) {slot.v}) {slot = ""}
 """
 
 from __future__ import annotations

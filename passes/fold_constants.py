@@ -59,7 +59,15 @@ def _weight_only(function: Function) -> set[Value]:
     """Values computed from weights and constants alone, with no run-time dim."""
     known: set[Value] = set()
     for op in function.ops:
-        pure = op.opcode in POINTWISE or op.opcode in ("view", "concat", "gather", "reduce", "matmul", "const", "param")
+        pure = op.opcode in POINTWISE or op.opcode in (
+            "view",
+            "concat",
+            "gather",
+            "reduce",
+            "matmul",
+            "const",
+            "param",
+        )
         fixed = all(d.is_Integer for v in op.results for d in v.shape)
         if pure and fixed and all(v in known for v in op.operands):
             known.update(op.results)
@@ -89,7 +97,11 @@ def _hoist(function: Function, earlier: Function | None) -> tuple[Function, Func
 
     roots = [v for op in function.ops for v in op.results if worth(v)]
     inner = {o.result for v in roots for o in _slice(v, made)} - set(roots)
-    roots = [v for v in roots if streams(v) or v in function.returns or any(set(u.results) - known for u in users[v])]
+    roots = [
+        v
+        for v in roots
+        if streams(v) or v in function.returns or any(set(u.results) - known for u in users[v])
+    ]
     if not roots:
         return function, earlier
     taken = {v.name for v in earlier.returns} if earlier else set()
@@ -132,7 +144,9 @@ def _name(value: Value, made: dict[Value, Op], taken: set[str]) -> str:
     return name
 
 
-def _rename(prepared: Function, ops: list[Op], named: dict[Value, Value], earlier: Function | None) -> Function:
+def _rename(
+    prepared: Function, ops: list[Op], named: dict[Value, Value], earlier: Function | None
+) -> Function:
     table = dict(named)
     renamed = []
     for op in ops:
@@ -143,4 +157,3 @@ def _rename(prepared: Function, ops: list[Op], named: dict[Value, Value], earlie
     returns = (earlier.returns if earlier else ()) + prepared.returns
     unique = {op.results: op for op in renamed}
     return Function(prepared.name, (), tuple(unique.values()), returns)
-

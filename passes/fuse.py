@@ -209,7 +209,9 @@ class _Fuser:
             op = self.ops[n]
             if n in self.owner or not any(p in members for p in self._producers(n)):
                 continue
-            fits = op.opcode == "view" if attention else _is_loop(op) and op.opcode not in ("reduce", "gather")
+            fits = (
+                op.opcode == "view" if attention else _is_loop(op) and op.opcode not in ("reduce", "gather")
+            )
             if fits and self._producers_ready(n, members):
                 members.add(n)
         return members
@@ -258,9 +260,9 @@ class _Fuser:
 
     def _frontier_bytes(self, members: set[int]) -> int:
         """Bytes that other kernels have to store only because this one reads them."""
-        read = {p for n in members for p in self._producers(n)} - members
+        read = {p for n in members for p in self._producers(n)} - members - self.owner.keys()
         return sum(
-            self._bytes(p) for p in read if p not in self.owner and _is_loop(self.ops[p]) and self.ops[p].opcode not in _SOURCES
+            self._bytes(p) for p in read if _is_loop(self.ops[p]) and self.ops[p].opcode not in _SOURCES
         )
 
     def _recomputable(self, n: int, members: set[int]) -> bool:
@@ -285,7 +287,11 @@ class _Fuser:
             if n in self.owner or not _is_loop(op) or op.opcode in _SOURCES:
                 continue
             target = self._consumer_group(n)
-            if target is not None and self._cheap_inside(n, target) and self._legal(self.groups[target] | {n}):
+            if (
+                target is not None
+                and self._cheap_inside(n, target)
+                and self._legal(self.groups[target] | {n})
+            ):
                 self._adopt(target, self.groups[target] | {n})
             else:
                 self._start({n})
@@ -305,10 +311,12 @@ class _Fuser:
     def _cheap_inside(self, n: int, target: int) -> bool:
         """False when op n would be recomputed many times inside the target kernel."""
         op = self.ops[n]
-        if op.opcode not in (*_COSTLY, "reduce"):
+        if op.opcode not in (*_COSTLY, "reduce") or self._points([n]) >= self._points(self.groups[target]):
             return True
-        per_row = all(v.type.rank == 0 or v.shape[-1] == 1 for v in op.results)
-        return per_row or op.opcode == "reduce" or self._points([n]) >= self._points(self.groups[target])
+        if op.opcode == "reduce":  # over the innermost axes: computed once per row, outside the row's loop
+            rank = op.operands[0].type.rank
+            return bool(op.attr("axes") == tuple(range(rank - len(op.attr("axes")), rank)))
+        return all(v.type.rank == 0 or v.shape[-1] == 1 for v in op.results)
 
     def _merge_siblings(self) -> None:
         """Join a producer with consumers of the same shape that have no other relation: one pass over memory."""
@@ -335,7 +343,9 @@ class _Fuser:
         rest = [op for n, op in enumerate(self.ops) if n not in self.owner and op.opcode not in _SOURCES]
         ordered = _schedule([*rest, *kernels, *self._loose_sources(rest)], self.function)
         name = _namer(self.function.name)
-        return self.function.with_ops(op.with_attrs(name=name(op)) if op.opcode == "kernel" else op for op in ordered)
+        return self.function.with_ops(
+            op.with_attrs(name=name(op)) if op.opcode == "kernel" else op for op in ordered
+        )
 
     def _loose_sources(self, rest: list[Op]) -> list[Op]:
         """Kernels for constants that are returned, or given to calls."""

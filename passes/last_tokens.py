@@ -21,7 +21,12 @@ _S, _L = sym("S"), sym("L")
 def last_tokens(module: Module, options: PassOptions) -> Module:
     """Slice the entry's first result, [B, S, V], when ``options.last_tokens`` asks for it."""
     main = module.main
-    if not options.last_tokens or not main.returns or main.returns[0].type.rank < 2 or main.returns[0].shape[1] != _S:
+    if (
+        not options.last_tokens
+        or not main.returns
+        or main.returns[0].type.rank < 2
+        or main.returns[0].shape[1] != _S
+    ):
         return module
     rewriter = Rewriter(main)
     rewriter.ops = list(main.ops)
@@ -73,5 +78,3 @@ def _row_wise(op: Op) -> bool:
 
 def _symbols(value: Value) -> set[object]:
     return {s for d in value.shape for s in d.free_symbols}
-
-

@@ -6,9 +6,9 @@
 
 Each function is planned once. Its values that die inside it form a *frame*, placed in the arena by the caller; what it
 returns lives in the caller's memory. Values of one function that may share memory *in place* (an elementwise chain,
-such as the residual stream) form one class. Classes whose lifetimes intersect are neighbours in an interference graph;
-they are placed by decreasing size at the lowest offset that no placed neighbour covers (Sekiyama et al., "Profile-guided
-memory optimization for deep neural networks", 2018, call this best-fit; it is within a few percent of optimal here).
+such as the residual stream) form one class. Classes whose lifetimes intersect are neighbours in an interference
+graph; they are placed by decreasing size at the lowest offset that no placed neighbour covers (the greedy-by-size
+planner of Pisarchyk and Lee, "Efficient memory management for deep neural net inference", 2020).
 
 ``ir.check_plan`` checks the result without sharing any of this.
 """
@@ -108,7 +108,9 @@ class _Planner:
         self._place(plan, ops)
         return plan
 
-    def _add(self, plan: _FunctionPlan, value: Value, n: int, last: Mapping[Value, int], op: Op, entry: bool) -> None:
+    def _add(
+        self, plan: _FunctionPlan, value: Value, n: int, last: Mapping[Value, int], op: Op, entry: bool
+    ) -> None:
         """Give a value a class: that of an operand that it can overwrite, or a new one."""
         returned = plan.function.returns
         dying = [v for v in op.operands if last[v] == n and v not in returned and op.operands.count(v) == 1]
@@ -172,10 +174,13 @@ class _Planner:
             table.add(p.name, BufferKind.input, p)
         bound = {p: table.numbers[(BufferKind.input, p.name)] for p in main.params}
         for n, value in enumerate(main.returns):
-            bound.update(dict.fromkeys(self.main.of[value].members, table.add(f"output{n}", BufferKind.output, value)))
+            bound.update(
+                dict.fromkeys(self.main.of[value].members, table.add(f"output{n}", BufferKind.output, value))
+            )
         for number, c in enumerate(self.main.classes):
             if c.returned is None:
-                placed = table.add(f"main.{c.members[0].name}", BufferKind.arena, c.members[0], self.main.offsets[number], c.nbytes)
+                first, offset = c.members[0], self.main.offsets[number]
+                placed = table.add(f"main.{first.name}", BufferKind.arena, first, offset, c.nbytes)
                 bound.update(dict.fromkeys(c.members, placed))
         routines: list[Routine] = []
         calls: list[Call] = []
@@ -220,7 +225,9 @@ class _Planner:
         for number, c in enumerate(plan.classes):
             if c.returned is None:
                 label = f"{plan.function.name}.{c.members[0].name}"
-                placed = table.add(label, BufferKind.arena, c.members[0], base + plan.offsets[number], c.nbytes)
+                placed = table.add(
+                    label, BufferKind.arena, c.members[0], base + plan.offsets[number], c.nbytes
+                )
                 given.update(dict.fromkeys(c.members, placed))
         return given
 
@@ -274,6 +281,7 @@ def _routine(function: Function, name: str) -> Routine:
     slots = list(dict.fromkeys(v for op in steps_ops for v in (*op.operands, *op.results)))
     number = {v: n for n, v in enumerate(slots)}
     steps = tuple(
-        Step(op, tuple(number[v] for v in op.operands), tuple(number[v] for v in op.results)) for op in steps_ops
+        Step(op, tuple(number[v] for v in op.operands), tuple(number[v] for v in op.results))
+        for op in steps_ops
     )
     return Routine(name, tuple(slots), steps)

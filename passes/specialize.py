@@ -1,7 +1,7 @@
 """Turns dims that a program knows into constants.
 
-    symbol S [1, 512]                                  (S = 1)
-    %y = neg %x : f32[B, S, 64]          =>            %y = neg %x : f32[B, 1, 64]
+symbol S [1, 512]                                  (S = 1)
+%y = neg %x : f32[B, S, 64]          =>            %y = neg %x : f32[B, 1, 64]
 """
 
 from __future__ import annotations

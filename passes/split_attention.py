@@ -13,7 +13,7 @@ A row without a valid position has total 0 and gives 0.
 from __future__ import annotations
 
 from tilewright.ir.index import IndexMap, index_symbols
-from tilewright.ir.module import Function, Module, Op, make_attrs
+from tilewright.ir.module import Function, Module, Op
 from tilewright.ir.types import DType, TensorType, Value
 
 from .base import PassOptions, Rewriter
@@ -50,8 +50,6 @@ def _split(rewriter: Rewriter, op: Op, splits: int) -> Value:
     spread = add("view", weight, type=column, map=IndexMap(5, index[:4]))
     numerator = add("reduce", add("mul", acc, spread), kind="sum", axes=(3,), keepdim=False)
     denominator = add("reduce", add("mul", total, weight), kind="sum", axes=(3,), keepdim=True)
-    rewriter.keep(
-        Op("const", (), make_attrs({"value": 1e-30}), (Value(rewriter.names.fresh(), TensorType(DType.f32, ())),), op.loc)
-    )
-    safe = add("maximum", denominator, rewriter.ops[-1].result)
+    tiny = add("const", type=TensorType(DType.f32, ()), value=1e-30)
+    safe = add("maximum", denominator, tiny)
     return add("cast", add("div", numerator, safe), type=op.result.type)
