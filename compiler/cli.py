@@ -63,7 +63,12 @@ AutotuneOption = Annotated[str, typer.Option(help="off, cached or full.")]
 DumpOption = Annotated[
     Path | None, typer.Option(help="Folder for the IR after every pass, kernel sources and the memory plan.")
 ]
-LengthOption = Annotated[int, typer.Option(min=1, help="Longest sequence, prompt and answer together.")]
+LengthOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Longest sequence, prompt and answer together; by default 2048 or the model's limit."
+    ),
+]
 
 
 def readable_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -102,7 +107,7 @@ def generate(
     device: DeviceOption = "cpu",
     backend: BackendOption = None,
     threads: ThreadsOption = None,
-    max_length: LengthOption = 2048,
+    max_length: LengthOption = None,
     autotune: AutotuneOption = "cached",
     dump: DumpOption = None,
 ) -> None:
@@ -157,7 +162,7 @@ def report(
     device: DeviceOption = "cpu",
     backend: BackendOption = None,
     threads: ThreadsOption = None,
-    max_length: LengthOption = 2048,
+    max_length: LengthOption = None,
     autotune: AutotuneOption = "cached",
     dump: DumpOption = None,
 ) -> None:

@@ -52,7 +52,7 @@ def main(
         raise OptionError(f"'{model}' writes no text; try --model smollm2")
     source = source.to(device)
     start = time.perf_counter()
-    fast = tw.compile(source, max_length=2048, backend=backend, progress=progress)
+    fast = tw.compile(source, backend=backend, progress=progress)
     compile_seconds = time.perf_counter() - start
 
     inputs = {name: tensor.to(device) for name, tensor in pretrained.chat(tokenizer, prompt).items()}
