@@ -1,0 +1,242 @@
+"""Attention over a KV cache: tiles of queries against blocks of positions, with an online softmax.
+
+One program handles one KV head: its tile holds BLOCK_M (position, query head) pairs, all heads of the group together,
+so that K and V are read once per group. Causality, the window and the key mask are conditions on indices; positions
+that no query of the tile may see are skipped. The split form walks one chunk of the context and stores its partial
+result. Scores are masked with a large negative finite number and their weights set to zero, so that a row that sees nothing
+gives zero. The method is the online softmax of Milakov and Gimelshein, in the tiling of FlashAttention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+from sympy import Expr, Integer
+
+from tilewright.ir.errors import VerifyError
+from tilewright.ir.index import FloorDiv, Mod, linear_index, sym
+from tilewright.ir.loops import AttentionForm, Node, Store
+from tilewright.ir.module import Op
+from tilewright.ir.types import DType, Value
+
+from .expression import Block, Context, Operand
+from .text import Scope, ceil_div, next_power_of_two, print_index
+from .tiling import Tile
+
+MASKED = "-1.0e30"
+LOG2_E = 1.4426950408889634
+ROW, COLUMN, KEY, BATCH, GROUP, PART = (sym(n) for n in ("row", "column", "key", "batch", "group", "part"))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Dims of the op: query heads per KV head, KV heads, queries, context, head sizes, splits (0: not split)."""
+
+    batch: Expr
+    share: Expr
+    groups: Expr
+    queries: Expr
+    context: Expr
+    depth: int
+    depth_v: int
+    splits: int
+
+    @staticmethod
+    def of(op: Op) -> _Sizes:
+        q, k, v = op.operands[:3]
+        batch, heads, queries, depth = q.shape
+        share = heads / k.shape[1]
+        splits = int(op.attr("splits", 0))
+        return _Sizes(batch, share, k.shape[1], queries, k.shape[2], int(depth), int(v.shape[3]), splits)
+
+    @property
+    def rows(self) -> Expr:
+        """(position, query head) pairs of one KV head."""
+        return sympy.expand(self.queries * self.share)
+
+
+def emit_attention(form: AttentionForm, tile: Tile, context: Context, pid: str, interpret: bool) -> Expr:
+    """Emit the kernel into ``context.base``. Returns the number of programs.
+
+    Raises VerifyError for an attention that still owns its append: the append belongs to the kernel that makes k and v.
+    """
+    if form.op.attr("slot", ""):
+        raise VerifyError("attention must read its KV state, not append to it, when it is printed")
+    return _Attention(form, tile, context, pid, interpret).emit()
+
+
+class _Attention:
+    def __init__(self, form: AttentionForm, tile: Tile, context: Context, pid: str, interpret: bool) -> None:
+        self.op, self.form, self.tile, self.pid = form.op, form, tile, pid
+        self.sizes, self.interpret = _Sizes.of(form.op), interpret
+        self.context, self.base = context, context.base
+        self.dtype = form.op.operands[0].dtype
+        self.q, self.k, self.v = form.op.operands[:3]
+
+    def emit(self) -> Expr:
+        base, sizes, tile = self.base, self.sizes, self.tile
+        self.block_m = base.constant("BLOCK_M", tile.block_m)
+        self.block_n = base.constant("BLOCK_N", tile.block_n)
+        self.block_d = base.constant("BLOCK_D", max(16, next_power_of_two(sizes.depth)))
+        self.block_v = base.constant("BLOCK_DV", max(16, next_power_of_two(sizes.depth_v)))
+        tiles = ceil_div(sizes.rows, tile.block_m)
+        tile_index = self._program_ids(tiles)
+        row = base.bind(f"{tile_index}tl.arange(0, {self.block_m})", "row")
+        down = base.bind(f"{row}[:, None]", "m")
+        self.rows = Block(down, base.bind(f"{down} < {print_index(sizes.rows)}", "m_ok"), base, sizes.rows)
+        query = base.bind(
+            self._text(sizes.context - sizes.queries + FloorDiv(ROW, sizes.share), {ROW: down}), "position"
+        )
+        low, high = self._range(tile_index, query)
+        q = self._load_query()
+        names = {n: base.names.fresh(n) for n in ("acc", "top", "total")}
+        base.line(f"{names['acc']} = tl.zeros([{self.block_m}, {self.block_v}], tl.float32)")
+        base.line(f"{names['top']} = tl.full([{self.block_m}, 1], {MASKED}, tl.float32)")
+        base.line(f"{names['total']} = tl.zeros([{self.block_m}, 1], tl.float32)")
+        self._loop(low, high, q, query, names)
+        self._store(names)
+        return sympy.expand(sizes.batch * sizes.groups * tiles * max(1, sizes.splits))
+
+    def _program_ids(self, tiles: Expr) -> str:
+        """Name this program's tile, split, KV head and batch row; gives the text before the row index."""
+        base, rest = self.base, self.pid
+        self.names: dict[sympy.Symbol, str] = {}
+        tile_index = ""
+        for symbol, extent, hint in (
+            (None, tiles, "tile"), (PART, Integer(max(1, self.sizes.splits)), "part"),
+            (GROUP, self.sizes.groups, "group"), (BATCH, None, "batch"),
+        ):  # fmt: skip
+            if extent == 1:
+                continue
+            value = rest if extent is None else f"{rest} % ({print_index(extent)})"
+            name = base.bind(value, hint) if value != self.pid else self.pid
+            if symbol is None:
+                tile_index = f"{name} * {self.block_m} + "
+            else:
+                self.names[symbol] = name
+            if extent is not None:
+                rest = base.bind(f"{rest} // ({print_index(extent)})", "rest")
+        return tile_index
+
+    def _text(self, expr: Expr, table: dict[sympy.Symbol, str]) -> str:
+        names = {**self.names, **table}
+        zeros = {s: Integer(0) for s in (BATCH, GROUP, PART) if s not in names}
+        return print_index(sympy.expand(expr.xreplace(zeros)), lambda s: names.get(s, str(s)))
+
+    def _range(self, tile_index: str, query: str) -> tuple[str, str]:
+        """The context positions that some query of the tile may see, as [low, high)."""
+        base, sizes = self.base, self.sizes
+        low, high = "0", print_index(sizes.context)
+        if sizes.splits:
+            chunk = base.bind(print_index(ceil_div(sizes.context, sizes.splits)), "chunk")
+            part = self.names.get(PART, "0")
+            low = base.bind(f"{part} * {chunk}", "low")
+            high = base.bind(f"tl.minimum({low} + {chunk}, {high})", "high")
+        if self.op.attr("causal") and sizes.queries != 1:
+            high = base.bind(f"tl.minimum({high}, tl.max({query}) + 1)", "high")
+        if window := self.op.attr("window"):
+            first = base.bind(f"tl.min({query}) - {int(window) - 1}", "first")
+            low = base.bind(f"tl.maximum({low}, {first})", "low")
+        return low, high
+
+    def _address(self, value: Value, index: tuple[Expr, ...], table: dict[sympy.Symbol, str]) -> str:
+        """Pointer text of an element; in 64 bits where the tensor may be that large."""
+        pointers = self.context.pointers
+        shape = pointers.shape(value)
+        suffix = ".to(tl.int64)" if pointers.is_large(value) else ""
+        named = {s: f"{t}{suffix}" for s, t in {**self.names, **table}.items()}
+        zeros = {s: Integer(0) for s in (BATCH, GROUP, PART) if s not in named}
+        text = print_index(
+            sympy.expand(linear_index(index, shape).xreplace(zeros)), lambda s: named.get(s, str(s))
+        )
+        return f"{pointers.names[value]} + ({text})"
+
+    def _depth(self, block: str, size: int, subscript: str, hint: str) -> tuple[str, str]:
+        """Indices along a head dim and their mask ("" where the dim is a power of two)."""
+        name = self.base.bind(f"tl.arange(0, {block}){subscript}", hint)
+        padded = max(16, next_power_of_two(size)) != size
+        return name, self.base.bind(f"{name} < {size}", f"{name}_ok") if padded else ""
+
+    def _load_query(self) -> str:
+        share = self.sizes.share
+        d, d_ok = self._depth(self.block_d, self.sizes.depth, "[None, :]", "d")
+        index = (BATCH, GROUP * share + Mod(ROW, share), FloorDiv(ROW, share), COLUMN)
+        address = self._address(self.q, index, {ROW: self.rows.text, COLUMN: d})
+        mask = " & ".join(m for m in (self.rows.mask, d_ok) if m)
+        return self.base.bind(f"tl.load({address}, mask={mask}, other=0.0)", "q")
+
+    def _loop(self, low: str, high: str, q: str, query: str, names: dict[str, str]) -> None:
+        base, op = self.base, self.op
+        scope = base.open(f"for start in range({low}, {high}, {self.block_n}):")
+        row = scope.bind(f"start + tl.arange(0, {self.block_n})[None, :]", "key")
+        column = scope.bind(f"start + tl.arange(0, {self.block_n})[:, None]", "key_down")
+        d, d_ok = self._depth(self.block_d, self.sizes.depth, "[:, None]", "d_down")
+        e, e_ok = self._depth(self.block_v, self.sizes.depth_v, "[None, :]", "e")
+        k_mask = " & ".join(m for m in (f"({row} < {high})", d_ok) if m)
+        v_mask = " & ".join(m for m in (f"({column} < {high})", e_ok) if m)
+        address = self._address(self.k, (BATCH, GROUP, KEY, COLUMN), {KEY: row, COLUMN: d})
+        k = scope.bind(f"tl.load({address}, mask={k_mask}, other=0.0)", "k")
+        scores = scope.bind(f"{self._dot(q, k)} * {float(op.attr('scale'))!r}", "scores")
+        if cap := op.attr("softcap"):
+            scores = scope.bind(f"tanh({scores} * {1.0 / float(cap)!r}) * {float(cap)!r}", "scores")
+        seen = self._condition(scope, row, query, high)
+        scores = scope.bind(f"tl.where({seen}, {scores}, {MASKED})", "scores")
+        top = scope.bind(f"tl.maximum({names['top']}, tl.max({scores}, axis=1, keep_dims=True))", "new_top")
+        p = scope.bind(f"tl.where({seen}, tl.exp2(({scores} - {top}) * {LOG2_E}), 0.0)", "p")
+        decay = scope.bind(f"tl.exp2(({names['top']} - {top}) * {LOG2_E})", "decay")
+        address = self._address(self.v, (BATCH, GROUP, KEY, COLUMN), {KEY: column, COLUMN: e})
+        v = scope.bind(f"tl.load({address}, mask={v_mask}, other=0.0)", "v")
+        scope.line(f"{names['total']} = {names['total']} * {decay} + tl.sum({p}, axis=1, keep_dims=True)")
+        weights = p if self.dtype is DType.f32 else scope.bind(f"{p}.to({v}.dtype)", "weights")
+        scope.line(f"{names['acc']} = {names['acc']} * {decay} + {self._dot(weights, v)}")
+        scope.line(f"{names['top']} = {top}")
+        base.close(scope)
+
+    def _condition(self, scope: Scope, key: str, query: str, high: str) -> str:
+        """Which keys each query may see."""
+        parts = [f"({key} < {high})", self.rows.mask]
+        if self.op.attr("causal") and self.sizes.queries != 1:
+            parts.append(f"({key} <= {query})")
+        if window := self.op.attr("window"):
+            parts.append(f"({query} - {key} < {int(window)})")
+        if len(self.op.operands) == 4:
+            mask = self.op.operands[3]
+            address = self._address(mask, (BATCH, KEY), {KEY: key})
+            valid = scope.bind(f"tl.load({address}, mask={key} < {high}, other=0)", "valid")
+            parts.append(f"({valid} != 0)")
+        return scope.bind(" & ".join(parts), "seen")
+
+    def _dot(self, a: str, b: str) -> str:
+        if self.dtype is DType.bf16 and self.interpret:
+            # The interpreter keeps bfloat16 as raw bits and would multiply those; a float32 product is the same number.
+            return f'tl.dot({a}.to(tl.float32), {b}.to(tl.float32), input_precision="ieee")'
+        precise = ', input_precision="ieee"' if self.dtype is DType.f32 else ""
+        return f"tl.dot({a}, {b}{precise})"
+
+    def _store(self, names: dict[str, str]) -> None:
+        """Store the result, or the partial one, through the views that follow the op."""
+        base, sizes = self.base, self.sizes
+        results: tuple[str, ...] = (names["acc"], names["top"], names["total"])
+        if not sizes.splits:
+            results = (base.bind(f"{names['acc']} / tl.maximum({names['total']}, 1.0e-30)", "result"),)
+        e, e_ok = self._depth(self.block_v, sizes.depth_v, "[None, :]", "e")
+        blocks = {ROW: self.rows, COLUMN: Block(e, e_ok, base, Integer(sizes.depth_v))}
+        blocks |= {s: Block(t, "", base, Integer(2**31)) for s, t in self.names.items()}
+        axes = {
+            sym("b"): BATCH,
+            sym("h"): GROUP * sizes.share + Mod(ROW, sizes.share),
+            sym("s"): FloorDiv(ROW, sizes.share),
+            sym("d"): COLUMN,
+            sym("p"): PART,
+        }
+        zeros = {s: Integer(0) for s in (BATCH, GROUP, PART) if s not in self.names}
+        inner = self.context.extended({s: sympy.sympify(e).xreplace(zeros) for s, e in axes.items()}, blocks)
+        for text, (target, index) in zip(results, self.form.stores, strict=True):
+            value = _Computed(target.dtype)
+            inner.bound[value] = Operand(text, base)
+            inner.store(Store(target, index, value), base)
+
+
+class _Computed(Node):
+    """A value that the template holds in a variable."""

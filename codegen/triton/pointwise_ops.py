@@ -1,0 +1,161 @@
+"""The Triton column of the pointwise table: how each op of ``ir.pointwise.POINTWISE`` is written.
+
+Float math is done in float32 (float64 for f64); functions that Triton lacks, or has only as a device library that the
+interpreter cannot call, are short helpers in the prelude of every generated module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from tilewright.ir.types import DType
+
+PRELUDE = '''\
+@triton.jit
+def tanh(x):
+    """tanh: a polynomial near zero (Cephes), where 1 - exp(..) would cancel, else from the exponential."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    z = x * x
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    return tl.where(tl.abs(x) < 0.625, x + x * z * p, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def tanh64(x):
+    """tanh in float64; exact to rounding of exp(2|x|) - 1, which is enough away from zero."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    z = x * x
+    near = x * (1.0 - z * (1.0 / 3.0 - z * (2.0 / 15.0 - z * (17.0 / 315.0))))
+    return tl.where(tl.abs(x) < 0.01, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def power(a, b):
+    """a ** b; a negative base keeps its sign for odd integer exponents and gives NaN for fractions."""
+    magnitude = tl.exp2(b * tl.log2(tl.abs(a)))
+    magnitude = tl.where(b == 0.0, 1.0, magnitude)
+    odd = b - 2.0 * tl.floor(b * 0.5) == 1.0
+    signed = tl.where(odd, -magnitude, magnitude)
+    return tl.where(a < 0.0, tl.where(tl.floor(b) == b, signed, float("nan")), magnitude)
+
+
+@triton.jit
+def floor_div(a, b):
+    """Integer division towards minus infinity; Triton's own rounds towards zero."""
+    q = a // b
+    return tl.where((q * b != a) & ((a < 0) != (b < 0)), q - 1, q)
+
+
+@triton.jit
+def floor_mod(a, b):
+    """Integer remainder with the sign of the divisor."""
+    r = a % b
+    return tl.where((r != 0) & ((r < 0) != (b < 0)), r + b, r)
+
+
+@triton.jit
+def multiply(a, b):
+    """The combining function of a product reduction."""
+    return a * b
+'''
+
+TRITON_TYPES = {
+    DType.f64: "tl.float64", DType.f32: "tl.float32", DType.f16: "tl.float16", DType.bf16: "tl.bfloat16",
+    DType.i64: "tl.int64", DType.i32: "tl.int32", DType.i16: "tl.int16", DType.i8: "tl.int8", DType.u8: "tl.uint8",
+    DType.bool: "tl.int1",
+}  # fmt: skip
+
+POINTER_TYPES = {
+    DType.f64: "fp64", DType.f32: "fp32", DType.f16: "fp16", DType.bf16: "bf16", DType.i64: "i64", DType.i32: "i32",
+    DType.i16: "i16", DType.i8: "i8", DType.u8: "u8", DType.bool: "u8",
+}  # fmt: skip
+
+
+def compute_dtype(dtype: DType) -> DType:
+    """The type in which a scalar of ``dtype`` is held inside a kernel."""
+    return DType.f32 if dtype in (DType.f16, DType.bf16) else dtype
+
+
+def literal(value: Any, dtype: DType) -> str:
+    """A constant; negative ones in parentheses."""
+    if dtype is DType.bool:
+        return str(bool(value))
+    if not dtype.is_float:
+        return f"({int(value)})" if value < 0 else str(int(value))
+    number = float(value)
+    if not math.isfinite(number):
+        return f'float("{number}")'
+    return f"({number!r})" if number < 0 or math.copysign(1, number) < 0 else repr(number)
+
+
+Print = Callable[[tuple[str, ...], DType], str]
+"""(texts of the operands, their dtype) -> text of the result, not parenthesised."""
+
+
+def _by_kind(floats: str, integers: str) -> Print:
+    return lambda args, dtype: (floats if dtype.is_float else integers).format(*args)
+
+
+def _plain(template: str) -> Print:
+    return lambda args, dtype: template.format(*args)
+
+
+def _tanh(args: tuple[str, ...], dtype: DType) -> str:
+    return f"tanh64({args[0]})" if dtype is DType.f64 else f"tanh({args[0]})"
+
+
+def _power(args: tuple[str, ...], dtype: DType) -> str:
+    """Small whole and half exponents, which is what models use, become products and roots."""
+    base, exponent = args
+    try:
+        constant = float(exponent.strip("()"))
+    except ValueError:
+        constant = math.nan
+    if constant in (2.0, 3.0, 4.0):
+        return " * ".join([base] * int(constant))
+    if constant in (0.5, -0.5):
+        return f"{'tl.sqrt' if constant > 0 else 'tl.rsqrt'}({base})"
+    return f"power({base}, {exponent})"
+
+
+TRITON: dict[str, Print] = {
+    "add": _plain("{0} + {1}"),
+    "sub": _plain("{0} - {1}"),
+    "mul": _plain("{0} * {1}"),
+    "div": _by_kind("{0} / {1}", "floor_div({0}, {1})"),
+    "mod": _by_kind("{0} - tl.floor({0} / {1}) * {1}", "floor_mod({0}, {1})"),
+    "pow": _power,
+    "maximum": _plain("tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
+    "minimum": _plain("tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
+    "neg": _plain("-{0}"),
+    "abs": _plain("tl.abs({0})"),
+    "exp": _plain("tl.exp({0})"),
+    "log": _plain("tl.log({0})"),
+    "sqrt": _plain("tl.sqrt({0})"),
+    "rsqrt": _plain("tl.rsqrt({0})"),
+    "sin": _plain("tl.sin({0})"),
+    "cos": _plain("tl.cos({0})"),
+    "tanh": _tanh,
+    "erf": _plain("tl.erf({0})"),
+    "sigmoid": _plain("1.0 / (1.0 + tl.exp(-{0}))"),
+    "floor": _plain("tl.floor({0})"),
+    "eq": _plain("{0} == {1}"),
+    "ne": _plain("{0} != {1}"),
+    "lt": _plain("{0} < {1}"),
+    "le": _plain("{0} <= {1}"),
+    "gt": _plain("{0} > {1}"),
+    "ge": _plain("{0} >= {1}"),
+    "and": _plain("{0} & {1}"),
+    "or": _plain("{0} | {1}"),
+    "xor": _plain("{0} ^ {1}"),
+    "not": _plain("{0} == 0"),
+    "where": _plain("tl.where({0}, {1}, {2})"),
+    "cast": _plain("{0}"),
+}

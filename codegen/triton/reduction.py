@@ -1,0 +1,76 @@
+"""Row reductions (norms, softmax, merges of partial results): BLOCK_M rows against the reduced axis.
+
+A row that fits one block stays in registers: statistics and normalised result read it once. Longer rows are read in
+loops, once per level of dependent reductions and once for the result.
+"""
+
+from __future__ import annotations
+
+import sympy
+from sympy import Expr
+
+from tilewright.ir.index import sym
+from tilewright.ir.loops import Axis, Reduce, Segment, free_symbols
+
+from .expression import Block, Context, flatten
+from .row_loops import K, KBlock, RowLoop, Stage
+from .text import Scope, ceil_div, print_index
+from .tiling import Tile
+
+M = sym("m")
+
+
+def row_symbols(segment: Segment) -> frozenset[sympy.Symbol]:
+    """The axes that some reduction depends on."""
+    found: frozenset[sympy.Symbol] = frozenset()
+    own = {a.symbol for a in segment.axes}
+    for node in segment.nodes():
+        if isinstance(node, Reduce):
+            found |= free_symbols(node) & own
+    return found
+
+
+def emit_reduction(
+    segment: Segment, stages: tuple[Stage, ...], tile: Tile, context: Context, pid: str
+) -> Expr:
+    """Emit the segment into ``context.base``. Returns the number of programs."""
+    base = context.base
+    rows = tuple(a for a in segment.axes if a.symbol in row_symbols(segment))
+    columns = tuple(a for a in segment.axes if a not in rows)
+    row_axes, extent = flatten(rows, M)
+    block_m = base.constant("BLOCK_M", tile.block_m)
+    block_k = base.constant("BLOCK_K", tile.block_k)
+    name = base.bind(f"({pid} * {block_m} + tl.arange(0, {block_m}))[:, None]", "m")
+    even = extent.is_Integer and int(extent) % tile.block_m == 0
+    mask = "" if even else base.bind(f"{name} < {print_index(extent)}", f"{name}_ok")
+    context = context.extended(row_axes, {M: Block(name, mask, base, extent)})
+    loop = RowLoop(base, f"[{block_m}, {block_k}]", 1, True, f"[{block_m}, 1]", wide=True)
+    for stage in stages:
+        k = KBlock(block_k, tile.block_k, stage.extent)
+
+        def body(scope: Scope, start: str, k: KBlock = k) -> Context:
+            return context.extended({}, {K: k.index(scope, start, "[None, :]")})
+
+        loop.run(stage, k, body, context)
+    _store(segment, columns, KBlock(block_k, tile.block_k, flatten(columns, K)[1]), context)
+    return ceil_div(extent, tile.block_m)
+
+
+def _store(segment: Segment, columns: tuple[Axis, ...], block: KBlock, context: Context) -> None:
+    """Store row results as [BLOCK_M, 1], others over blocks of the remaining axes."""
+    base = context.base
+    if not columns:
+        for store in segment.stores:
+            context.store(store, base)
+        return
+    axes, _ = flatten(columns, K)
+    scope = (
+        base
+        if block.whole
+        else base.open(f"for start in range(0, {print_index(block.extent)}, {block.constant}):")
+    )
+    inner = context.extended(axes, {K: block.index(scope, "" if block.whole else "start", "[None, :]")})
+    for store in segment.stores:
+        inner.store(store, scope)
+    if not block.whole:
+        base.close(scope)

@@ -1,0 +1,39 @@
+"""Every template of the Triton backend against the reference evaluator, on Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from .triton_cases import CASES
+
+ROOT = Path(__file__).parents[2]
+WORKER = [sys.executable, "-m", "tests.codegen.triton_worker"]
+
+
+@pytest.fixture(scope="module")
+def interpret() -> Iterator[Callable[[str], list[str]]]:
+    """Runs a case by name in a process of its own, and gives what is wrong with its results."""
+    with subprocess.Popen(
+        WORKER, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+
+        def run(name: str) -> list[str]:
+            worker.stdin.write(name + "\n")
+            worker.stdin.flush()
+            return json.loads(worker.stdout.readline())
+
+        yield run
+        worker.stdin.close()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
+    assert interpret(name) == []

@@ -1,0 +1,48 @@
+"""Every template compiled for GPUs that are not there: no spills, and shared memory within the limit."""
+
+from __future__ import annotations
+
+import pytest
+
+from tilewright.codegen.triton.offline import SHARED_LIMIT, Resources, compile_program
+from tilewright.codegen.triton.program import TritonSource
+
+from .triton_cases import CASES
+from .triton_run import source_of
+
+# Single pointwise ops compile alike; the reference tests run all of them.
+REPEATED = ("unary", "binary", "integers", "predicate", "reduce", "embedding")
+EXTRA = [
+    "unary-tanh",
+    "unary-erf",
+    "binary-pow",
+    "binary-maximum",
+    "integers-mod",
+    "reduce-prod",
+    "embedding-bf16",
+]
+CHOSEN = EXTRA + [n for n in CASES if n.split("-")[0] not in REPEATED and "f16" not in n.split("-")]
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_compiles_for_hopper(name: str) -> None:
+    assert _compile(name, 90).fits
+
+
+@pytest.mark.parametrize(
+    "name", ["rope-bf16-many", "gated-bf16-many", "linear-f32-many", "attention-f16", "gated-bf16-one"]
+)
+def test_compiles_for_ampere(name: str) -> None:
+    assert _compile(name, 80).fits
+
+
+def test_limits() -> None:
+    assert not Resources("k", 80, 255, 8, 0).fits
+    assert not Resources("k", 80, 255, 0, SHARED_LIMIT[80] + 1).fits
+    assert Resources("k", 90, 255, 0, SHARED_LIMIT[80] + 1).fits
+
+
+def _compile(name: str, arch: int) -> Resources:
+    kernel, text = source_of(CASES[name](), interpret=False)
+    (resources,) = compile_program(TritonSource(name, text, (kernel,)), arch)
+    return resources

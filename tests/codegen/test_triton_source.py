@@ -1,0 +1,119 @@
+"""The text that the Triton backend prints, without running it."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+
+from tilewright.codegen.triton.kernel import Environment, print_kernel
+from tilewright.codegen.triton.pointwise_ops import TRITON
+from tilewright.codegen.triton.text import Names, Scope, print_index
+from tilewright.codegen.triton.tiling import Tile, product_tile
+from tilewright.ir.errors import OptionError
+from tilewright.ir.index import parse_expr
+from tilewright.ir.pointwise import POINTWISE
+
+from .triton_cases import CAPACITY, CASES, RANGES
+from .triton_run import source_of
+
+TEMPLATES = {
+    "select": ("pointwise",),
+    "embedding-bf16": ("pointwise",),
+    "rms_norm-f32-64": ("reduction",),
+    "softmax": ("reduction",),
+    "merge": ("reduction",),
+    "linear-f32-many": ("matmul",),
+    "gated-bf16-one": ("matmul",),
+    "rope-f32-many": ("matmul", "matmul", "matmul"),
+    "batched-f32": ("matmul",),
+    "nested": ("generic",),
+    "attention-f32": ("attention",),
+    "attention_split-f32": ("attention",),
+}
+
+
+def test_no_pointwise_op_is_missing() -> None:
+    assert set(TRITON) == set(POINTWISE)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_template(name: str) -> None:
+    kernel, _ = source_of(CASES[name](), interpret=False)
+    assert kernel.templates == TEMPLATES[name]
+
+
+@pytest.mark.parametrize("name", ["rope-bf16-many", "layer_norm-f32-9000", "attention_split-f16"])
+def test_printing_is_deterministic(name: str) -> None:
+    assert source_of(CASES[name](), False)[1] == source_of(CASES[name](), False)[1]
+
+
+def test_row_statistics_share_the_loop_of_the_product() -> None:
+    text = source_of(CASES["gated-bf16-many"](), False)[0].text
+    assert text.count("for start in") == 1
+    assert text.count("tl.dot(") == 2
+    assert source_of(CASES["norm_linear-bf16-many"](), False)[0].text.count("for start in") == 3
+
+
+def test_loop_invariant_loads_leave_the_loop() -> None:
+    lines = source_of(CASES["linear-f32-many"](), False)[0].text.splitlines()
+    loop = next(n for n, line in enumerate(lines) if "for start in" in line)
+    inside = [line for line in lines[loop + 1 :] if line.startswith("        ")]
+    assert sum("tl.load" in line for line in inside) == 2
+    assert not any("p_c" in line for line in inside)
+
+
+def test_the_header_names_the_origin() -> None:
+    assert print_kernel(CASES["concat"]().kernel, _environment()).text.startswith(
+        "# fused: view, view, neg, concat, add\n"
+    )
+
+
+def test_tunables_change_blocks_and_reject_nonsense() -> None:
+    kernel = CASES["linear-f32-many"]().kernel
+    tuned = print_kernel(kernel, _environment({"fused": {"block_n": 128, "num_warps": 8}}))
+    assert "BLOCK_N: tl.constexpr = 128" in tuned.text
+    assert tuned.num_warps == 8
+    with pytest.raises(OptionError, match="block_q"):
+        print_kernel(kernel, _environment({"fused": {"block_q": 1}}))
+    with pytest.raises(OptionError, match="power of two"):
+        Tile().tuned({"block_n": 48})
+
+
+def _environment(tunables: dict[str, dict[str, int]] | None = None) -> Environment:
+    return Environment(CAPACITY, {name: high for name, (_, high) in RANGES.items()}, False, tunables or {})
+
+
+def test_a_decode_product_has_enough_programs() -> None:
+    tile = product_tile(0, 576, 1536, 1, 2, interpret=False)
+    assert 576 / tile.block_n >= 264
+    assert product_tile(0, 49152, 576, 1, 2, interpret=False).block_n == 8
+
+
+@pytest.mark.parametrize(
+    ("expr", "text"),
+    [
+        ("64*i1 + i0 % 8", "i1 * 64 + i0 % 8"),
+        ("i0 // 4 - 3", "i0 // 4 - 3"),
+        ("(i0 + 1) % 8 * 4", "((i0 + 1) % 8) * 4"),
+        ("S*i0", "S * i0"),
+        ("Max(i0, S)", "tl.maximum(S, i0)"),
+    ],
+)
+def test_index_text(expr: str, text: str) -> None:
+    shown = print_index(parse_expr(expr))
+    values = {"i0": 13, "i1": 5, "S": 7}
+    wanted = parse_expr(expr).subs(
+        {sympy.Symbol(n, integer=True, nonnegative=True): v for n, v in values.items()}
+    )
+    assert sorted(shown) == sorted(text)
+    if "tl." not in shown:
+        assert eval(shown, {}, values) == wanted.subs({s: values[s.name] for s in wanted.free_symbols})
+
+
+def test_scopes_hoist_and_share() -> None:
+    base = Scope(Names())
+    loop = base.open("for k in range(4):")
+    assert base.bind("p + 1") == loop.bind("p + 1")
+    loop.line("use(t)")
+    base.close(loop)
+    assert base.lines == ["    t = p + 1", "    for k in range(4):", "        use(t)"]

@@ -1,0 +1,90 @@
+"""Run a case's kernel through generated Triton code, and compare it with the reference evaluator."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewright.codegen.triton.kernel import Environment, KernelSource, print_kernel
+from tilewright.codegen.triton.program import print_source
+from tilewright.ir.program import physical_shape
+from tilewright.ir.reference import evaluate
+from tilewright.ir.types import Value, concrete
+
+from .triton_cases import CAPACITY, CASES, RANGES, Case
+
+
+def source_of(case: Case, interpret: bool) -> tuple[KernelSource, str]:
+    """The case's kernel and the text of a module that holds it."""
+    largest = {name: high for name, (_, high) in RANGES.items()}
+    kernel = print_kernel(case.kernel, Environment(CAPACITY, largest, interpret))
+    return kernel, print_source("case", (kernel,))
+
+
+def load(text: str, path: Path) -> Any:
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _buffer(value: Value, content: Tensor | None, case: Case, device: str) -> Tensor:
+    """A tensor laid out as buffers are (T at capacity), filled with ``content`` where it reaches."""
+    shape = concrete(physical_shape(value.type, CAPACITY), case.dims)
+    buffer = torch.zeros(shape, dtype=value.dtype.torch)
+    if content is not None:
+        buffer[tuple(slice(0, n) for n in content.shape)] = content
+    return buffer.to(device)
+
+
+def run(case: Case, interpret: bool, device: str, path: Path) -> tuple[Tensor, ...]:
+    """The kernel's results at their logical shapes."""
+    _, text = source_of(case, interpret)
+    module = load(text, path)
+    inputs, past = case.inputs(), case.past()
+    slots = {op.result: op.attr("slot") for op in case.kernel.body if op.opcode == "append"}
+    reads = [_buffer(v, inputs[v.name], case, device) for v in case.kernel.operands]
+    writes = [_buffer(v, past[slots[v]] if v in slots else None, case, device) for v in case.kernel.results]
+    pointers = [t.view(torch.uint8) if t.dtype is torch.bool else t for t in reads + writes]
+    module.LAUNCH["fused"](pointers, case.dims)
+    shapes = [concrete(v.shape, case.dims) for v in case.kernel.results]
+    return tuple(w[tuple(slice(0, n) for n in s)].cpu() for w, s in zip(writes, shapes, strict=True))
+
+
+def errors(name: str, interpret: bool, device: str, path: Path) -> list[str]:
+    """What is wrong with a case's results: nothing when each is as close to float64 as the reference is."""
+    case = CASES[name]()
+    found = run(case, interpret, device, path)
+    inputs = case.inputs()
+    plain = evaluate(case.module, inputs, {}, case.dims, case.past())
+    exact = evaluate(
+        case.module, inputs, {}, case.dims, {k: v.double() for k, v in case.past().items()}, exact=True
+    )
+    # Attention rounds its weights to the dtype of q, k and v, as eager does, even where partial results are float32.
+    attends = any(op.opcode.startswith("attention") for op in case.kernel.body)
+    coarse = case.kernel.operands[0].dtype.torch if attends else None
+    wrong = []
+    for value, ours, theirs, truth in zip(case.kernel.results, found, plain, exact, strict=True):
+        if not value.dtype.is_float:
+            if not torch.equal(ours, theirs):
+                wrong.append(f"{value}: {ours} is not {theirs}")
+            continue
+        if not torch.isfinite(ours).all() and torch.isfinite(truth).all():
+            wrong.append(f"{value}: not finite")
+            continue
+        size = truth.abs().nan_to_num().max().item()
+        allowed = (
+            1.5 * (theirs.double() - truth).abs().max().item()
+            + 2 * torch.finfo(coarse or ours.dtype).eps * size
+        )
+        error = (ours.double() - truth).abs().max().item()
+        if not error <= allowed:
+            wrong.append(f"{value}: error {error:.3g}, allowed {allowed:.3g}")
+    return wrong

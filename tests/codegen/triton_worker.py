@@ -1,0 +1,34 @@
+"""A process with Triton's interpreter: reads names of cases, a line each, and answers with what is wrong, as JSON.
+
+The interpreter must be chosen before triton is imported, so it cannot share a process with tests that compile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+
+def main() -> None:
+    import torch
+
+    from .triton_run import errors
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, line in enumerate(sys.stdin):
+            try:
+                answer = errors(line.strip(), True, "cpu", Path(folder) / f"case{number}.py")
+            except Exception:  # noqa: BLE001 - the parent test shows it
+                answer = [traceback.format_exc()]
+            print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
