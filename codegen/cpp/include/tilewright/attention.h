@@ -14,9 +14,12 @@ constexpr float MASKED = -1e30f;  // finite, so that differences of masked score
 constexpr int KEY_TILE = 64;      // keys per step of the online softmax
 constexpr int QUERY_ROWS = 96;    // rows (positions x heads of a group) per work item of a prompt
 
-// Strides of a [batch, heads, positions, size] tensor, in elements; the last axis is contiguous.
+// Strides of a [batch, heads, positions, size] tensor, in elements; where none is said, the last axis is contiguous.
+// `part` is that of the splits of a partial result.
 struct Strides {
-    long batch, head, row;
+    long batch, head, row, column = 1, part = 0;
+
+    long at(long b, long h, long s, long p = 0) const { return b * batch + h * head + s * row + p * part; }
 };
 
 struct AttentionShape {
@@ -104,7 +107,7 @@ struct PromptBlock {
 
     void load_queries(const T* source) {
         for (int r = 0; r < rows; r++) {
-            const T* from = source + batch * s.q.batch + head(r) * s.q.head + query(r) * s.q.row;
+            const T* from = source + s.q.at(batch, head(r), query(r));
             for (int i = 0; i < D; i++) q[r * D + i] = to_f32(from[i]) * s.scale;
             for (int i = 0; i < DVP; i++) acc[r * DVP + i] = 0.0f;
             softmax[r] = SoftmaxRow{};
@@ -150,9 +153,9 @@ struct PromptBlock {
 
     void store(T* out) const {
         for (int r = 0; r < rows; r++) {
-            T* to = out + batch * s.out.batch + head(r) * s.out.head + query(r) * s.out.row;
+            T* to = out + s.out.at(batch, head(r), query(r));
             const float inverse = softmax[r].total > 0.0f ? 1.0f / softmax[r].total : 0.0f;
-            for (int i = 0; i < DV; i++) to[i] = from_f32<T>(acc[r * DVP + i] * inverse);
+            for (int i = 0; i < DV; i++) to[i * s.out.column] = from_f32<T>(acc[r * DVP + i] * inverse);
         }
     }
 };
@@ -183,8 +186,8 @@ static inline void attend(const Worker& worker, const AttentionShape& s, const T
         const long end = block.q0 + positions < s.queries ? block.q0 + positions : s.queries;
         block.rows = int((end - block.q0) * block.heads);
         block.load_queries(q);
-        const T* kg = k + block.batch * s.k.batch + block.group * s.k.head;
-        const T* vg = v + block.batch * s.v.batch + block.group * s.v.head;
+        const T* kg = k + s.k.at(block.batch, block.group, 0);
+        const T* vg = v + s.v.at(block.batch, block.group, 0);
         const long last = s.visible(end - 1).end;
         for (long first = s.visible(block.q0).begin; first < last; first += KEY_TILE) {
             block.step(kg, vg, first, int(last - first < KEY_TILE ? last - first : KEY_TILE));
@@ -209,6 +212,18 @@ TW_INLINE void score_four(const float* q, const T* k, long stride, float* out) {
     vsum4(sum, out);
 }
 
+// scores[j] = q . k_j for `count` keys.
+template <class T, int D>
+static inline void score_keys(const float* q, const T* k, long stride, int count, float* scores) {
+    int j = 0;
+    for (; j + 4 <= count; j += 4) score_four<T, D>(q, k + j * stride, stride, scores + j);
+    for (; j < count; j++) {
+        float four[4];
+        score_four<T, D>(q, k + j * stride, 0, four);
+        scores[j] = four[0];
+    }
+}
+
 // acc = acc * factor + the sum of weights[j] * v_j.
 template <class T, int DV>
 TW_INLINE void add_values(const float* weights, int count, float factor, const T* v, long stride, float* acc) {
@@ -226,50 +241,53 @@ TW_INLINE void add_values(const float* weights, int count, float factor, const T
     if constexpr (tail > 0) vstore_n(acc + full * VW, sum[full], tail);
 }
 
+// Where attend_split leaves its results; s.out is unused.
+struct Partials {
+    float *acc, *top, *total;
+    Strides acc_strides, top_strides, total_strides;  // acc's last axis is contiguous
+};
+
 // Attention of few queries over `splits` equal chunks of the context: partial sums acc[B, H, S, splits, DV] relative to
 // top[B, H, S, splits], with their total weight. Every worker of the team calls it; it needs no scratch.
 template <class T, int D, int DV>
 static inline void attend_split(const Worker& worker, const AttentionShape& s, long splits, const T* q, const T* k,
-                                const T* v, float* acc, float* top, float* total) {
+                                const T* v, const Partials& to) {
     const long chunk = (s.keys + splits - 1) / splits, per_group = s.heads_per_group();
-    const long items = s.batch * s.groups * splits;
-    const Range mine = split(worker, items);
+    const long rows = s.queries * per_group;
+    const Range mine = split(worker, s.batch * s.groups * splits);
     for (long item = mine.begin; item < mine.end; item++) {
         const long batch = item / splits / s.groups, group = item / splits % s.groups, part = item % splits;
         const long begin = part * chunk, end = begin + chunk < s.keys ? begin + chunk : s.keys;
-        const T* kg = k + batch * s.k.batch + group * s.k.head;
-        const T* vg = v + batch * s.v.batch + group * s.v.head;
-        for (long row = 0; row < s.queries * per_group; row++) {
-            const long query = row / per_group, head = group * per_group + row % per_group;
-            const long at = ((batch * s.heads + head) * s.queries + query) * splits + part;
-            top[at] = MASKED;
-            total[at] = 0.0f;
-            for (int i = 0; i < DV; i++) acc[at * DV + i] = 0.0f;
-        }
-        for (long first = begin; first < end; first += KEY_TILE) {
+        const T* kg = k + s.k.at(batch, group, 0);
+        const T* vg = v + s.v.at(batch, group, 0);
+        // Block by block over the keys, all rows of a block at a time: keys and values come from memory once.
+        for (long first = begin; first == begin || first < end; first += KEY_TILE) {
             const int count = int(end - first < KEY_TILE ? end - first : KEY_TILE);
             for (int j = 0; j < count; j++) {  // the values, while the keys are being worked on
-                for (int i = 0; i < int(DV * sizeof(T)); i += 64) prefetch((const char*)(vg + (first + j) * s.v.row) + i);
+                const char* row = reinterpret_cast<const char*>(vg + (first + j) * s.v.row);
+                for (int i = 0; i < int(DV * sizeof(T)); i += 64) prefetch(row + i);
             }
-            for (long row = 0; row < s.queries * per_group; row++) {
+            for (long row = 0; row < rows; row++) {
                 const long query = row / per_group, head = group * per_group + row % per_group;
-                const T* from = q + batch * s.q.batch + head * s.q.head + query * s.q.row;
+                float* acc = to.acc + to.acc_strides.at(batch, head, query, part);
+                float& top = to.top[to.top_strides.at(batch, head, query, part)];
+                float& total = to.total[to.total_strides.at(batch, head, query, part)];
+                if (first == begin) {
+                    top = MASKED;
+                    total = 0.0f;
+                    for (int i = 0; i < DV; i++) acc[i] = 0.0f;
+                }
+                if (count <= 0) continue;
+                const T* from = q + s.q.at(batch, head, query);
                 alignas(64) float scaled[D], scores[KEY_TILE];
                 for (int i = 0; i < D; i++) scaled[i] = to_f32(from[i]) * s.scale;
-                int j = 0;
-                for (; j + 4 <= count; j += 4) score_four<T, D>(scaled, kg + (first + j) * s.k.row, s.k.row, scores + j);
-                for (; j < count; j++) {
-                    float four[4];
-                    score_four<T, D>(scaled, kg + (first + j) * s.k.row, 0, four);
-                    scores[j] = four[0];
-                }
+                score_keys<T, D>(scaled, kg + first * s.k.row, s.k.row, count, scores);
                 mask_scores(s, batch, query, first, count, scores);
-                const long at = ((batch * s.heads + head) * s.queries + query) * splits + part;
-                SoftmaxRow softmax{top[at], total[at]};
+                SoftmaxRow softmax{top, total};
                 const float factor = softmax.update(scores, count);
-                top[at] = softmax.top;
-                total[at] = softmax.total;
-                add_values<T, DV>(scores, count, factor, vg + first * s.v.row, s.v.row, acc + at * DV);
+                top = softmax.top;
+                total = softmax.total;
+                add_values<T, DV>(scores, count, factor, vg + first * s.v.row, s.v.row, acc);
             }
         }
     }

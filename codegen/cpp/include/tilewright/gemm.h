@@ -27,7 +27,7 @@ struct widened {
 // What a weight panel holds: 32-bit units, each one element of k, or a pair of them where bf16 has a dot product.
 template <class W>
 struct packed : widened<W> {
-    TW_INLINE vf broadcast(const float* a, long unit) { return vset(a[unit]); }
+    TW_INLINE vf broadcast(const activation_t<W>* a, long unit) { return vset(to_f32(a[unit])); }
     TW_INLINE vf add(vf a, vf b, vf sum) { return vfma(a, b, sum); }
 };
 #if defined(TW_DOT_BF16)
@@ -83,24 +83,6 @@ static inline void pack_panel(float* panel, int count, long k, const Row& row) {
     pack_rows<W, packed<W>>(panel, count, k, row);
 }
 
-// The same panel from a weight that is stored with k outside: w[k * stride + column], columns contiguous.
-template <class W>
-static inline void pack_panel_columns(float* panel, int count, long k, const W* w, long stride) {
-    static_assert(packed<W>::per_unit == 1 || sizeof(W) == 2, "pairs are of 16-bit elements");
-    for (long i = 0; i < k; i += packed<W>::per_unit) {
-        float* out = panel + i / packed<W>::per_unit * PANEL;
-        if constexpr (packed<W>::per_unit == 1) {
-            for (int j = 0; j < PANEL; j++) out[j] = j < count ? to_f32(w[i * stride + j]) : 0.0f;
-        } else {
-            W* pairs = reinterpret_cast<W*>(out);
-            for (int j = 0; j < PANEL; j++) {
-                pairs[2 * j] = j < count ? w[i * stride + j] : W{};
-                pairs[2 * j + 1] = j < count && i + 1 < k ? w[(i + 1) * stride + j] : W{};
-            }
-        }
-    }
-}
-
 // c[m * ldc + j] (+)= sum over units of a[m][unit] * panel[unit][j], for M rows of a and one panel.
 template <class W, int M, bool Accumulate>
 static __attribute__((noinline)) void multiply_tile(const activation_t<W>* a, long lda, const float* panel, long count,
@@ -154,7 +136,7 @@ static inline Share share_of(const Worker& worker, long rows, long columns) {
 
 // Products of `rows` rows of activations with D weight rows per column; every worker of the team calls it.
 // pack(d, n0, count, panel) packs the panel of dot d that starts at column n0; epilogue(m0, m, n0, n, tile, per_dot,
-// per_row) receives tile[d * per_dot + i * per_row + j]. scratch: panel_floats(k, D) floats for this worker.
+// per_row) receives the product of dot d in row m0 + i and column n0 + j as tile[d * per_dot + i * per_row + j]. scratch: panel_floats(k, D) floats for this worker.
 template <class W, int D, class Pack, class Epilogue>
 static inline void gemm(const Worker& worker, long rows, long columns, long k, const activation_t<W>* a, long lda,
                         float* scratch, const Pack& pack, const Epilogue& epilogue) {

@@ -67,8 +67,7 @@ struct RowStream {
 };
 
 // Products of M rows of activations with D weight rows per column, over this worker's share of the columns.
-// row(d, n) is the address of the weight row of dot d at column n; epilogue(n0, columns, tile) receives
-// tile[(d * M + m) * GEMV_TILE + j].
+// row(d, n) is the address of the weight row of dot d at column n; the epilogue is that of gemm.h.
 template <class W, int M, int D, class Row, class Epilogue>
 TW_INLINE void gemv(const Worker& worker, long columns, long k, const activation_t<W>* a, long lda, const Row& row,
                     const Epilogue& epilogue) {
@@ -87,7 +86,7 @@ TW_INLINE void gemv(const Worker& worker, long columns, long k, const activation
                 dot_row<M, W>(a, lda, w, ahead, k, tile + d * M * GEMV_TILE + j, GEMV_TILE);
             }
         }
-        epilogue(n0, count, tile);
+        epilogue(0L, M, n0, count, tile, long(M) * GEMV_TILE, long(GEMV_TILE));
     }
 }
 

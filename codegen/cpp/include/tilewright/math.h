@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "types.h"
 
@@ -147,6 +148,37 @@ TW_MATH double sin(double x) { return std::sin(x); }
 TW_MATH double cos(double x) { return std::cos(x); }
 TW_MATH double sqrt(double x) { return std::sqrt(x); }
 TW_MATH double rsqrt(double x) { return 1.0 / std::sqrt(x); }
+
+TW_MATH float square(float x) { return x * x; }
+TW_MATH double square(double x) { return x * x; }
+TW_MATH float cube(float x) { return x * x * x; }
+TW_MATH double cube(double x) { return x * x * x; }
+
+template <class T>
+TW_MATH T absolute(T x) {
+    if constexpr (std::is_floating_point_v<T>) {
+        return std::fabs(x);
+    } else {
+        return x < 0 ? T(-x) : x;
+    }
+}
+
+// Quotient and remainder that round towards minus infinity, as Python and torch have them.
+template <class T>
+TW_MATH T floor_div(T a, T b) {
+    const T q = T(a / b);
+    return T(q - ((a % b != 0) & ((a < 0) != (b < 0))));
+}
+template <class T>
+TW_MATH T floor_mod(T a, T b) {
+    if constexpr (std::is_floating_point_v<T>) {
+        const T r = std::fmod(a, b);
+        return r != 0 && (r < 0) != (b < 0) ? r + b : r;
+    } else {
+        const T r = T(a % b);
+        return r != 0 && (r < 0) != (b < 0) ? T(r + b) : r;
+    }
+}
 
 // NaN in either operand gives NaN, as torch.maximum and torch.minimum do.
 template <class T>

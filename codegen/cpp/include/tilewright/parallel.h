@@ -37,7 +37,7 @@ struct Worker {
     int size() const { return team.size; }
 
     // Wait for the whole team. Yields after a while, because another process may hold the core of a late thread.
-    void barrier() {
+    void barrier() const {
         if (team.size == 1) return;
         const uint32_t epoch = team.epoch.load(std::memory_order_relaxed);
         if (team.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == uint32_t(team.size)) {
@@ -67,6 +67,18 @@ static inline Range split(long total, int id, int size, long grain = 1) {
     return {begin < total ? begin : total, end < total ? end : total};
 }
 static inline Range split(const Worker& w, long total, long grain = 1) { return split(total, w.id, w.size(), grain); }
+
+// Bytes for `count` elements of scratch, in whole cache lines; `carve` takes them off the front of a piece of scratch.
+template <class T>
+static inline long bytes(long count) {
+    return (count * long(sizeof(T)) + 63) / 64 * 64;
+}
+template <class T>
+static inline T* carve(char*& scratch, long count) {
+    T* taken = reinterpret_cast<T*>(scratch);
+    scratch += bytes<T>(count);
+    return taken;
+}
 
 // Run body(worker) on `threads` threads. The team takes the size that OpenMP really gave.
 template <class Body>

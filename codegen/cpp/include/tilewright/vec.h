@@ -128,21 +128,19 @@ TW_INLINE void vsum4(const vf* x, float* out) {
 
 #endif
 
-// What a matrix of W multiplies: bf16 pairs where the machine has a dot product for them, else float.
+// What a matrix of W multiplies: bf16 rows for bf16 weights (as eager mode has them), else float.
 template <class W>
 struct activation {
     using type = float;
 };
-#if defined(TW_DOT_BF16)
 template <>
 struct activation<bf16> {
     using type = bf16;
 };
-#endif
 template <class W>
 using activation_t = typename activation<W>::type;
 
-// Activations are rounded as eager mode would store them: to bf16 for bf16 weights, even when they are kept in float.
+// Activations are rounded to what eager mode would store them as, even when they are kept in float.
 template <class W>
 inline __attribute__((always_inline)) activation_t<W> to_activation(float x) {
     if constexpr (std::is_same_v<activation_t<W>, float>) {
@@ -158,7 +156,7 @@ struct dot {
     static constexpr int step = VW;
     using act = vf;
     using wgt = vf;
-    TW_INLINE act load_act(const float* p) { return vload(p); }
+    TW_INLINE act load_act(const activation_t<W>* p) { return vload(p); }
     TW_INLINE wgt load(const W* p) { return vload(p); }
     TW_INLINE wgt load_n(const W* p, int n) { return vload_n(p, n); }
     TW_INLINE vf add(act a, wgt w, vf sum) { return vfma(a, w, sum); }

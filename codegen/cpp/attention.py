@@ -1,0 +1,84 @@
+"""Attention kernels: shapes and strides are read off the types and the views, the work is in ``attention.h``."""
+
+from __future__ import annotations
+
+import sympy
+from sympy import Expr, Integer
+
+from tilewright.ir.errors import VerifyError
+from tilewright.ir.index import sym
+from tilewright.ir.loops import AttentionForm
+from tilewright.ir.types import DType, Value
+
+from .ctypes_of import STORAGE
+from .expression import print_index
+from .kernel_context import KernelContext, strides
+
+_AXES = {"b": "batch", "h": "head", "s": "row", "d": "column", "p": "part"}
+
+
+def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
+    """Print the body of an attention kernel. Raises VerifyError for layouts that the primitives cannot write."""
+    op, writer = form.op, kernel.writer
+    q, k, v, *mask = op.operands
+    if q.dtype not in (DType.f32, DType.f16, DType.bf16):
+        raise VerifyError(f"attention on {q.dtype.value} has no C++ form")
+    split = op.opcode == "attention_split"
+    writer.line("tw::AttentionShape shape{};")
+    sizes = {"batch": q.shape[0], "heads": q.shape[1], "groups": k.shape[1], "queries": q.shape[2], "keys": k.shape[2]}
+    for name, size in sizes.items():
+        writer.line(f"shape.{name} = {print_index(size)};")
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        writer.line(f"shape.{name} = {_strides(kernel, value, _symbols('bhsd'), name)};")
+    if mask:
+        row = kernel.offset(mask[0], (Integer(1), Integer(0)), {})
+        writer.line(f"shape.mask = {kernel.names[mask[0]]};")
+        writer.line(f"shape.mask_row = {print_index(row)};")
+    writer.line(f"shape.scale = {float(op.attr('scale'))!r}f;")
+    writer.line(f"shape.softcap = {float(op.attr('softcap'))!r}f;")
+    writer.line(f"shape.causal = {str(bool(op.attr('causal'))).lower()};")
+    writer.line(f"shape.window = {int(op.attr('window'))};")
+    kind = f"{STORAGE[q.dtype]}, {q.shape[3]}, {v.shape[3]}"
+    tensors = ", ".join(kernel.names[x] for x in (q, k, v))
+    if split:
+        _print_split(kernel, form, kind, tensors)
+    else:
+        _print_whole(kernel, form, kind, tensors, (q.shape[3], v.shape[3]))
+
+
+def _print_whole(
+    kernel: KernelContext, form: AttentionForm, kind: str, tensors: str, sizes: tuple[Expr, Expr]
+) -> None:
+    ((target, index),) = form.stores
+    kernel.writer.line(f"shape.out = {_strides(kernel, target, index, 'result')};")
+    call = f"tw::attend<{kind}>(worker, shape, {tensors}, {kernel.names[target]}, reinterpret_cast<float*>(own));"
+    kernel.writer.line(call)
+    kernel.workspace.private.append(f"tw::bytes<float>(tw::attention_scratch_floats({sizes[0]}, {sizes[1]}))")
+
+
+def _print_split(kernel: KernelContext, form: AttentionForm, kind: str, tensors: str) -> None:
+    writer = kernel.writer
+    if len(form.stores) != 3:
+        raise VerifyError("attention_split: every one of its results must be stored")
+    writer.line("tw::Partials partials{};")
+    for name, (target, index) in zip(("acc", "top", "total"), form.stores, strict=True):
+        writer.line(f"partials.{name} = {kernel.names[target]};")
+        writer.line(f"partials.{name}_strides = {_strides(kernel, target, index, name)};")
+    writer.line(f"tw::attend_split<{kind}>(worker, shape, {form.op.attr('splits')}, {tensors}, partials);")
+
+
+def _symbols(names: str) -> tuple[Expr, ...]:
+    return tuple(sym(n) for n in names)
+
+
+def _strides(kernel: KernelContext, value: Value, index: tuple[Expr, ...], where: str) -> str:
+    """A ``tw::Strides`` for a tensor whose element at ``index`` belongs to b, h, s, d and p."""
+    symbols: tuple[sympy.Symbol, ...] = tuple(sym(n) for n in "bhsdp")
+    offset = kernel.offset(value, index, {})
+    found = strides(offset, symbols, where)
+    if sympy.expand(offset.xreplace(dict.fromkeys(symbols, Integer(0)))) != 0:
+        raise VerifyError(f"attention {where}: the stored result does not start at its tensor's first element")
+    inner = found[sym("d")]
+    if where != "result" and inner not in (0, 1):
+        raise VerifyError(f"attention {where}: its last axis is not contiguous")
+    return "{" + ", ".join(print_index(found[sym(n)]) for n in "bhsdp") + "}"

@@ -1,0 +1,70 @@
+"""One fused kernel as one C++ function: a comment that says where it came from, then its segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tilewright.ir.loops import Loops, attention_form, scalarize
+from tilewright.ir.module import Op
+from tilewright.ir.program import Step
+
+from .attention import print_attention
+from .expression import print_index
+from .kernel_context import KernelContext, Workspace
+from .matmul import matmul_groups, print_matmuls
+from .pointwise import print_loops
+from .writer import Writer, identifier
+
+
+@dataclass(frozen=True)
+class PrintedKernel:
+    """A kernel's function (``name(worker, dims, slot, shared, own)``) and the scratch that it needs."""
+
+    name: str
+    text: str
+    workspace: Workspace
+
+
+def print_kernel(step: Step, capacity: int, dims: tuple[str, ...]) -> PrintedKernel:
+    """Print a kernel step. Raises VerifyError when its body has no C++ form."""
+    writer = Writer()
+    kernel = KernelContext(step, capacity, dims, writer)
+    name = identifier(step.name)
+    _comment(writer, step.op)
+    arguments = "const tw::Worker& worker, const long* dims, void* const* slot, char* shared, char* own"
+    with writer.block(f"static void {name}([[maybe_unused]] {arguments.replace(', ', ', [[maybe_unused]] ')})"):
+        kernel.print_dims()
+        kernel.declare()
+        form = attention_form(step.op)
+        if form is not None:
+            print_attention(kernel, form)
+        else:
+            _print_segments(kernel, scalarize(step.op))
+    return PrintedKernel(name, writer.text(), kernel.workspace)
+
+
+def _print_segments(kernel: KernelContext, loops: Loops) -> None:
+    groups, others = matmul_groups(loops.segments)
+    for n, group in enumerate(groups):
+        if n > 0 and not all(g.few_rows for g in groups):
+            kernel.writer.line("worker.barrier();  // the groups share their scratch")
+        print_matmuls(kernel, group)
+    for segment in others:
+        axes = ", ".join(f"{a.symbol} < {print_index(a.extent)}" for a in segment.axes)
+        kernel.writer.line(f"// {axes or 'one point'}")
+        print_loops(kernel, segment)
+
+
+def _comment(writer: Writer, op: Op) -> None:
+    """Which ops and which parts of the model a kernel came from."""
+    work = [o for o in op.body if o.opcode not in ("const", "view", "cast", "dim", "iota")]
+    names: dict[str, int] = {}
+    for o in work:
+        names[o.opcode] = names.get(o.opcode, 0) + 1
+    ops = ", ".join(name if count == 1 else f"{name} x{count}" for name, count in names.items())
+    writer.line(f"// {op.attr('name')}: {ops or 'copy'}")
+    places = dict.fromkeys(
+        f"{o.loc.module or 'model'}{f' ({o.loc.source})' if o.loc.source else ''}" for o in work or op.body
+    )
+    for place in places:
+        writer.line(f"//   from {place}")

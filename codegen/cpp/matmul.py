@@ -1,0 +1,349 @@
+"""Segments that are matrix products: a prologue that fills rows of activations, the product, and an epilogue on tiles.
+
+Segments of a kernel that share their row operand share one prologue. With up to ``GEMV_MAX_ROWS`` rows (a decode step)
+every thread runs the prologue for itself, which is cheaper than a barrier, and streams its share of the weights
+(``gemv.h``); otherwise the team fills a block of rows together and multiplies it (``gemm.h``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+from sympy import Expr, Integer
+
+from tilewright.ir.loops import Axis, Dot, Load, MatmulForm, Node, Reduce, Segment, free_symbols, matmul_form
+from tilewright.ir.types import DType
+
+from .ctypes_of import STORAGE, scalar
+from .expression import print_index
+from .kernel_context import KernelContext, coefficient, contains, product
+from .pointwise import print_point, print_stores
+from .scalars import Scalars
+
+GEMV_MAX_ROWS = 8  # gemv.h says why
+ROW_BLOCK = 512  # rows of activations prepared at a time
+_FLOATS = (DType.f32, DType.f16, DType.bf16)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrix products of one kernel with the same row operand."""
+
+    forms: tuple[MatmulForm, ...]
+    segments: tuple[Segment, ...]
+
+    @property
+    def rows(self) -> tuple[Axis, ...]:
+        return self.forms[0].rows
+
+    @property
+    def row_count(self) -> Expr:
+        return product([a.extent for a in self.rows])
+
+    @property
+    def depth(self) -> Expr:
+        return self.forms[0].k.extent
+
+    @property
+    def few_rows(self) -> bool:
+        """Whether the gemv path applies: a small constant number of rows, and weights that lie in memory by rows."""
+        count = self.row_count
+        return bool(count.is_Integer and count <= GEMV_MAX_ROWS and self.weight is not None)
+
+    @property
+    def weight(self) -> DType | None:
+        """The element type of the weights when all dots load them directly, k contiguous."""
+        loads = {_weight_type(d, f.k) for f in self.forms for d in f.dots}
+        return loads.pop() if len(loads) == 1 else None
+
+    @property
+    def row_values(self) -> tuple[Node, ...]:
+        """What the epilogues need that is reduced once per row, such as the scale of RMSNorm."""
+        symbols = {a.symbol for a in self.rows}
+        found: dict[Node, None] = {}
+
+        def visit(node: Node) -> None:
+            if isinstance(node, Dot):
+                return
+            if free_symbols(node) <= symbols and contains(node, (Reduce,)) and not contains(node, (Dot,)):
+                found[node] = None
+                return
+            for child in node.children:
+                visit(child)
+
+        for segment in self.segments:
+            for store in segment.stores:
+                visit(store.value)
+        return tuple(found)
+
+
+def _weight_type(dot: Dot, k: Axis) -> DType | None:
+    b = dot.b
+    if not isinstance(b, Load) or b.indirect or b.dtype not in _FLOATS or b.index[-1] != k.symbol:
+        return None
+    return None if any(k.symbol in e.free_symbols for e in b.index[:-1]) else b.dtype
+
+
+def matmul_groups(segments: tuple[Segment, ...]) -> tuple[list[Group], list[Segment]]:
+    """Matrix products by row operand, and the segments that are none (or are in float64, which the headers lack)."""
+    groups: dict[tuple[Node, tuple[Axis, ...]], list[tuple[MatmulForm, Segment]]] = {}
+    others: list[Segment] = []
+    for segment in segments:
+        form = matmul_form(segment)
+        if form is None or any(d.dtype not in _FLOATS for d in form.dots):
+            others.append(segment)
+        else:
+            groups.setdefault((form.a, form.rows), []).append((form, segment))
+    made = [Group(tuple(f for f, _ in pairs), tuple(s for _, s in pairs)) for pairs in groups.values()]
+    return made, others
+
+
+class _Printer:
+    """Prints one group into a kernel."""
+
+    def __init__(self, kernel: KernelContext, group: Group) -> None:
+        self.kernel, self.group, self.writer = kernel, group, kernel.writer
+        self.few = group.few_rows
+        self.values = group.row_values
+        self.direct = _direct_rows(kernel, group)
+        self.scalars = Scalars(kernel, [group.forms[0].a, *(s.value for g in group.segments for s in g.stores)])
+        self.scalars.hide(d for f in group.forms for d in f.dots)
+        # Weights that are computed are packed as floats, so their activations are floats too.
+        self.weight = "float" if group.weight is None else STORAGE[group.weight]
+
+    # -- layout ------------------------------------------------------------------------------------------------
+
+    def declare(self) -> None:
+        writer, group = self.writer, self.group
+        writer.line(f"using W = {self.weight};")
+        writer.line("using A = tw::activation_t<W>;")
+        writer.line(f"const long k = {print_index(group.depth)}, rows = {print_index(group.row_count)};")
+        writer.line("const long lda = " + (print_index(self.direct[1]) if self.direct else "tw::padded<W>(k)") + ";")
+
+    def reserve(self) -> None:
+        """Say how much scratch the kernel needs for this group."""
+        depth, rows = print_index(self.group.depth), print_index(self.group.row_count)
+        space, weight = self.kernel.workspace, self.weight
+        block = rows if self.few else f"std::min<long>({ROW_BLOCK}, {rows})"
+        needed = []
+        if self.direct is None:
+            needed.append(f"tw::bytes<tw::activation_t<{weight}>>({block} * tw::padded<{weight}>({depth}))")
+        if self.values:
+            needed.append(f"{len(self.values)} * tw::bytes<double>({block})")
+        target = space.private if self.few else space.shared
+        target.append(" + ".join(needed) or "0")
+        if not self.few:
+            dots = max(len(f.dots) for f in self.group.forms)
+            space.private.append(f"tw::bytes<float>(tw::panel_floats<{weight}>({depth}, {dots}))")
+
+    def carve(self) -> None:
+        """Pointers into the scratch."""
+        writer = self.writer
+        rows = "rows" if self.few else f"std::min<long>({ROW_BLOCK}, rows)"
+        writer.line(f"[[maybe_unused]] char* scratch = {'own' if self.few else 'shared'};")
+        if self.direct is None:
+            writer.line(f"A* a = tw::carve<A>(scratch, {rows} * lda);")
+        for n, value in enumerate(self.values):
+            kind = scalar(value.dtype)
+            writer.line(f"{kind}* row{n} = tw::carve<{kind}>(scratch, {rows});")
+
+    # -- prologue ----------------------------------------------------------------------------------------------
+
+    def prologue(self, begin: str, end: str, base: str) -> None:
+        """Fill rows ``begin`` to ``end`` of the scratch, which starts at row ``base``."""
+        writer, scalars, form = self.writer, self.scalars, self.group.forms[0]
+        if self.direct is not None and not self.values:
+            return
+        with writer.block(f"for (long row = {begin}; row < {end}; row++)"), scalars.scope(self.group.rows):
+            self._row_symbols("row")
+            scalars.hoist(self.values)
+            for n, value in enumerate(self.values):
+                writer.line(f"row{n}[row - {base}] = {scalars.text(value)};")
+            if self.direct is None:
+                scalars.hoist([form.a])
+                writer.line(f"A* to = a + (row - {base}) * lda;")
+                writer.pragma("omp simd")
+                k = form.k.symbol
+                with writer.block(f"for (long {k} = 0; {k} < k; {k}++)"), scalars.scope([form.k], simd=True):
+                    writer.line(f"to[{k}] = tw::to_activation<W>({scalars.text(form.a)});")
+                writer.line("for (long i = k; i < lda; i++) to[i] = A{};")
+
+    def _row_symbols(self, row: str) -> None:
+        if len(self.group.rows) > 1:
+            self.writer.line(f"long rest = {row};")
+            print_point(self.kernel, self.group.rows, "rest")
+        elif self.group.rows:
+            self.writer.line(f"[[maybe_unused]] const long {self.group.rows[0].symbol} = {row};")
+
+    # -- the product -------------------------------------------------------------------------------------------
+
+    def weight_rows(self, form: MatmulForm) -> None:
+        """A function from dot and column to the address of a weight row."""
+        writer = self.writer
+        with writer.block("const auto weight_row = [&](int d, long column) -> const W*", "};"):
+            self._column_symbols(form)
+            ranges = {a.symbol: a.extent for a in form.columns}
+            for n, dot in enumerate(form.dots):
+                load = dot.b
+                assert isinstance(load, Load)
+                start = tuple(e.xreplace({form.k.symbol: Integer(0)}) for e in load.index)
+                where = print_index(self.kernel.offset(load.value, start, ranges))
+                test = f"if (d == {n}) " if n + 1 < len(form.dots) else ""
+                writer.line(f"{test}return {self.kernel.names[load.value]} + {where};")
+
+    def _column_symbols(self, form: MatmulForm) -> None:
+        self.writer.line("long at = column;")
+        print_point(self.kernel, form.columns, "at")
+
+    def pack(self, form: MatmulForm) -> None:
+        """A function that packs a panel of weights, from rows in memory or element by element."""
+        writer = self.writer
+        with writer.block("const auto pack = [&](int d, long first, int count, float* panel)", "};"):
+            if self.group.weight is not None:
+                writer.line("tw::pack_panel<W>(panel, count, k, [&](int j) { return weight_row(d, first + j); });")
+                return
+            with writer.block(f"for (long {form.k.symbol} = 0; {form.k.symbol} < k; {form.k.symbol}++)"):
+                writer.line(f"float* to = panel + {form.k.symbol} * tw::PANEL;")
+                with writer.block("for (int j = 0; j < tw::PANEL; j++)"):
+                    writer.line("to[j] = 0.0f;")
+                    writer.line("if (j >= count) continue;")
+                    writer.line("const long column = first + j;")
+                    self._column_symbols(form)
+                    for n, dot in enumerate(form.dots):
+                        with writer.block(f"if (d == {n})"), self.scalars.scope((*form.columns, form.k), simd=True):
+                            writer.line(f"to[j] = float({self.scalars.text(dot.b)});")
+
+    def epilogue(self, form: MatmulForm, segment: Segment, base: str) -> None:
+        """A function that stores a tile of products; its rows count from the row ``base``."""
+        writer, scalars = self.writer, self.scalars
+        inner = form.columns[-1] if form.columns else None
+        arguments = "long first_row, int row_count, long first_column, int columns"
+        tile = "const float* tile, long per_dot, long per_row"
+        rows = "for (int i = 0; i < row_count; i++)"
+        with writer.block(f"const auto epilogue = [&]({arguments}, {tile})", "};"):  # noqa: SIM117
+            with writer.block(rows), scalars.scope(self.group.rows):
+                writer.line(f"[[maybe_unused]] const long row = {base} + first_row + i;")
+                self._row_symbols("row")
+                for n, value in enumerate(self.values):
+                    name = writer.fresh("s")
+                    writer.line(f"const {scalar(value.dtype)} {name} = row{n}[row - {base}];")
+                    scalars.bind(value, name)
+                scalars.hoist(s.value for s in segment.stores)
+                self._runs(form, segment, inner)
+
+    def _runs(self, form: MatmulForm, segment: Segment, inner: Axis | None) -> None:
+        """Columns of a tile in runs along the innermost column axis, so that the loop over a run vectorises."""
+        writer, scalars = self.writer, self.scalars
+        with writer.block("for (int j = 0; j < columns;)"), scalars.scope(form.columns[:-1]):
+            if inner is None:
+                writer.line("const int run = 1;")
+            else:
+                extent = print_index(inner.extent)
+                writer.line("const long column = first_column + j;")
+                if len(form.columns) > 1:
+                    writer.line(f"const long start = column % ({extent});")
+                    writer.line(f"long at = column / ({extent});")
+                    print_point(self.kernel, form.columns[:-1], "at")
+                else:
+                    writer.line("const long start = column;")
+                writer.line(f"const int run = int(std::min<long>(columns - j, {extent} - start));")
+            for n in range(len(form.dots)):
+                writer.line(f"const float* dot{n} = tile + {n} * per_dot + i * per_row + j;")
+            scalars.hoist(s.value for s in segment.stores)
+            writer.pragma("omp simd")
+            with writer.block("for (int q = 0; q < run; q++)"), scalars.scope([inner] if inner else [], simd=True):
+                if inner is not None:
+                    writer.line(f"[[maybe_unused]] const long {inner.symbol} = start + q;")
+                for n, dot in enumerate(form.dots):
+                    name = writer.fresh("s")
+                    writer.line(f"const {scalar(dot.dtype)} {name} = dot{n}[q];")
+                    scalars.bind(dot, name)
+                print_stores(scalars, segment)
+            writer.line("j += run;")
+
+
+def _direct_rows(kernel: KernelContext, group: Group) -> tuple[str, Expr] | None:
+    """Address of the first row and distance of rows, when the row operand lies in memory as the product reads it."""
+    a, k = group.forms[0].a, group.forms[0].k
+    if not isinstance(a, Load) or a.indirect or group.weight is None or a.dtype is not group.weight:
+        return None
+    if a.dtype is DType.f16 or not k.extent.is_Integer or k.extent % 32 != 0:
+        return None
+    ranges = {x.symbol: x.extent for x in (*group.rows, k)}
+    offset = kernel.offset(a.value, a.index, ranges)
+    if coefficient(offset, k.symbol) != 1:
+        return None
+    distance: Expr | None = None
+    inner: Expr = Integer(1)
+    for axis in reversed(group.rows):
+        step = coefficient(offset, axis.symbol)
+        if step is None:
+            return None
+        if distance is None:
+            distance = step
+        elif sympy.expand(step - distance * inner) != 0:
+            return None
+        inner *= axis.extent
+    start = offset.xreplace({s: Integer(0) for s in ranges})
+    return f"{kernel.names[a.value]} + {print_index(start)}", k.extent if distance is None else distance
+
+
+def print_matmuls(kernel: KernelContext, group: Group) -> None:
+    """Print the products of a group."""
+    printer, writer = _Printer(kernel, group), kernel.writer
+    with writer.block():
+        printer.declare()
+        printer.reserve()
+        printer.carve()
+        if printer.few:
+            _print_few_rows(printer)
+        else:
+            _print_blocks(printer)
+
+
+def _print_few_rows(printer: _Printer) -> None:
+    writer = printer.writer
+    printer.prologue("0", "rows", "0")
+    if printer.direct:
+        writer.line(f"const A* a = {printer.direct[0]};")
+    for form, segment in zip(printer.group.forms, printer.group.segments, strict=True):
+        with writer.block():
+            printer.weight_rows(form)
+            printer.epilogue(form, segment, "0")
+            columns = print_index(product([a.extent for a in form.columns]))
+            call = f"tw::gemv<W, {printer.group.row_count}, {len(form.dots)}>"
+            writer.line(f"{call}(worker, {columns}, k, a, lda, weight_row, epilogue);")
+
+
+def _print_blocks(printer: _Printer) -> None:
+    writer = printer.writer
+    with writer.block(f"for (long block = 0; block < rows; block += {ROW_BLOCK})"):
+        writer.line(f"const long height = std::min<long>({ROW_BLOCK}, rows - block);")
+        prepared = printer.direct is None or bool(printer.values)
+        if prepared:
+            with writer.block():
+                writer.line("const tw::Range mine = tw::split(worker, height);")
+                printer.prologue("block + mine.begin", "block + mine.end", "block")
+            writer.line("worker.barrier();")
+        if printer.direct:
+            writer.line(f"const A* a = {printer.direct[0]} + block * lda;")
+        for form, segment in zip(printer.group.forms, printer.group.segments, strict=True):
+            with writer.block():
+                _print_product(printer, form, segment)
+        if prepared:
+            writer.line("if (block + height < rows) worker.barrier();")
+
+
+def _print_product(printer: _Printer, form: MatmulForm, segment: Segment) -> None:
+    writer = printer.writer
+    if printer.group.weight is not None:
+        printer.weight_rows(form)
+    printer.pack(form)
+    printer.epilogue(form, segment, "block")
+    extent = print_index(product([a.extent for a in form.columns]))
+    writer.line("float* panels = reinterpret_cast<float*>(own);")
+    writer.line(
+        f"tw::gemm<W, {len(form.dots)}>(worker, height, {extent}, k, a, lda, panels, pack, epilogue);"
+    )
+
