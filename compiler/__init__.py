@@ -1,1 +1,53 @@
 """tilewright: compiles Hugging Face transformers to generated kernels for inference."""
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    CacheError,
+    CaptureError,
+    CompilerNotFoundError,
+    DeviceError,
+    InputError,
+    KernelBuildError,
+    LoweringError,
+    OptionError,
+    ParseError,
+    TilewrightError,
+    VerifyError,
+    WeightsError,
+)
+
+if TYPE_CHECKING:
+    from .api import compile as compile
+    from .progress import Progress as Progress
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheError",
+    "CaptureError",
+    "CompilerNotFoundError",
+    "DeviceError",
+    "InputError",
+    "KernelBuildError",
+    "LoweringError",
+    "OptionError",
+    "ParseError",
+    "Progress",
+    "TilewrightError",
+    "VerifyError",
+    "WeightsError",
+    "__version__",
+    "compile",
+]
+
+_LAZY = {"compile": "api", "Progress": "progress"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what needs transformers when it is first asked for, so that ``tilewright.ir`` alone loads fast."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -1,0 +1,233 @@
+"""``compile``: a model in, a compiled model out. Runs the stages in order and keeps what each of them gave."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from tilewright.ir.module import Module
+from tilewright.ir.program import BufferKind, Program
+from tilewright.passes.base import PassOptions
+from tilewright.passes.pipeline import run_passes
+from tilewright.passes.plan_memory import plan_memory
+from tilewright.runtime.engine import Engine
+from tilewright.runtime.executor import EngineSpec
+
+from .api_mixin import Compiled, attach
+from .backends import SPLITS, Built, build
+from .capture import Captured, capture
+from .costs import eager_peak
+from .dump import Dump
+from .lower import lower
+from .options import Options, check_options
+from .progress import SILENT, Advance, Progress
+from .report import Fallback, Memory, PhaseReport, Report
+from .weights import BoundWeights, bind_weights
+
+
+def compile(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    max_length: int | None = None,
+    weights: str | None = None,
+    autotune: str = "cached",
+    backend: str | None = None,
+    dump: str | os.PathLike[str] | None = None,
+    progress: Progress = SILENT,
+) -> Any:
+    """Compile ``model`` for inference; gives an object of the model's own class that runs generated kernels.
+
+    model: a Hugging Face text model, or any module when ``example_inputs`` (a tuple of arguments or a dict of keyword
+    arguments) is given; in eval mode. It is left as it was and still runs; the weights are shared with it.
+    batch_sizes: a program is built for each; a batch in between runs in the next one up. A batch counts beams and
+    returned sequences. An encoder runs a larger batch in several goes.
+    max_length: longest sequence, prompt and new tokens together; by default 2048 or what the model can.
+    autotune: "off" takes the cost model's first choice, "cached" measures what the cache does not know, "full" measures
+    everything again.
+    backend: "cpp", "triton" or "reference"; by default the one for the model's device.
+    dump: folder for the IR after every pass, kernel sources, memory plans and the report.
+    progress: ``Progress()`` shows a bar on stderr.
+
+    Raises OptionError, DeviceError, CaptureError, LoweringError, CompilerNotFoundError, KernelBuildError.
+    """
+    options = check_options(model, batch_sizes, max_length, weights, autotune, backend, dump)
+    with progress.step(f"Compiling {type(model).__name__}", total=5) as advance:
+        return _Compilation(model, options, advance).run(example_inputs)
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """One program to build: its name, and what the passes have to know."""
+
+    name: str
+    phase: str
+    batch: int
+    passes: PassOptions
+    ranges: Mapping[str, tuple[int, int]]
+
+
+@dataclass
+class _Compilation:
+    model: nn.Module
+    options: Options
+    advance: Advance
+    seconds: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, Callable[[], str]] = field(default_factory=dict)
+
+    def run(self, example_inputs: tuple[Any, ...] | dict[str, Any] | None) -> Any:
+        dump = Dump(self.options.dump)
+        with self._stage("capture"):
+            captured = capture(self.model, example_inputs)
+        with self._stage("lower"):
+            lowered = lower(captured)
+        self.stages["lowered"] = partial(str, lowered)
+        dump.lowered(lowered)
+        phases = _phases(captured, lowered, self.options)
+        with self._stage("passes"):
+            modules = [self._optimise(lowered, phase, dump) for phase in phases]
+        with self._stage("plan"):
+            programs = [
+                plan_memory(module, phase.name, phase.phase, phase.batch, self.options.max_length)
+                for module, phase in zip(modules, phases, strict=True)
+            ]
+            used = {b.name for program in programs for _, b in program.of_kind(BufferKind.param)}
+            bound = bind_weights(modules, captured.tensors, used)
+        for program in programs:
+            dump.plan(program)
+        with self._stage("kernels"):
+            built = build(programs, bound.tensors, self.options)
+        dump.sources(built.sources)
+        self._name_stages(modules, programs, built)
+        report = self._report(captured, lowered, programs, bound, built)
+        dump.report(report)
+        engine = self._engine(captured, programs, built)
+        return attach(self.model, _compiled(captured, engine, report, self.stages))
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        self.advance(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def _optimise(self, lowered: Module, phase: _Phase, dump: Dump) -> Module:
+        def after(number: int, name: str, module: Module) -> None:
+            seen = sum(
+                key.split(".")[-1].rstrip("0123456789") == name for key in self.stages if phase.name in key
+            )
+            self.stages[f"{phase.name}.{name}{seen + 1 if seen else ''}"] = partial(str, module)
+            dump.after_pass(phase.name, number, name, module)
+
+        return run_passes(lowered.with_symbols(**phase.ranges), phase.passes, hook=after)
+
+    def _name_stages(self, modules: list[Module], programs: list[Program], built: Built) -> None:
+        """Plans and sources, then the names for what is asked for most: the last IR of each phase."""
+        for name, text in built.sources.items():
+            self.stages[f"source.{name}"] = partial(str, text)
+        for program in programs:
+            self.stages[f"{program.name}.plan"] = partial(str, program)
+        for module, program in reversed(list(zip(modules, programs, strict=True))):
+            self.stages[program.name] = self.stages[program.phase] = partial(str, module)
+
+    def _engine(self, captured: Captured, programs: list[Program], built: Built) -> Engine:
+        decode = [e for e, p in zip(built.executors, programs, strict=True) if p.phase == "decode"]
+        main, executor = programs[-1], built.executors[-1]
+        embeddings = self.model.get_input_embeddings() if isinstance(self.model, PreTrainedModel) else None
+        spec = EngineSpec.of(
+            main,
+            captured.kind,
+            self.options.device,
+            vocab_size=embeddings.weight.shape[0] if embeddings is not None else 0,
+            chunk=self.options.chunk,
+            positions=captured.position_rule,
+        )
+        return Engine(decode, executor, spec)
+
+    def _report(
+        self, captured: Captured, lowered: Module, programs: list[Program], bound: BoundWeights, built: Built
+    ) -> Report:
+        options = self.options
+        kernels = () if built.from_cache is None else (("kernels", built.from_cache),)
+        slots = [b for _, b in programs[-1].of_kind(BufferKind.state)]
+        per_position = sum(int(b.type.shape[1] * b.type.shape[3]) * b.type.dtype.itemsize for b in slots)
+        largest = {name: high for name, _, high in programs[-1].symbols}
+        largest["T"] = largest["L"] = largest.get("S", 1)
+        floats = {
+            str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.is_floating_point()
+        }
+        return Report(
+            model=type(self.model).__name__,
+            backend=options.backend,
+            device=str(options.device),
+            dtype=", ".join(sorted(floats)),
+            phases=tuple(PhaseReport.of(p, _report_dims(p, options)) for p in programs),
+            memory=Memory(
+                shared=bound.shared_bytes,
+                merged=bound.merged_bytes,
+                prepared=bound.copied_bytes,
+                kv_per_sequence=per_position * options.max_length,
+            ),
+            eager_peak_bytes=eager_peak(lowered, largest),
+            fallbacks=tuple(f for p in programs for f in Fallback.of(p)),
+            notes=captured.notes,
+            seconds=tuple(self.seconds.items()),
+            cache=kernels,
+        )
+
+
+def _phases(captured: Captured, lowered: Module, options: Options) -> list[_Phase]:
+    """The programs of a model: one decode program per batch size and then prefill, or forward alone."""
+    known = {name: (low, high) for name, low, high in lowered.symbols}
+    if captured.kind != "decoder":
+        ranges = {}
+        if "B" in known and captured.kind == "encoder":
+            ranges["B"] = (1, options.max_batch)
+        if "S" in known:
+            ranges["S"] = (1, min(known["S"][1], options.max_length))
+        return [_Phase("forward", "forward", options.max_batch, PassOptions(), ranges)]
+    context = {"T": (1, options.max_length)}
+    decode = [
+        _Phase(
+            f"decode_b{size}",
+            "decode",
+            size,
+            PassOptions((("B", size), ("S", 1), ("L", 1)), last_tokens=True, splits=SPLITS[options.backend]),
+            context,
+        )
+        for size in options.batch_sizes
+    ]
+    wide = context | {"B": (1, options.max_batch), "S": (1, options.chunk)}
+    return [*decode, _Phase("prefill", "prefill", options.max_batch, PassOptions(last_tokens=True), wide)]
+
+
+def _report_dims(program: Program, options: Options) -> dict[str, int]:
+    """Sizes that the report counts for: a decode step at a context of 512, one chunk of a prompt, or all of it."""
+    highs = {name: high for name, _, high in program.symbols}
+    context = min(512, options.max_length)
+    if program.phase == "decode":
+        return {"B": program.batch, "S": 1, "L": 1, "T": context}
+    sizes = {"B": 1, "S": context, "T": context, "L": 1}
+    return {name: min(size, highs[name]) for name, size in sizes.items() if name in highs}
+
+
+def _compiled(
+    captured: Captured, engine: Engine, report: Report, stages: dict[str, Callable[[], str]]
+) -> Compiled:
+    return Compiled(
+        engine=engine,
+        report=report,
+        outputs=captured.outputs,
+        output_class=captured.output_class,
+        output_spec=captured.output_spec,
+        stages=stages,
+    )

@@ -1,0 +1,286 @@
+"""What a compiled model is: a shallow copy of the model whose class has one of these mixins in front of its own.
+
+So ``isinstance``, ``generate``, pipelines, streamers and ``config`` work as before, while ``forward`` runs our kernels.
+The copy shares the weights with the original, which stays as it was and still runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from transformers import GenerationMixin
+
+from tilewright.ir.errors import DeviceError, InputError, OptionError
+from tilewright.runtime.engine import Engine
+from tilewright.runtime.generate import generate
+
+from .cache import EngineCache
+from .generate_options import plain_options
+from .report import Report
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiled model needs at run time and for inspection.
+
+    ``output_class`` and ``outputs`` name the ModelOutput and its tensors; ``output_spec`` is the pytree of a plain
+    module's result. ``stages`` maps the name of each stage to its text, printed on demand.
+    """
+
+    engine: Engine
+    report: Report
+    outputs: tuple[str, ...] = ("logits",)
+    output_class: type | None = None
+    output_spec: pytree.TreeSpec | None = None
+    stages: dict[str, Callable[[], str]] = field(default_factory=dict)
+
+
+def attach(model: nn.Module, compiled: Compiled) -> Any:
+    """A shallow copy of ``model`` that runs ``compiled``; the model itself is not touched."""
+    fast = copy.copy(model)
+    # copy.copy shares the dicts that a module registers things in; what is set on the copy must not reach the original.
+    for name, value in vars(model).items():
+        if isinstance(value, dict):
+            fast.__dict__[name] = value.copy()
+    fast.__dict__.pop("forward", None)
+    if getattr(model, "generation_config", None) is not None:
+        fast.generation_config = copy.deepcopy(model.generation_config)
+    fast.__dict__["_tilewright"] = compiled
+    fast.__dict__["_tilewright_forward"] = type(model).forward
+    mixin = {"decoder": DecoderMixin, "encoder": EncoderMixin, "module": ModuleMixin}[
+        compiled.engine.spec.kind
+    ]
+    cls = type(model)
+    fast.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    return fast
+
+
+class CompiledMixin:
+    """What every compiled model offers beyond its own class."""
+
+    _tilewright: Compiled
+    _tilewright_forward: Callable[..., Any]
+
+    def ir(self, stage: str | None = None) -> str:
+        """IR as text: of the named stage, or of the last one. Raises OptionError, listing them, for an unknown name."""
+        stages = self._tilewright.stages
+        name = next(reversed(stages), "") if stage is None else stage
+        if name not in stages:
+            raise OptionError(f"no stage {stage!r}; there are {', '.join(stages)}")
+        return stages[name]()
+
+    def report(self) -> Report:
+        """Kernels, launches, bytes and FLOPs, memory, fallbacks and compile times; prints as a table."""
+        return self._tilewright.report
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Does nothing when the model is there already. Raises DeviceError otherwise."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        engine = self._tilewright.engine
+        own = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)  # type: ignore[attr-defined]
+        moved = device is not None and device.type != engine.spec.device.type
+        if moved or (dtype is not None and dtype != own):
+            raise DeviceError(
+                f"this model was compiled for {engine.spec.device} and {own}; move or cast the original model, then "
+                "compile again"
+            )
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        raise DeviceError(
+            "a compiled model cannot be moved or cast, because it shares its weights with the original; move or cast "
+            "the original, then compile again"
+        )
+
+    def train(self, mode: bool = True) -> Any:
+        """Compiled models run inference only; ``eval()`` goes through and leaves the original's mode alone."""
+        if mode:
+            raise OptionError(
+                "a compiled model runs inference only; train the original model and compile again"
+            )
+        return self
+
+    def _refuse(self, arguments: Mapping[str, Any]) -> None:
+        """Raise InputError for what the kernels do not compute: an argument that the original's forward names, or an
+        output that it could be asked for. What the original would ignore (generate() passes such) is ignored here too.
+        """
+        named = inspect.signature(self._tilewright_forward).parameters
+        for name, value in arguments.items():
+            given = value is not None and value is not False
+            if given and (name in named or name.startswith("output_")):
+                raise InputError(f"a compiled model does not take {name}; use the original model for that")
+
+
+class DecoderMixin(CompiledMixin):
+    """A model with KV state: forward as a Hugging Face causal model, and generate."""
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: EngineCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Same arguments and result as the original's forward; ``past_key_values`` is an EngineCache.
+
+        Raises InputError for input that does not fit, and leaves the cache as it was.
+        """
+        compiled = self._tilewright
+        self._refuse({"inputs_embeds": inputs_embeds, "labels": labels, **kwargs})
+        if input_ids is None:
+            raise InputError("input_ids is missing")
+        ids = compiled.engine.check_prompt(input_ids)
+        cache = EngineCache(compiled.engine) if past_key_values is None else past_key_values
+        if not isinstance(cache, EngineCache) or cache.engine is not compiled.engine:
+            raise InputError(
+                f"past_key_values is a {type(cache).__name__} of another model; pass what this model returned, or None"
+            )
+        keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        result = compiled.engine.step(cache.state_for(ids.shape[0]), ids, attention_mask, position_ids, keep)
+        if not isinstance(logits_to_keep, int):
+            result = result[:, logits_to_keep]
+        assert compiled.output_class is not None
+        kept = None if use_cache is False else cache
+        output = compiled.output_class(**{compiled.outputs[0]: result}, past_key_values=kept)
+        return output if return_dict is not False else output.to_tuple()
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As ``GenerationMixin.generate``, whose preparation of options is used; see ``_sample`` for the loop."""
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        self._refuse({"inputs_embeds": kwargs.get("inputs_embeds")})
+        if kwargs.get("cache_implementation") == "paged":
+            raise InputError("a compiled model keeps its own KV state; leave cache_implementation out")
+        if ids is not None:
+            self._tilewright.engine.check_prompt(ids)
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Called by generate() once lengths and batch are known: check them, and hand out our own cache."""
+        engine = self._tilewright.engine
+        engine.check_length(generation_config.max_length)
+        engine.bucket(batch_size * max(generation_config.num_beams, generation_config.num_return_sequences))
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"]._is_user_defined = True
+        elif generation_config.use_cache:
+            model_kwargs["past_key_values"] = EngineCache(engine)
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy search and sampling: our own loop when nothing else is asked for, else that of transformers."""
+        cache = model_kwargs.get("past_key_values")
+        options = plain_options(logits_processor, stopping_criteria, generation_config, model_kwargs)
+        if options is None or synced_gpus or not isinstance(cache, EngineCache):
+            return super()._sample(  # type: ignore[misc]
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus,
+                streamer,
+                **model_kwargs,
+            )
+        mask = model_kwargs.get("attention_mask")
+        covered = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+        # A mask as long as the ids says that they repeat what the cache holds; otherwise they are all new.
+        held = cache.get_seq_length() if covered == input_ids.shape[1] else 0
+        return generate(
+            cache.engine,
+            cache.state_for(input_ids.shape[0]),
+            input_ids,
+            options,
+            attention_mask=mask,
+            position_ids=model_kwargs.get("position_ids"),
+            streamer=streamer,
+            held=held,
+        )
+
+
+class EncoderMixin(CompiledMixin):
+    """A model without KV state."""
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Same arguments and result as the original's forward. Raises InputError for input that does not fit."""
+        compiled = self._tilewright
+        engine = compiled.engine
+        self._refuse(kwargs)
+        if input_ids is None:
+            raise InputError("input_ids is missing")
+        ids = engine.check_prompt(input_ids)
+        given = {"input_ids": ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        defaults = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
+        inputs = {
+            name: defaults[name](ids) if value is None else value
+            for name, value in given.items()
+            if engine.spec.has_input(name)
+        }
+        results = engine.forward(inputs)
+        assert compiled.output_class is not None
+        output = compiled.output_class(**dict(zip(compiled.outputs, results.values(), strict=True)))
+        return output if return_dict is not False else output.to_tuple()
+
+
+class ModuleMixin(CompiledMixin):
+    """Any other module: tensors in, tensors out, nested as the original nests them."""
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Same arguments and result as the original's forward. Raises InputError for input that does not fit."""
+        compiled = self._tilewright
+        try:
+            bound = inspect.signature(self._tilewright_forward).bind(self, *args, **kwargs).arguments
+        except TypeError as error:
+            raise InputError(f"the arguments do not fit this module's forward: {error}") from error
+        results = compiled.engine.forward(flat_tensors(dict(list(bound.items())[1:])))
+        assert compiled.output_spec is not None
+        return pytree.tree_unflatten(list(results.values()), compiled.output_spec)
+
+
+def flat_tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors in a forward's arguments by the names that capture gives them: ``x``, ``pair.0``, ``batch.mask``."""
+    flat: dict[str, Tensor] = {}
+    for name, value in arguments.items():
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+            key = name + "".join(str(k) for k in path).replace("[", ".").replace("]", "").replace("'", "")
+            if not isinstance(leaf, Tensor):
+                raise InputError(f"{key} must be a tensor, got {type(leaf).__name__}")
+            flat[key] = leaf
+    return flat

@@ -1,0 +1,86 @@
+"""The Hugging Face cache object of a compiled model: a handle to one request's state in our runtime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from tilewright.ir.errors import InputError
+from tilewright.runtime.engine import Engine
+from tilewright.runtime.kv_state import RequestState
+
+
+class EngineCache(Cache):
+    """What ``generate`` and callers hold as ``past_key_values``; it has no layers, since the kernels own the KV state.
+
+    The state is made at the first forward, when the batch size is known.
+    """
+
+    is_compileable = False  # otherwise generate() would build 4-D masks and torch.compile our forward
+    is_croppable = True
+    is_initialized = True
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(layers=[])
+        self.engine = engine
+        self.state: RequestState | None = None
+
+    def __repr__(self) -> str:
+        return f"EngineCache(batch={self.batch_size}, length={self.get_seq_length()})"
+
+    def state_for(self, batch: int) -> RequestState:
+        """The request's state, made now for ``batch`` sequences when there is none."""
+        if self.state is None:
+            self.state = self.engine.new_state(batch)
+        return self.state
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of positions held."""
+        return 0 if self.state is None else self.state.length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Capacity in positions."""
+        return self.engine.spec.max_length
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences, or -1 before the first forward."""
+        return -1 if self.state is None else self.state.batch
+
+    def reset(self) -> None:
+        """Forget the request."""
+        self.state = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` positions; a positive number is the length to keep, as it once was."""
+        if self.state is not None and tokens_to_remove != 0:
+            keep = tokens_to_remove if tokens_to_remove > 0 else self.state.length + tokens_to_remove
+            self.state.crop(keep)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i continues row ``beam_idx[i]``."""
+        if self.state is not None:
+            self.state.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence ``repeats`` times."""
+        if self.state is not None:
+            self._select(torch.arange(self.state.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices`` only, in that order."""
+        if self.state is not None:
+            self._select(torch.arange(self.state.batch)[indices.cpu()])
+
+    def _select(self, rows: Tensor) -> None:
+        if self.state is not None:
+            self.state.select(rows, self.engine.bucket(rows.numel()))
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The cache of a compiled model cannot serve another model. Always raises InputError."""
+        raise InputError(
+            "this cache belongs to a compiled model, whose kernels write it; use a DynamicCache elsewhere"
+        )

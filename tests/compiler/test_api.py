@@ -1,0 +1,387 @@
+"""The API of a compiled model: everything that its Hugging Face original offers gives the same result.
+
+Each test runs on the mixin over Hugging Face's own kernels, which isolates the API, and on the compiled model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
+)
+
+import tilewright
+from tilewright.cache import EngineCache
+from tilewright.errors import DeviceError, InputError, OptionError
+
+from .hf_engine import eager_decoder, eager_encoder
+from .models import DECODERS, tiny
+
+Factory = Callable[..., Any]
+ENGINES = ("hf",)
+SLOW_ENGINES = ("reference",)
+PROMPT = torch.tensor([[5, 17, 99, 23, 42, 8, 61]])
+PADDED = torch.tensor([[0, 0, 0, 17, 99, 23, 42], [5, 17, 99, 23, 42, 8, 61], [0, 11, 12, 13, 14, 15, 16]])
+MASK = (PADDED != 0).long()
+
+
+@cache
+def _compiled(family: str, engine: str) -> tuple[PreTrainedModel, Any]:
+    """A model, and what it is compiled to: for "hf", itself behind our engine and mixin."""
+    model = tiny(family)
+    if engine == "hf":
+        return model, eager_encoder(model) if family == "bert" else eager_decoder(model)
+    return model, tilewright.compile(model, batch_sizes=(1, 4), max_length=64, backend=engine)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=DECODERS)
+def pair(request: pytest.FixtureRequest, engine: str) -> tuple[PreTrainedModel, Any]:
+    """A decoder of each family, and what each engine makes of it."""
+    return _compiled(request.param, engine)
+
+
+@pytest.fixture
+def llama(engine: str) -> tuple[PreTrainedModel, Any]:
+    return _compiled("llama", engine)
+
+
+def _same(pair: tuple[PreTrainedModel, Any], ids: Tensor, **options: Any) -> Tensor:
+    """Both models' generate from one seed; asserts equal tokens."""
+    results = []
+    for model in pair:
+        torch.manual_seed(0)
+        results.append(model.generate(ids, **{"max_new_tokens": 12, "pad_token_id": 0, **options}))
+    assert torch.equal(results[0], results[1])
+    return results[1]
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("engine", SLOW_ENGINES)
+def test_slow_engines(family: str, engine: str) -> None:
+    """The outline of what follows, for engines that take tens of milliseconds per step."""
+    pair = _compiled(family, engine)
+    test_forward_equals_the_original(pair)
+    test_forward_continues_from_its_cache(pair)
+    _same(pair, PADDED, attention_mask=MASK, do_sample=False, max_new_tokens=4)
+    _same(pair, PROMPT, num_beams=2, do_sample=True, max_new_tokens=4)
+
+
+# Forward
+
+
+def test_forward_equals_the_original(pair: tuple[PreTrainedModel, Any]) -> None:
+    model, fast = pair
+    with torch.no_grad():
+        expected = model(input_ids=PADDED, attention_mask=MASK)
+    result = fast(input_ids=PADDED, attention_mask=MASK)
+    assert type(result) is type(expected)
+    torch.testing.assert_close(result.logits[MASK.bool()], expected.logits[MASK.bool()], rtol=1e-4, atol=1e-4)
+    assert fast(PROMPT, logits_to_keep=2).logits.shape == (1, 2, 128)
+    assert fast(PROMPT, use_cache=False).past_key_values is None
+    logits, cache = fast(PROMPT, return_dict=False)
+    assert logits.shape == (1, 7, 128)
+    assert cache.get_seq_length() == 7
+
+
+def test_forward_continues_from_its_cache(pair: tuple[PreTrainedModel, Any]) -> None:
+    """Prefill in chunks, then one token, then several: the logits are those of the whole sequence at once."""
+    model, fast = pair
+    ids = torch.randint(1, 128, (2, 23), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    first = fast(ids[:, :19])
+    second = fast(ids[:, 19:20], past_key_values=first.past_key_values)
+    third = fast(ids[:, 20:], past_key_values=first.past_key_values, logits_to_keep=torch.tensor([0, 2]))
+    torch.testing.assert_close(first.logits, expected[:, :19], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(second.logits, expected[:, 19:20], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(third.logits, expected[:, [20, 22]], rtol=1e-4, atol=1e-4)
+
+
+def test_encoder_equals_the_original(engine: str) -> None:
+    model, fast = _compiled("bert", engine)
+    with torch.no_grad():
+        expected = model(input_ids=PADDED, attention_mask=MASK)
+    result = fast(input_ids=PADDED, attention_mask=MASK)
+    assert type(result) is type(expected)
+    torch.testing.assert_close(result.last_hidden_state, expected.last_hidden_state)
+    torch.testing.assert_close(result.pooler_output, expected.pooler_output)
+    assert len(fast(PADDED, return_dict=False)) == 2
+    with pytest.raises(InputError, match="model takes 1 to"):
+        fast(torch.ones(1, 300, dtype=torch.long))
+    with pytest.raises(InputError, match="attention_mask must be of shape"):
+        fast(PADDED, attention_mask=MASK[:, 1:])
+
+
+# Generation
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sample": {"do_sample": True},
+    "temperature": {"do_sample": True, "temperature": 0.7, "top_k": 0},
+    "top_k": {"do_sample": True, "top_k": 9},
+    "top_p": {"do_sample": True, "top_k": 0, "top_p": 0.8},
+    "all": {"do_sample": True, "temperature": 1.3, "top_k": 40, "top_p": 0.9},
+    "minimum": {"do_sample": False, "min_new_tokens": 10, "eos_token_id": list(range(100))},
+    "eos": {"do_sample": True, "top_k": 0, "eos_token_id": list(range(10, 30))},
+    "min_p": {"do_sample": True, "min_p": 0.05},
+    "penalties": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "no cache": {"do_sample": False, "use_cache": False},
+    "static": {"do_sample": False, "cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_generate_equals_the_original(pair: tuple[PreTrainedModel, Any], mode: str, padded: bool) -> None:
+    mask = {"attention_mask": MASK} if padded else {}
+    _same(pair, PADDED if padded else PROMPT, **mask, **MODES[mode])
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_beams(pair: tuple[PreTrainedModel, Any], sampled: bool) -> None:
+    _same(pair, PROMPT, num_beams=4, do_sample=sampled)
+    _same(pair, PADDED[:2], attention_mask=MASK[:2], num_beams=2, num_return_sequences=2, do_sample=sampled)
+
+
+def test_several_returned_sequences(llama: tuple[PreTrainedModel, Any]) -> None:
+    assert _same(llama, PROMPT, do_sample=True, num_return_sequences=3).shape == (3, 19)
+
+
+def test_speculation(llama: tuple[PreTrainedModel, Any]) -> None:
+    """Prompt lookup and drafts: several tokens a step, and crops. Also as the drafting model."""
+    model, fast = llama
+    repeated = PROMPT.repeat(1, 3)
+    _same(llama, repeated, do_sample=False, prompt_lookup_num_tokens=3)
+    _same(llama, PROMPT, do_sample=False, assistant_model=tiny("llama", layers=1))
+    drafted = model.generate(PROMPT, do_sample=False, assistant_model=fast, max_new_tokens=12, pad_token_id=0)
+    assert torch.equal(drafted, model.generate(PROMPT, do_sample=False, max_new_tokens=12, pad_token_id=0))
+
+
+def test_dict_result(llama: tuple[PreTrainedModel, Any]) -> None:
+    model, fast = llama
+    options: dict[str, Any] = {"max_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    expected, result = model.generate(PROMPT, **options), fast.generate(PROMPT, **options)
+    assert torch.equal(result.sequences, expected.sequences)
+    torch.testing.assert_close(result.scores, expected.scores, rtol=1e-4, atol=1e-4)
+    assert isinstance(result.past_key_values, EngineCache)
+
+
+def test_generate_continues_from_its_cache(llama: tuple[PreTrainedModel, Any]) -> None:
+    """A chat's second turn runs the new tokens only."""
+    model, fast = llama
+    options: dict[str, Any] = {"max_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
+    first = fast.generate(PROMPT, return_dict_in_generate=True, **options)
+    cache = first.past_key_values
+    turn = torch.cat([first.sequences, PROMPT], dim=1)
+    second = fast.generate(turn, past_key_values=cache, **options)
+    assert torch.equal(second, model.generate(turn, **options))
+    assert cache.get_seq_length() == second.shape[1] - 1
+
+
+def test_own_loop_is_taken_only_for_what_it_can_do(
+    llama: tuple[PreTrainedModel, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    import tilewright.api_mixin as mixin
+
+    own = mixin.generate
+    monkeypatch.setattr(mixin, "generate", lambda *a, **k: calls.append(a[3]) or own(*a, **k))
+
+    class Favour(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            return scores.index_fill(1, torch.tensor([7]), 100.0)
+
+    tokens = _same(llama, PROMPT, do_sample=False, logits_processor=LogitsProcessorList([Favour()]))
+    assert tokens[0, 7:].tolist() == [7] * 12
+    _same(llama, PROMPT, do_sample=False, repetition_penalty=1.2)
+    _same(llama, PROMPT, do_sample=False, max_time=60.0)
+    assert calls == []
+    _same(llama, PROMPT, do_sample=True, temperature=0.5, top_k=3, top_p=0.7)
+    (options,) = calls
+    assert (options.sampling.temperature, options.sampling.top_k, options.sampling.top_p) == (0.5, 3, 0.7)
+
+
+# Text
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, 128)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, padding_side="left", **special)
+
+
+def test_pipeline(llama: tuple[PreTrainedModel, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = ["w5 w6 w7 w8 w9", "w10 w11"]
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "batch_size": 2}
+    results = [pipeline("text-generation", model=m, tokenizer=tokenizer)(texts, **options) for m in llama]
+    assert results[0] == results[1]
+
+
+def test_streamers(
+    llama: tuple[PreTrainedModel, Any], tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = []
+    for model in llama:
+        streamer = TextStreamer(tokenizer, skip_prompt=True)
+        model.generate(PROMPT, max_new_tokens=6, do_sample=False, pad_token_id=0, streamer=streamer)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert printed[1].startswith("w")
+    lazy = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    options = {
+        "input_ids": PROMPT,
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "streamer": lazy,
+    }
+    thread = threading.Thread(target=llama[1].generate, kwargs=options)
+    thread.start()
+    assert "".join(lazy).strip() == printed[1].strip()
+    thread.join()
+
+
+def test_stop_strings(llama: tuple[PreTrainedModel, Any]) -> None:
+    letters = {chr(33 + n): n for n in range(94)} | {f"<{n}>": n for n in range(94, 128)}
+    inner = Tokenizer(models.BPE(letters, merges=[]))
+    inner.pre_tokenizer, inner.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    spelling = PreTrainedTokenizerFast(tokenizer_object=inner)
+    favoured = {"sequence_bias": {(n,): 50.0 for n in range(40, 90)}}  # tokens that spell letters
+    free = _same(llama, PROMPT, do_sample=False, **favoured)
+    stop = spelling.decode(free[0, 9:11])
+    stopped = _same(llama, PROMPT, do_sample=False, stop_strings=[stop], tokenizer=spelling, **favoured)
+    assert stopped.shape[1] <= 11
+
+
+def test_threads_share_a_model(llama: tuple[PreTrainedModel, Any]) -> None:
+    model, fast = llama
+    prompts = [
+        torch.randint(1, 128, (1, 5 + n), generator=torch.Generator().manual_seed(n)) for n in range(4)
+    ]
+    results: list[Tensor | None] = [None] * 4
+
+    def work(n: int) -> None:
+        results[n] = fast.generate(prompts[n], max_new_tokens=8, do_sample=False, pad_token_id=0)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for prompt, result in zip(prompts, results, strict=True):
+        assert result is not None
+        assert torch.equal(result, model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0))
+
+
+# The original
+
+
+def test_original_is_left_as_it_was() -> None:
+    model = tiny("llama")
+    before, with_grad = dict(vars(model)), model(PROMPT).logits
+    cls, forward = type(model), model.forward
+    fast = eager_decoder(model)
+    fast.generation_config.eos_token_id = 9
+    fast.note = "mine"
+    fast.eval()
+    assert dict(vars(model)) == before
+    assert type(model) is cls
+    assert model.forward == forward
+    assert model.generation_config.eos_token_id != 9
+    assert torch.equal(model(PROMPT).logits, with_grad)
+    assert isinstance(fast, cls)
+    assert type(fast).__name__ == cls.__name__
+    assert all(a is b for a, b in zip(fast.parameters(), model.parameters(), strict=True))
+
+
+# Bad input
+
+
+BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "too long": (lambda f: f.generate(PROMPT, max_new_tokens=64), r"max_length=64.*max_length=71"),
+    "too long a prompt": (lambda f: f(torch.ones(1, 65, dtype=torch.long)), "max_length=64"),
+    "batch": (lambda f: f(PROMPT.expand(5, -1)), r"batch of 5 .*batch_sizes=\(1, 4\)"),
+    "beams": (lambda f: f.generate(PROMPT, num_beams=5, max_new_tokens=3), "batch of 5"),
+    "float ids": (lambda f: f(PROMPT.float()), "dtype int64"),
+    "flat ids": (lambda f: f(PROMPT[0]), r"shape \[batch, tokens\]"),
+    "flat prompt": (lambda f: f.generate(PROMPT[0], max_new_tokens=3), r"shape \[batch, tokens\]"),
+    "empty": (lambda f: f(PROMPT[:, :0]), "empty"),
+    "empty prompt": (lambda f: f.generate(PROMPT[:, :0], max_new_tokens=3), "empty"),
+    "no ids": (lambda f: f(), "input_ids is missing"),
+    "id too large": (lambda f: f(PROMPT + 100), "token id 199 is out of range.*128"),
+    "negative id": (lambda f: f.generate(PROMPT - 50, max_new_tokens=3), "token id -45"),
+    "mask shape": (lambda f: f(PROMPT, attention_mask=MASK), r"attention_mask must be of shape \(1, 7\)"),
+    "mask dtype": (
+        lambda f: f(PROMPT, attention_mask=torch.ones(1, 7)),
+        "attention_mask must be of an integer",
+    ),
+    "positions": (lambda f: f(PROMPT, position_ids=PROMPT[:, 1:]), "position_ids must be of shape"),
+    "position range": (lambda f: f(PROMPT, position_ids=PROMPT), "position 99 is outside"),
+    "embeds": (lambda f: f(inputs_embeds=torch.ones(1, 2, 64)), "inputs_embeds"),
+    "states": (lambda f: f(PROMPT, output_hidden_states=True), "output_hidden_states"),
+    "paged": (lambda f: f.generate(PROMPT, cache_implementation="paged"), "cache_implementation"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_and_leaves_the_model_usable(
+    llama: tuple[PreTrainedModel, Any], case: str
+) -> None:
+    call, message = BAD[case]
+    with pytest.raises(InputError, match=message):
+        call(llama[1])
+    _same(llama, PROMPT, do_sample=False, max_new_tokens=2)
+
+
+def test_bad_input_leaves_the_cache_usable(llama: tuple[PreTrainedModel, Any]) -> None:
+    model, fast = llama
+    cache = fast(PROMPT).past_key_values
+    for bad in (PROMPT.expand(2, -1), torch.ones(1, 60, dtype=torch.long), PROMPT + 100):
+        with pytest.raises(InputError):
+            fast(bad, past_key_values=cache)
+    with pytest.raises(InputError, match="another model"):
+        fast(PROMPT, past_key_values=eager_decoder(model)(PROMPT).past_key_values)
+    with torch.no_grad():
+        expected = model(torch.cat([PROMPT, PROMPT], dim=1)).logits[:, 7:]
+    result = fast(PROMPT, past_key_values=cache).logits
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_models_stay_where_they_are(llama: tuple[PreTrainedModel, Any]) -> None:
+    fast = llama[1]
+    assert fast.to("cpu") is fast
+    assert fast.to(torch.float32) is fast
+    with pytest.raises(DeviceError, match="compile again"):
+        fast.to(torch.bfloat16)
+    with pytest.raises(DeviceError):
+        fast.half()
+    with pytest.raises(OptionError, match="inference"):
+        fast.train()
+    with pytest.raises(OptionError, match="no stage 'nonsense'"):
+        fast.ir("nonsense")
