@@ -78,7 +78,7 @@ class Interpreter:
     def _compute(self, node: Node, env: Points, count: int, memo: dict[Node, Tensor]) -> Any:
         match node:
             case Const(value=value):
-                return torch.tensor(value)
+                return torch.tensor(value, dtype=_wide(node.dtype))
             case Index(expr=expr):
                 return torch.as_tensor(evaluate_expr(expr, env))
             case Apply(op=op, args=args):
@@ -124,9 +124,8 @@ class Interpreter:
     def points(self, segment: Segment) -> tuple[dict[str, Tensor], int]:
         """Every point of a segment, one after another."""
         sizes = [evaluate_expr(a.extent, self.dims) for a in segment.axes]
-        grid = torch.tensor(list(itertools.product(*map(range, sizes))), dtype=torch.int64).reshape(
-            -1, len(sizes)
-        )
+        rows = list(itertools.product(*map(range, sizes)))
+        grid = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(sizes))
         return {a.symbol.name: grid[:, n] for n, a in enumerate(segment.axes)}, len(grid)
 
 

@@ -13,7 +13,7 @@ integer. So a module's result is finite, well-conditioned and continuous in ever
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -37,6 +37,15 @@ class Case(NamedTuple):
     weights: dict[str, Tensor]
     state: dict[str, Tensor]
 
+    def __repr__(self) -> str:
+        """The module as text, for a failing example."""
+        tensors = {**self.inputs, **self.weights, **self.state}
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+        return f"Case: dims {self.dims}; {shapes}\n{self.module}"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
+
     def run(
         self, module: Module | None = None, exact: bool = False, state: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, ...]:
@@ -58,7 +67,7 @@ class Case(NamedTuple):
 def prepared_weights(
     module: Module, weights: Mapping[str, Tensor], dims: Mapping[str, int], exact: bool = False
 ) -> dict[str, Tensor]:
-    """What the ``.weights`` functions of a module compute from the original weights, for each scope, by absolute name."""
+    """What the ``.weights`` functions compute from the original weights, for every scope, by absolute name."""
     functions = {f.name: f for f in module.functions}
     scopes = [(module.entry, "")]
     scopes += [(op.attr("callee"), op.attr("scope")) for op in module.main.ops if op.opcode == "call"]
