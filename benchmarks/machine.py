@@ -1,0 +1,66 @@
+"""What the figures of a run depend on: the processor, its load, and the versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tilewright as tw
+
+_WIDTHS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd")
+
+
+def describe() -> dict[str, Any]:
+    """CPU name, cores, vector extensions that kernels may use, memory, and the load of the last minute."""
+    info = _cpu_info()
+    flags = set(info.get("flags", info.get("Features", "")).split())
+    return {
+        "cpu": info.get("model name", platform.processor() or platform.machine()),
+        "cores": os.cpu_count(),
+        "extensions": [name for name in _WIDTHS if name in flags],
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything whose speed is compared, and the commit that was measured, if known."""
+    found = {
+        "tilewright": tw.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+    commit = _commit()
+    return found | ({"commit": commit} if commit else {})
+
+
+def _cpu_info() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    first = path.read_text().split("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _commit() -> str | None:
+    """The commit of the working tree, marked where files differ from it; None outside of git."""
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+changes", "--abbrev=10"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()

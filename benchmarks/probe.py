@@ -1,0 +1,53 @@
+"""How fast this machine reads memory right now: the bound that a decode step is held against.
+
+Shared machines wander by a factor of two within minutes, so the probe runs beside every pair of samples.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from tilewright.settings import cxx
+
+SOURCE = Path(__file__).parent / "read_bandwidth.cpp"
+DEFAULT_BYTES = 512 << 20  # far beyond any cache
+
+
+class BandwidthProbe:
+    """Reads a large buffer with ``threads`` threads and times it."""
+
+    def __init__(self, library: Path, threads: int, nbytes: int = DEFAULT_BYTES) -> None:
+        self._read = ctypes.CDLL(str(library)).read_all
+        self._read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        self._read.restype = ctypes.c_uint64
+        self.threads = threads
+        # ones, because pages that were never written all map to one page of zeros, which stays in cache
+        self._buffer = torch.ones(nbytes // 512 * 64, dtype=torch.int64)
+
+    def __call__(self, rounds: int = 3) -> float:
+        """Bytes per second over ``rounds`` readings. Raises RuntimeError when the sum is wrong."""
+        count = self._buffer.numel()
+        start = time.perf_counter()
+        sums = [self._read(self._buffer.data_ptr(), count, self.threads) for _ in range(rounds)]
+        seconds = time.perf_counter() - start
+        if sums != [count] * rounds:
+            raise RuntimeError(f"the bandwidth probe read {sums} instead of {count}")
+        return rounds * self._buffer.nbytes / seconds
+
+
+@contextmanager
+def bandwidth_probe(threads: int, nbytes: int = DEFAULT_BYTES) -> Iterator[BandwidthProbe]:
+    """A probe built for this machine. Raises CalledProcessError or OSError when the C++ compiler fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "read_bandwidth.so"
+        flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        subprocess.run([cxx() or "g++", *flags, str(SOURCE), "-o", str(library)], check=True)
+        yield BandwidthProbe(library, threads, nbytes)
