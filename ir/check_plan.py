@@ -18,7 +18,8 @@ def check_plan(program: Program) -> None:
         if buffer.offset < 0 or buffer.offset + buffer.nbytes > program.arena_bytes:
             raise VerifyError(f"{program.name}: buffer {number} ({buffer.name}) lies outside the arena")
     overlaps = {
-        n: [m for m, other in arena.items() if m != n and _overlap(buffer, other)] for n, buffer in arena.items()
+        n: [m for m, other in arena.items() if m != n and _overlap(buffer, other)]
+        for n, buffer in arena.items()
     }
     intact: set[int] = set()
     for step, reads, writes in program.trace():

@@ -166,7 +166,9 @@ def _term_bound(term: Expr, extents: Mapping[sympy.Symbol, Expr]) -> Expr | None
     factors = Mul.make_args(term)
     varying = [f for f in factors if f.free_symbols & set(extents)]
     steady = all(f.is_nonnegative for f in factors if f not in varying)
-    if varying and not (steady and (len(varying) == 1 or all(_nonnegative_factor(f, extents) for f in varying))):
+    if varying and not (
+        steady and (len(varying) == 1 or all(_nonnegative_factor(f, extents) for f in varying))
+    ):
         return None  # the largest factors need not give the largest product
     for factor in factors:
         if factor in extents:

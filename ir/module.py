@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .index import IndexMap
 from .types import TensorType, Value
 
-Attr = int | float | str | bool | tuple[int, ...] | IndexMap | Any
+Attr = Any
+"""An attribute's value: int, float, str, bool, tuple of ints, sympy expression or IndexMap (see ``ops.OpSpec``)."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,9 @@ class Function:
         if not table:
             return self
         full = {old: _follow(old, table) for old in table}
-        return self.with_ops((op.with_operands(full) for op in self.ops), (full.get(v, v) for v in self.returns))
+        return self.with_ops(
+            (op.with_operands(full) for op in self.ops), (full.get(v, v) for v in self.returns)
+        )
 
 
 def _follow(value: Value, table: Mapping[Value, Value]) -> Value:

@@ -71,7 +71,11 @@ def _need(condition: object, op: Op, message: str) -> None:
 
 
 def _arity(op: Op, *counts: int) -> None:
-    _need(len(op.operands) in counts, op, f"takes {' or '.join(map(str, counts))} operands, has {len(op.operands)}")
+    _need(
+        len(op.operands) in counts,
+        op,
+        f"takes {' or '.join(map(str, counts))} operands, has {len(op.operands)}",
+    )
 
 
 def _declared(*dtypes: DType, rank: int | None = None) -> Callable[[Op, Module | None], Inferred]:
@@ -107,7 +111,9 @@ def _reduce(op: Op, module: Module | None) -> Inferred:
     (x,) = op.operands
     axes = op.attr("axes")
     _need(op.attr("kind") in REDUCTIONS, op, f"unknown kind {op.attr('kind')!r}")
-    _need(axes == tuple(sorted(set(axes))) and all(0 <= a < x.type.rank for a in axes), op, f"bad axes {axes}")
+    _need(
+        axes == tuple(sorted(set(axes))) and all(0 <= a < x.type.rank for a in axes), op, f"bad axes {axes}"
+    )
     if op.attr("keepdim"):
         shape = tuple(sympy.Integer(1) if n in axes else d for n, d in enumerate(x.shape))
     else:
@@ -129,7 +135,9 @@ def _concat(op: Op, module: Module | None) -> Inferred:
     _need(0 <= axis < first.type.rank, op, f"bad axis {axis}")
     for v in op.operands:
         same = v.type.rank == first.type.rank and v.dtype == first.dtype
-        same = same and all(a == b for n, (a, b) in enumerate(zip(v.shape, first.shape, strict=True)) if n != axis)
+        same = same and all(
+            a == b for n, (a, b) in enumerate(zip(v.shape, first.shape, strict=True)) if n != axis
+        )
         _need(same, op, f"operands differ outside axis {axis}: {v.type} and {first.type}")
     shape = list(first.shape)
     shape[axis] = sympy.expand(sum(v.shape[axis] for v in op.operands))
@@ -149,7 +157,11 @@ def _matmul(op: Op, module: Module | None) -> Inferred:
     _arity(op, 2)
     a, b = op.operands
     _need(a.type.rank >= 1 and b.type.rank >= 2, op, "a needs rank 1 or more, b rank 2 or more")
-    _need(a.dtype.is_float and a.dtype == b.dtype, op, f"needs one float dtype, got {a.dtype.value}, {b.dtype.value}")
+    _need(
+        a.dtype.is_float and a.dtype == b.dtype,
+        op,
+        f"needs one float dtype, got {a.dtype.value}, {b.dtype.value}",
+    )
     _need(a.shape[-1] == b.shape[-1], op, f"K differs: {a.type} and {b.type}")
     _need(b.type.rank == 2 or a.shape[:-2] == b.shape[:-2], op, f"batch dims differ: {a.type} and {b.type}")
     return (TensorType(a.dtype, (*a.shape[:-1], b.shape[-2])),)
@@ -159,11 +171,23 @@ def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
     _arity(op, 3, 4)
     q, k, v = op.operands[:3]
     _need(q.type.rank == k.type.rank == v.type.rank == 4, op, "q, k and v need rank 4")
-    _need(k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0], op, f"k and v do not fit: {k.type}, {v.type}")
-    _need(q.shape[3] == k.shape[3] and q.dtype == k.dtype == v.dtype, op, "q and k differ in head size or dtype")
+    _need(
+        k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0], op, f"k and v do not fit: {k.type}, {v.type}"
+    )
+    _need(
+        q.shape[3] == k.shape[3] and q.dtype == k.dtype == v.dtype, op, "q and k differ in head size or dtype"
+    )
     heads, groups = q.shape[1], k.shape[1]
-    _need(heads.is_Integer and groups.is_Integer and heads % groups == 0, op, "query heads must be a multiple of KV heads")
-    _need(op.attr("slot", "") == "" or q.shape[2] == k.shape[2], op, "with a slot, k and v are the new tokens only")
+    _need(
+        heads.is_Integer and groups.is_Integer and heads % groups == 0,
+        op,
+        "query heads must be a multiple of KV heads",
+    )
+    _need(
+        op.attr("slot", "") == "" or q.shape[2] == k.shape[2],
+        op,
+        "with a slot, k and v are the new tokens only",
+    )
     _need(len(op.operands) == 3 or op.operands[3].dtype is DType.bool, op, "mask must be bool")
     return q, k, v
 
@@ -193,7 +217,11 @@ def _call(op: Op, module: Module | None) -> Inferred:
     names = {f.name for f in module.functions}
     _need(op.attr("callee") in names, op, f"no function @{op.attr('callee')} in the module")
     callee = module.function(op.attr("callee"))
-    _need([v.type for v in op.operands] == [p.type for p in callee.params], op, f"operands do not fit @{callee.name}")
+    _need(
+        [v.type for v in op.operands] == [p.type for p in callee.params],
+        op,
+        f"operands do not fit @{callee.name}",
+    )
     return tuple(v.type for v in callee.returns)
 
 
@@ -261,9 +289,13 @@ class Builder:
         self.params.append(value)
         return value
 
-    def add(self, opcode: str, *operands: Value, type: TensorType | None = None, hint: str = "", **attrs: Attr) -> Value:
+    def add(
+        self, opcode: str, *operands: Value, type: TensorType | None = None, hint: str = "", **attrs: Attr
+    ) -> Value:
         """Append an op with one result and give that result. ``type`` is needed where it cannot be inferred."""
-        (value,) = self.add_multi(opcode, *operands, types=None if type is None else (type,), hint=hint, **attrs)
+        (value,) = self.add_multi(
+            opcode, *operands, types=None if type is None else (type,), hint=hint, **attrs
+        )
         return value
 
     def add_multi(

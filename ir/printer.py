@@ -1,12 +1,12 @@
 """IR text. :func:`ir.parser.parse_module` reads it back to an equal module.
 
-    symbol B [1, 4]
-    symbol S [1, 512]
+symbol B [1, 4]
+symbol S [1, 512]
 
-    func @main(%x: f32[B, S, 64]) -> (%3) {
-      %w = param {name = "norm.weight"} : f32[64]
-      %3 = mul %x, %w : f32[B, S, 64]  @ "norm" "modeling_llama.py:63"
-    }
+func @main(%x: f32[B, S, 64]) -> (%3) {
+  %w = param {name = "norm.weight"} : f32[64]
+  %3 = mul %x, %w : f32[B, S, 64]  @ "norm" "modeling_llama.py:63"
+}
 """
 
 from __future__ import annotations

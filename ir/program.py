@@ -141,7 +141,9 @@ def physical_shape(type: TensorType, capacity: int) -> tuple[sympy.Expr, ...]:
 def print_program(program: Program) -> str:
     """The memory plan and the call table, for people."""
     ranges = ", ".join(f"{name} [{low}, {high}]" for name, low, high in program.symbols)
-    lines = [f"program {program.name} phase {program.phase} batch {program.batch} arena {program.arena_bytes} bytes"]
+    lines = [
+        f"program {program.name} phase {program.phase} batch {program.batch} arena {program.arena_bytes} bytes"
+    ]
     lines += [f"symbols {ranges or 'none'}", "", "buffers"]
     for n, b in enumerate(program.buffers):
         place = f" @ {b.offset} + {b.nbytes}" if b.kind is BufferKind.arena else ""

@@ -59,7 +59,9 @@ class Evaluation:
         for value, tensor in zip(op.results, results, strict=True):
             expected = concrete(value.shape, self.dims)
             if tuple(tensor.shape) != expected:
-                raise VerifyError(f"{op.opcode} {value}: evaluated to {tuple(tensor.shape)}, declared {expected}")
+                raise VerifyError(
+                    f"{op.opcode} {value}: evaluated to {tuple(tensor.shape)}, declared {expected}"
+                )
             env[value] = tensor.to(self.dtype(value.dtype))
 
     def _evaluate(self, op: Op, args: list[Tensor], scope: str) -> tuple[Tensor, ...]:
@@ -179,7 +181,9 @@ def _view(run: Evaluation, op: Op, args: list[Tensor], scope: str) -> Tensor:
     return apply_index_map(args[0], op.attr("map"), shape, run.dims)
 
 
-def apply_index_map(x: Tensor, index_map: IndexMap, shape: tuple[int, ...], dims: Mapping[str, int]) -> Tensor:
+def apply_index_map(
+    x: Tensor, index_map: IndexMap, shape: tuple[int, ...], dims: Mapping[str, int]
+) -> Tensor:
     """``result[i] = x[map(i)]``. A view where the map is affine in memory, else a gather."""
     bound = {sym(name): sympy.Integer(size) for name, size in dims.items()}
     exprs = tuple(e.xreplace(bound) for e in index_map.exprs)

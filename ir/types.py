@@ -123,6 +123,8 @@ def concrete(shape: Iterable[sympy.Expr], dims: Mapping[str, int]) -> tuple[int,
     for dim in shape:
         value = dim.subs({s: dims[s.name] for s in dim.free_symbols if s.name in dims})
         if not value.is_Integer:
-            raise VerifyError(f"dim {format_expr(dim)} has no size: {sorted(s.name for s in value.free_symbols)}")
+            raise VerifyError(
+                f"dim {format_expr(dim)} has no size: {sorted(s.name for s in value.free_symbols)}"
+            )
         out.append(int(value))
     return tuple(out)

@@ -33,7 +33,9 @@ def _verify_function(function: Function, module: Module, symbols: set[str]) -> N
             raise VerifyError(f"@{function.name}: %{value.name} is defined twice ({where})")
         unknown = {s.name for d in value.shape for s in d.free_symbols} - symbols
         if unknown:
-            raise VerifyError(f"@{function.name}: %{value.name} uses undeclared dims {sorted(unknown)} ({where})")
+            raise VerifyError(
+                f"@{function.name}: %{value.name} uses undeclared dims {sorted(unknown)} ({where})"
+            )
         defined[value.name] = value
 
     def visit(op: Op, inside: str) -> None:
@@ -60,7 +62,9 @@ def _verify_function(function: Function, module: Module, symbols: set[str]) -> N
     hidden: set[str] = set()
     for op in function.ops:
         if used := hidden & {v.name for v in op.operands}:
-            raise VerifyError(f"@{function.name}: {op.opcode} uses {sorted(used)}, which stay inside a kernel")
+            raise VerifyError(
+                f"@{function.name}: {op.opcode} uses {sorted(used)}, which stay inside a kernel"
+            )
         visit(op, "")
         hidden |= {r.name for o in op.body for r in o.results} - {r.name for r in op.results}
     for v in function.returns:

@@ -1,0 +1,155 @@
+"""From a kernel's tensor ops to its loop form: each value as a function of its index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import sympy
+from sympy import Expr, Integer
+
+from ..errors import VerifyError
+from ..index import provably_less, provably_nonnegative, simplify, sym
+from ..module import Op
+from ..pointwise import POINTWISE
+from ..types import Value
+from .nodes import Apply, Axis, Const, Dot, Index, Load, Loops, Node, Reduce, Segment, Store
+from .pieces import NeedSplit, Piece, cut_for, stored_space
+
+
+class Scalarizer:
+    """Turns values into nodes. Nodes are interned, so that equal ones are one object."""
+
+    def __init__(self, body: Iterable[Op]) -> None:
+        self.definitions = {v: op for op in body for v in op.results}
+        self.interned: dict[tuple[Any, ...], Node] = {}
+        self.memo: dict[tuple[Any, ...], Node] = {}
+
+    def make(self, kind: type[Node], *fields: Any) -> Any:
+        key = (kind, *fields) if kind is not Const else (kind, *fields, repr(fields[1]))
+        if key not in self.interned:
+            self.interned[key] = kind(*fields)
+        return self.interned[key]
+
+    def node(
+        self, value: Value, index: tuple[Expr, ...], ranges: dict[sympy.Symbol, Expr], depth: int
+    ) -> Node:
+        """The scalar ``value[index]``. ``depth`` numbers the reduction axes in scope."""
+        index = tuple(simplify(e, ranges) for e in index)
+        key = (value, index, depth, tuple(ranges.items()))
+        if key not in self.memo:
+            op = self.definitions.get(value)
+            if op is None:
+                self.memo[key] = self.make(Load, value.dtype, value, index, ())
+            else:
+                self.memo[key] = self._compute(op, value, index, ranges, depth)
+        return self.memo[key]
+
+    def _compute(
+        self, op: Op, value: Value, index: tuple[Expr, ...], ranges: dict[sympy.Symbol, Expr], depth: int
+    ) -> Node:
+        if op.opcode in POINTWISE:
+            args = tuple(self.node(v, _aligned(v, index), ranges, depth) for v in op.operands)
+            if op.opcode == "cast" and args[0].dtype == value.dtype:
+                return args[0]
+            return self.make(Apply, value.dtype, op.opcode, args)  # type: ignore[no-any-return]
+        match op.opcode:
+            case "const":
+                return self.make(Const, value.dtype, op.attr("value"))  # type: ignore[no-any-return]
+            case "iota":
+                return self.make(Index, value.dtype, index[0])  # type: ignore[no-any-return]
+            case "dim":
+                return self.make(Index, value.dtype, op.attr("expr"))  # type: ignore[no-any-return]
+            case "view":
+                return self.node(op.operands[0], op.attr("map").apply(index), ranges, depth)
+            case "concat":
+                return self._concat(op, index, ranges, depth)
+            case "gather":
+                return self._gather(op, index, ranges, depth)
+            case "reduce":
+                return self._reduce(op, index, ranges, depth)
+            case "matmul":
+                return self._matmul(op, index, ranges, depth)
+        raise VerifyError(f"{op.opcode} has no loop form")
+
+    def _concat(self, op: Op, index: tuple[Expr, ...], ranges: dict[sympy.Symbol, Expr], depth: int) -> Node:
+        axis, start = op.attr("axis"), Integer(0)
+        at = index[axis]
+        for part in op.operands:
+            local, extent = sympy.expand(at - start), part.shape[axis]
+            if provably_less(local, extent, ranges):
+                return self.node(part, (*index[:axis], local, *index[axis + 1 :]), ranges, depth)
+            if not provably_nonnegative(sympy.expand(local - extent), ranges):
+                raise cut_for(at, start + extent, ranges)
+            start += extent
+        raise VerifyError(f"index {at} lies outside the concat")
+
+    def _gather(self, op: Op, index: tuple[Expr, ...], ranges: dict[sympy.Symbol, Expr], depth: int) -> Node:
+        table, ids = op.operands
+        axis = op.attr("axis")
+        picked = self.node(ids, index[axis : axis + ids.type.rank], ranges, depth)
+        rest = index[axis + ids.type.rank :]
+        if isinstance(picked, Index):
+            return self.node(table, (*index[:axis], picked.expr, *rest), ranges, depth)
+        if table in self.definitions:
+            raise VerifyError("gather from a value computed in the same kernel")
+        symbol = sym(f"g{axis}")
+        return self.make(Load, table.dtype, table, (*index[:axis], symbol, *rest), ((symbol, picked),))  # type: ignore[no-any-return]
+
+    def _reduce(self, op: Op, index: tuple[Expr, ...], ranges: dict[sympy.Symbol, Expr], depth: int) -> Node:
+        (x,) = op.operands
+        reduced = op.attr("axes")
+        axes, full, given = [], [], list(index)
+        for n, extent in enumerate(x.shape):
+            if n in reduced:
+                if op.attr("keepdim"):
+                    given.pop(0)
+                axes.append(Axis(sym(f"k{depth + len(axes)}"), extent))
+                full.append(axes[-1].symbol)
+            else:
+                full.append(given.pop(0))
+        inner = ranges | {a.symbol: a.extent for a in axes}
+        body = self.node(x, tuple(full), inner, depth + len(axes))
+        return self.make(Reduce, x.dtype, op.attr("kind"), tuple(axes), body)  # type: ignore[no-any-return]
+
+    def _matmul(self, op: Op, index: tuple[Expr, ...], ranges: dict[sympy.Symbol, Expr], depth: int) -> Node:
+        a, b = op.operands
+        axis = Axis(sym(f"k{depth}"), a.shape[-1])
+        inner = ranges | {axis.symbol: axis.extent}
+        left = self.node(a, (*index[:-1], axis.symbol), inner, depth + 1)
+        batch = index[:-2] if b.type.rank > 2 else ()
+        right = self.node(b, (*batch, index[-1], axis.symbol), inner, depth + 1)
+        return self.make(Dot, op.result.dtype, left, right, axis)  # type: ignore[no-any-return]
+
+
+def _aligned(operand: Value, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """The index into a broadcast operand."""
+    tail = index[len(index) - operand.type.rank :]
+    return tuple(Integer(0) if d == 1 else i for i, d in zip(tail, operand.shape, strict=True))
+
+
+@lru_cache(maxsize=1024)
+def scalarize(kernel: Op) -> Loops:
+    """The loop form of a ``kernel`` op.
+
+    Raises VerifyError when the body holds an op without a loop form (attention, calls), or an iteration space that
+    cannot be cut so that every concat is decided.
+    """
+    scalarizer = Scalarizer(kernel.body)
+    segments: dict[tuple[Axis, ...], list[Store]] = {}
+    for result in kernel.results:
+        source, whole, shift = stored_space(result, scalarizer.definitions)
+        todo = [whole]
+        while todo:
+            piece = todo.pop(0)
+            final = piece.canonical()
+            try:
+                node = scalarizer.node(source, final.index, {a.symbol: a.extent for a in final.axes}, 0)
+            except NeedSplit as need:
+                todo[:0] = Piece(final.axes, final.index).split(need)
+                continue
+            index = tuple(sympy.expand(e + s) for e, s in zip(final.index, shift, strict=True))
+            segments.setdefault(final.axes, []).append(Store(result, index, node))
+    found = tuple(Segment(axes, tuple(stores)) for axes, stores in segments.items())
+    return Loops(kernel.attr("name"), kernel.operands, kernel.results, found)
