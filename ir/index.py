@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import sympy
@@ -18,7 +18,7 @@ from sympy import Add, Expr, Integer, Max, Min, Mul
 from .errors import ParseError
 
 
-@lru_cache(maxsize=None)
+@cache
 def sym(name: str) -> sympy.Symbol:
     """The symbol of that name: a positive dim when it starts with a capital, else a non-negative index."""
     if name[:1].isupper():
@@ -38,7 +38,7 @@ def _split_multiples(a: Expr, b: Expr) -> tuple[Expr, Expr]:
     return Add(*q), Add(*r)
 
 
-class FloorDiv(sympy.Function):  # type: ignore[misc]
+class FloorDiv(sympy.Function):
     """``a // b`` for a positive divisor."""
 
     nargs = 2
@@ -62,7 +62,7 @@ class FloorDiv(sympy.Function):  # type: ignore[misc]
         return f"({printer.parenthesize(self.args[0], 45)} // {printer.parenthesize(self.args[1], 100)})"
 
 
-class Mod(sympy.Function):  # type: ignore[misc]
+class Mod(sympy.Function):
     """``a % b`` for a positive divisor; the result lies in ``[0, b)``."""
 
     nargs = 2
@@ -317,7 +317,7 @@ class IndexMap:
         return f"({left}) -> ({', '.join(format_expr(e) for e in self.exprs)})"
 
 
-@lru_cache(maxsize=None)
+@cache
 def index_symbols(rank: int) -> tuple[sympy.Symbol, ...]:
     """``(i0, i1, ..)``"""
     return tuple(sym(f"i{n}") for n in range(rank))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from .errors import VerifyError
 from .index import as_expr, format_expr
 
 if TYPE_CHECKING:
-    import torch
+    from torch import dtype as TorchDType
 
 
 class DType(enum.Enum):
@@ -36,22 +37,22 @@ class DType(enum.Enum):
         return {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "f16": 2, "bf16": 2, "i16": 2}.get(self.value, 1)
 
     @property
-    def is_float(self) -> bool:
+    def is_float(self) -> builtins.bool:
         return self in (DType.f64, DType.f32, DType.f16, DType.bf16)
 
     @property
-    def is_int(self) -> bool:
+    def is_int(self) -> builtins.bool:
         return not self.is_float and self is not DType.bool
 
     @property
-    def torch(self) -> torch.dtype:
+    def torch(self) -> TorchDType:
         """The torch dtype of the same name."""
         import torch
 
-        return getattr(torch, _TORCH_NAMES[self.value])  # type: ignore[no-any-return]
+        return getattr(torch, _TORCH_NAMES[self.value])
 
     @staticmethod
-    def from_torch(dtype: torch.dtype) -> DType:
+    def from_torch(dtype: TorchDType) -> DType:
         """The element type for a torch dtype. Raises VerifyError for one that the IR does not have."""
         name = str(dtype).removeprefix("torch.")
         for ours, theirs in _TORCH_NAMES.items():

@@ -17,6 +17,8 @@ reads through them for free), except the operand that a matmul streams, whose me
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from tilewright.ir.module import Function, Module, Op, make_attrs
 from tilewright.ir.pointwise import POINTWISE
 from tilewright.ir.reference import Evaluation
@@ -43,7 +45,7 @@ def _fold_scalars(module: Module, function: Function) -> Function:
     for op in rewriter:
         if op.opcode in POINTWISE and op.operands and all(v in constants for v in op.operands):
             run = Evaluation(module, {}, {})
-            env = {}
+            env: dict[Value, Tensor] = {}
             for v in op.operands:
                 run.run(constants[v], env, "")
             run.run(op, env, "")

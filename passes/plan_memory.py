@@ -141,7 +141,7 @@ class _Planner:
 
     def _place(self, plan: _FunctionPlan, ops: list[Op]) -> None:
         """Offsets for the function's own classes and for the frames of what it calls."""
-        graph = nx.Graph()
+        graph: nx.Graph[object] = nx.Graph()
         spans: dict[object, tuple[int, int, int]] = {}
         for number, c in enumerate(plan.classes):
             if c.returned is None:

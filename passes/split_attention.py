@@ -13,7 +13,7 @@ A row without a valid position has total 0 and gives 0.
 from __future__ import annotations
 
 from tilewright.ir.index import IndexMap, index_symbols
-from tilewright.ir.module import Function, Module, Op
+from tilewright.ir.module import Attr, Function, Module, Op
 from tilewright.ir.types import DType, TensorType, Value
 
 from .base import PassOptions, Rewriter
@@ -40,7 +40,7 @@ def _split(rewriter: Rewriter, op: Op, splits: int) -> Value:
     attrs = {k: v for k, v in op.attrs if k != "slot"}
     acc, top, total = rewriter.add_multi("attention_split", *op.operands, loc=op.loc, splits=splits, **attrs)
 
-    def add(opcode: str, *operands: Value, type: TensorType | None = None, **more: object) -> Value:
+    def add(opcode: str, *operands: Value, type: TensorType | None = None, **more: Attr) -> Value:
         return rewriter.add(opcode, *operands, loc=op.loc, type=type, **more)
 
     highest = add("reduce", top, kind="max", axes=(3,), keepdim=True)

@@ -53,14 +53,14 @@ class Scalarizer:
             args = tuple(self.node(v, _aligned(v, index), ranges, depth) for v in op.operands)
             if op.opcode == "cast" and args[0].dtype == value.dtype:
                 return args[0]
-            return self.make(Apply, value.dtype, op.opcode, args)  # type: ignore[no-any-return]
+            return self.make(Apply, value.dtype, op.opcode, args)
         match op.opcode:
             case "const":
-                return self.make(Const, value.dtype, op.attr("value"))  # type: ignore[no-any-return]
+                return self.make(Const, value.dtype, op.attr("value"))
             case "iota":
-                return self.make(Index, value.dtype, index[0])  # type: ignore[no-any-return]
+                return self.make(Index, value.dtype, index[0])
             case "dim":
-                return self.make(Index, value.dtype, op.attr("expr"))  # type: ignore[no-any-return]
+                return self.make(Index, value.dtype, op.attr("expr"))
             case "view":
                 return self.node(op.operands[0], op.attr("map").apply(index), ranges, depth)
             case "concat":
@@ -95,12 +95,14 @@ class Scalarizer:
         if table in self.definitions:
             raise VerifyError("gather from a value computed in the same kernel")
         symbol = sym(f"g{axis}")
-        return self.make(Load, table.dtype, table, (*index[:axis], symbol, *rest), ((symbol, picked),))  # type: ignore[no-any-return]
+        return self.make(Load, table.dtype, table, (*index[:axis], symbol, *rest), ((symbol, picked),))
 
     def _reduce(self, op: Op, index: tuple[Expr, ...], ranges: dict[sympy.Symbol, Expr], depth: int) -> Node:
         (x,) = op.operands
         reduced = op.attr("axes")
-        axes, full, given = [], [], list(index)
+        axes: list[Axis] = []
+        full: list[Expr] = []
+        given = list(index)
         for n, extent in enumerate(x.shape):
             if n in reduced:
                 if op.attr("keepdim"):
@@ -111,7 +113,7 @@ class Scalarizer:
                 full.append(given.pop(0))
         inner = ranges | {a.symbol: a.extent for a in axes}
         body = self.node(x, tuple(full), inner, depth + len(axes))
-        return self.make(Reduce, x.dtype, op.attr("kind"), tuple(axes), body)  # type: ignore[no-any-return]
+        return self.make(Reduce, x.dtype, op.attr("kind"), tuple(axes), body)
 
     def _matmul(self, op: Op, index: tuple[Expr, ...], ranges: dict[sympy.Symbol, Expr], depth: int) -> Node:
         a, b = op.operands
@@ -120,7 +122,7 @@ class Scalarizer:
         left = self.node(a, (*index[:-1], axis.symbol), inner, depth + 1)
         batch = index[:-2] if b.type.rank > 2 else ()
         right = self.node(b, (*batch, index[-1], axis.symbol), inner, depth + 1)
-        return self.make(Dot, op.result.dtype, left, right, axis)  # type: ignore[no-any-return]
+        return self.make(Dot, op.result.dtype, left, right, axis)
 
 
 def _aligned(operand: Value, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
