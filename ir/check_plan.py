@@ -40,7 +40,7 @@ def _overlap(a: Buffer, b: Buffer) -> bool:
 def _check_aliases(
     step: Step, reads: tuple[int, ...], writes: tuple[int, ...], arena: dict[int, Buffer], where: str
 ) -> None:
-    """Within a step, outputs must be disjoint from each other, and from inputs unless elementwise and equally placed."""
+    """Within a step, outputs are disjoint from each other, and from inputs unless elementwise and equally placed."""
     for position, w in enumerate(writes):
         for other in writes[position + 1 :]:
             if w == other or (w in arena and other in arena and _overlap(arena[w], arena[other])):

@@ -12,9 +12,9 @@
 | concat | xs -> joined along ``axis`` | axis |
 | gather | table, index -> table with ``axis`` replaced by the index's shape | axis |
 | matmul | a[.., M, K], b[N, K] or b[.., N, K] -> [.., M, N]; float32 accumulation | |
-| attention | q[B,H,S,D], k, v [B,G,S,D] and optional mask bool[B,T] -> [B,H,S,Dv] | scale, causal, window, softcap, slot |
+| attention | q[B,H,S,D], k, v [B,G,S,D], optional mask bool[B,T] -> [B,H,S,Dv] | scale, causal, window, softcap, slot |
 | append | x[B,G,S,D] -> the slot's whole cache [B,G,T,D], ending in x | slot |
-| attention_split | q, k, v [B,G,T,D], mask -> partials acc f32[B,H,S,P,Dv], max, sum f32[B,H,S,P] | as attention, splits |
+| attention_split | q, k, v [B,G,T,D], mask -> acc f32[B,H,S,P,Dv], max, sum f32[B,H,S,P] | as attention; splits |
 | call | values -> the callee's returns | callee, scope |
 | call_torch | tensors -> tensors; run by PyTorch at run time | target, template |
 | kernel | outer values used -> body values used outside | name |

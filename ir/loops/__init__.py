@@ -39,7 +39,7 @@ from .scalarize import scalarize
 from .text import print_loops, print_node
 
 __all__ = [
-    "Apply", "AttentionForm", "Axis", "Const", "Dot", "Index", "Load", "Loops", "MatmulForm", "Node", "Reduce", "Segment",
-    "Store", "attention_form", "elementwise_inputs", "flops", "free_symbols", "matmul_form", "print_loops",
+    "Apply", "AttentionForm", "Axis", "Const", "Dot", "Index", "Load", "Loops", "MatmulForm", "Node", "Reduce",
+    "Segment", "Store", "attention_form", "elementwise_inputs", "flops", "free_symbols", "matmul_form", "print_loops",
     "print_node", "scalarize",
 ]  # fmt: skip

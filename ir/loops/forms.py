@@ -19,7 +19,7 @@ from .scalarize import Scalarizer
 
 @dataclass(frozen=True)
 class MatmulForm:
-    """A segment seen as a matrix product: ``dots`` share ``a`` (over rows and k); each has its own ``b`` (columns, k)."""
+    """A segment seen as a matrix product: ``dots`` share ``a`` (rows, k); each has its own ``b`` (columns, k)."""
 
     rows: tuple[Axis, ...]
     columns: tuple[Axis, ...]
