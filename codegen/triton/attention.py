@@ -3,8 +3,8 @@
 One program handles one KV head: its tile holds BLOCK_M (position, query head) pairs, all heads of the group together,
 so that K and V are read once per group. Causality, the window and the key mask are conditions on indices; positions
 that no query of the tile may see are skipped. The split form walks one chunk of the context and stores its partial
-result. Scores are masked with a large negative finite number and their weights set to zero, so that a row that sees nothing
-gives zero. The method is the online softmax of Milakov and Gimelshein, in the tiling of FlashAttention.
+result. Scores are masked with a large negative finite number and their weights set to zero, so that a row that sees
+nothing gives zero. The method is the online softmax of Milakov and Gimelshein, in the tiling of FlashAttention.
 """
 
 from __future__ import annotations
@@ -109,14 +109,15 @@ class _Attention:
         ):  # fmt: skip
             if extent == 1:
                 continue
-            value = rest if extent is None else f"{rest} % ({print_index(extent)})"
+            count = "" if extent is None else print_index(extent, tight=True)
+            value = rest if extent is None else f"{rest} % {count}"
             name = base.bind(value, hint) if value != self.pid else self.pid
             if symbol is None:
                 tile_index = f"{name} * {self.block_m} + "
             else:
                 self.names[symbol] = name
             if extent is not None:
-                rest = base.bind(f"{rest} // ({print_index(extent)})", "rest")
+                rest = base.bind(f"{rest} // {count}", "rest")
         return tile_index
 
     def _text(self, expr: Expr, table: dict[sympy.Symbol, str]) -> str:
@@ -232,10 +233,10 @@ class _Attention:
         }
         zeros = {s: Integer(0) for s in (BATCH, GROUP, PART) if s not in self.names}
         inner = self.context.extended({s: sympy.sympify(e).xreplace(zeros) for s, e in axes.items()}, blocks)
-        for text, (target, index) in zip(results, self.form.stores, strict=True):
+        for number, (text, (target, index)) in enumerate(zip(results, self.form.stores, strict=True)):
             value = _Computed(target.dtype)
             inner.bound[value] = Operand(text, base)
-            inner.store(Store(target, index, value), base)
+            inner.store(Store(target, index, value), base, (ROW,) if number else (ROW, COLUMN))
 
 
 class _Computed(Node):

@@ -12,7 +12,9 @@ A value is computed in the outermost scope that knows its blocks, once per kerne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -72,21 +74,21 @@ class Pointers:
 
 @dataclass
 class Context:
-    """Emits nodes under one meaning of the axis symbols. ``bound`` holds values that a template has computed
-    (reductions, accumulators); contexts of one kernel share it."""
+    """Emits nodes under one meaning of the axis symbols. ``shared`` nodes are used more than once and get a variable.
+    ``bound`` holds values that a template has computed (reductions, accumulators); contexts of one kernel share it."""
 
     base: Scope
     pointers: Pointers
     axes: dict[sympy.Symbol, Expr]
     blocks: dict[sympy.Symbol, Block]
+    shared: frozenset[Node] = frozenset()
     bound: dict[Node, Operand] = field(default_factory=dict)
     _memo: dict[Node, Operand] = field(default_factory=dict)
 
     def extended(self, axes: Mapping[sympy.Symbol, Expr], blocks: Mapping[sympy.Symbol, Block]) -> Self:
         """This context with more axes and blocks."""
-        return type(self)(
-            self.base, self.pointers, {**self.axes, **axes}, {**self.blocks, **blocks}, self.bound
-        )
+        axes, blocks = {**self.axes, **axes}, {**self.blocks, **blocks}
+        return type(self)(self.base, self.pointers, axes, blocks, self.shared, self.bound)
 
     def emit(self, node: Node) -> Operand:
         """The value of a node, in its compute dtype, as text."""
@@ -135,9 +137,9 @@ class Context:
                 for t, a in zip(texts, node.args, strict=True)
             ]
         text = TRITON[node.op](tuple(texts), dtype)
-        if len(text) > LONGEST_INLINE or "tl." in text:
+        if len(text) > LONGEST_INLINE or "tl." in text or node in self.shared:
             return Operand(scope.bind(text), scope)
-        return Operand(text, scope, atomic=False)
+        return Operand(text, scope, atomic=is_call(text))
 
     def _argument(self, value: Operand, scope: Scope) -> str:
         """An operand inside a larger expression of ``scope``; what belongs further out is computed there."""
@@ -193,13 +195,18 @@ class Context:
             return value
         return Operand(value.scope.bind(f"{value.text}.to({TRITON_TYPES[dtype]})"), value.scope)
 
-    def store(self, store: Store, scope: Scope) -> None:
-        """Write a store into ``scope``."""
+    def store(self, store: Store, scope: Scope, lanes: Iterable[sympy.Symbol] = ()) -> None:
+        """Write a store into ``scope``. ``lanes`` are the blocks that shape the value; the address need not mention
+        those of extent 1."""
         value = self.named(store.value)
         pointer = self.pointers.names[store.target]
         address = linear_index(store.index, self.pointers.shape(store.target))
         text, _ = self._index(address, self.pointers.is_large(store.target))
-        mask = self._masks(self._symbols(address))
+        mentioned = self._symbols(address)
+        text += "".join(
+            f" + {self.blocks[s].text} * 0" for s in lanes if self.blocks[s].text not in _words(text)
+        )
+        mask = self._masks(mentioned | set(lanes))
         guard = f", mask={mask}" if mask else ""
         scope.line(f"tl.store({pointer} + ({text}), {value.text}{guard})")
 
@@ -243,6 +250,29 @@ class Context:
             return f"{text}.to(tl.int64)" if wide else text
 
         return print_index(over_blocks, name), deepest(scopes)
+
+
+def shared_nodes(nodes: Iterable[Node]) -> frozenset[Node]:
+    """Those that more than one of ``nodes`` uses."""
+    counts = Counter(child for node in nodes for child in set(node.children))
+    return frozenset(node for node, count in counts.items() if count > 1)
+
+
+def is_call(text: str) -> bool:
+    """True for a single call such as ``f(a, b(c))``."""
+    opened = re.match(r"[\w.]+\(", text)
+    if opened is None:
+        return False
+    depth = 0
+    for position, char in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(char, 0)
+        if char == ")" and depth == 0:
+            return position == len(text) - 1
+    return False
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
 
 
 def flatten(axes: Sequence[Axis], symbol: sympy.Symbol) -> tuple[dict[sympy.Symbol, Expr], Expr]:

@@ -60,5 +60,5 @@ class _LoopContext(Context):
 
 def emit_generic(segment: Segment, tile: Tile, context: Context, pid: str) -> Expr:
     """Emit the segment into ``context.base``. Returns the number of programs."""
-    lanes = _LoopContext(context.base, context.pointers, context.axes, context.blocks, context.bound)
+    lanes = _LoopContext(context.base, context.pointers, context.axes, context.blocks, context.shared)
     return emit_pointwise(segment, tile, lanes, pid)

@@ -9,12 +9,12 @@ import sympy
 from sympy import Expr, Integer
 
 from tilewright.ir.index import IndexMap
-from tilewright.ir.loops import Reduce, Segment, attention_form, scalarize
+from tilewright.ir.loops import Node, Reduce, Segment, attention_form, scalarize
 from tilewright.ir.module import Op, walk
 from tilewright.ir.types import Value
 
 from .attention import emit_attention
-from .expression import Context, Pointers
+from .expression import Context, Pointers, shared_nodes
 from .generic import emit_generic
 from .matmul import Product, emit_matmul, find_product
 from .pointwise import emit_pointwise
@@ -120,16 +120,18 @@ def _print_parts(op: Op, env: Environment, pointers: Pointers, reserved: list[st
     return [_print_segment(segment, loops.name, env, pointers, reserved) for segment in loops.segments]
 
 
-def _start(pointers: Pointers, reserved: list[str]) -> tuple[Scope, Context]:
+def _start(
+    pointers: Pointers, reserved: list[str], shared: frozenset[Node] = frozenset()
+) -> tuple[Scope, Context]:
     scope = Scope(Names(reserved))
-    return scope, Context(scope, pointers, {}, {})
+    return scope, Context(scope, pointers, {}, {}, shared)
 
 
 def _print_segment(
     segment: Segment, name: str, env: Environment, pointers: Pointers, reserved: list[str]
 ) -> _Part:
     """Choose the template of a segment and print it."""
-    scope, context = _start(pointers, reserved)
+    scope, context = _start(pointers, reserved, shared_nodes(segment.nodes()))
     changes = env.tunables.get(name, {})
     extents = sympy.prod([a.extent for a in segment.axes], start=Integer(1))
     points = upper_bound(extents, env.largest)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import sympy
 from sympy import Expr
 
 from tilewright.ir.index import sym
@@ -130,9 +131,9 @@ class _Printer:
             scope.bind(f"tl.where({mask}, {value.text}, 0.0).to({TRITON_TYPES[self.operand]})", "a"), scope
         )
 
-    def store(self, epilogue: Context) -> None:
+    def store(self, epilogue: Context, *lanes: sympy.Symbol) -> None:
         for store in self.segment.stores:
-            epilogue.store(store, self.base)
+            epilogue.store(store, self.base, lanes)
 
 
 class _TilePrinter(_Printer):
@@ -150,7 +151,7 @@ class _TilePrinter(_Printer):
         loop = RowLoop(base, f"[{self.block_m}, {self.block_k}]", 1, True, f"[{self.block_m}, 1]", wide=False)
         for stage in self.stages:
             self._stage(stage, loop, context)
-        self.store(context.extended(self.column_axes, {N: self.n}))
+        self.store(context.extended(self.column_axes, {N: self.n}), M, N)
         return tiles_m * tiles_n * self.batch
 
     def _stage(self, stage: Stage, loop: RowLoop, context: Context) -> None:
@@ -171,6 +172,8 @@ class _TilePrinter(_Printer):
         a = self.row_operand(scope, row).text
         for dot, name in names.items():
             b = column.operand(dot.b, self.operand).text
+            if not self.form.columns:
+                b = scope.bind(f"tl.broadcast_to({b}, [{self.block_k}, {self.block_n}])", "b")
             scope.line(f"{name} = {self._dot(a, b, name)}")
 
     def _dot(self, a: str, b: str, name: str) -> str:
@@ -191,7 +194,7 @@ class _VectorPrinter(_Printer):
         loop = RowLoop(base, f"[{self.block_k}]", 0, False, "[]", wide=True)
         for stage in self.stages:
             self._stage(stage, loop)
-        self.store(self.context.extended(self.column_axes, {N: n}))
+        self.store(self.context.extended(self.column_axes, {N: n}), N)
         return tiles * self.batch
 
     def _stage(self, stage: Stage, loop: RowLoop) -> None:

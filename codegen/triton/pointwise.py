@@ -27,5 +27,5 @@ def emit_pointwise(segment: Segment, tile: Tile, context: Context, pid: str) -> 
         blocks[X] = Block(name, mask, base, extent)
     inner = context.extended(axes, blocks)
     for store in segment.stores:
-        inner.store(store, base)
+        inner.store(store, base, blocks)
     return ceil_div(extent, tile.block_n)

@@ -61,7 +61,7 @@ def _store(segment: Segment, columns: tuple[Axis, ...], block: KBlock, context: 
     base = context.base
     if not columns:
         for store in segment.stores:
-            context.store(store, base)
+            context.store(store, base, (M,))
         return
     axes, _ = flatten(columns, K)
     scope = (
@@ -71,6 +71,6 @@ def _store(segment: Segment, columns: tuple[Axis, ...], block: KBlock, context: 
     )
     inner = context.extended(axes, {K: block.index(scope, "" if block.whole else "start", "[None, :]")})
     for store in segment.stores:
-        inner.store(store, scope)
+        inner.store(store, scope, (M, K))
     if not block.whole:
         base.close(scope)

@@ -73,6 +73,9 @@ def plan_stages(
     return tuple(stages)
 
 
+HINTS = {"sum": "total", "max": "highest", "min": "lowest", "prod": "product", "any": "some", "all": "every"}
+"""Names of results, which must not hide Python's own."""
+
 IDENTITY = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")', "prod": "1", "any": "0", "all": "1"}
 
 
@@ -161,7 +164,7 @@ class RowLoop:
             for reduce in stage.reduces:
                 value = self._value(reduce, row)
                 folded = fold(reduce.kind, value, self.axis, self.keep)
-                self._finish(reduce, self.base.bind(folded, reduce.kind), context)
+                self._finish(reduce, self.base.bind(folded, HINTS[reduce.kind]), context)
             return
         names = {r: self._start(r) for r in stage.reduces}
         scope = self.base.open(f"for start in range(0, {print_index(k.extent)}, {k.constant}):")
@@ -179,7 +182,7 @@ class RowLoop:
     def _start(self, reduce: Reduce) -> str:
         dtype = _accumulator(reduce)
         shape = self.full if self.wide else self.folded
-        name = self.base.names.fresh(reduce.kind)
+        name = self.base.names.fresh(HINTS[reduce.kind])
         self.base.line(
             f"{name} = tl.full({shape}, {identity(reduce.kind, reduce.dtype)}, {TRITON_TYPES[dtype]})"
         )

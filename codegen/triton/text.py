@@ -90,8 +90,11 @@ def deepest(scopes: Iterable[Scope]) -> Scope:
     return max(scopes, key=lambda scope: scope.depth)
 
 
-def print_index(expr: Expr, name: Callable[[sympy.Symbol], str] = str) -> str:
-    """An integer index expression as text that is valid in Python and in a kernel; ``name`` prints the symbols."""
+def print_index(expr: Expr, name: Callable[[sympy.Symbol], str] = str, tight: bool = False) -> str:
+    """An integer index expression as text that is valid in Python and in a kernel.
+
+    ``name`` prints the symbols; ``tight`` asks for parentheses around anything but a number or a name.
+    """
 
     def show(e: Expr, tight: bool) -> str:
         if e.is_Integer:
@@ -125,7 +128,7 @@ def print_index(expr: Expr, name: Callable[[sympy.Symbol], str] = str) -> str:
                 raise VerifyError(f"cannot print {other} in an index expression: {e}")
         return f"({text})" if tight else text
 
-    return show(sympy.sympify(expr), False)
+    return show(sympy.sympify(expr), tight)
 
 
 def ceil_div(extent: Expr, block: int) -> Expr:

@@ -291,6 +291,25 @@ def linear(dtype: DType, rows: str) -> Case:
     return finish(b, b.add("add", gelu, b.param_value("residual", y.type)), B=2, S=19)
 
 
+@case("classifier", (DType.f32, "many"), (DType.bf16, "one"))
+def classifier(dtype: DType, rows: str) -> Case:
+    """A product with a single column."""
+    b = Builder()
+    x, w = b.param_value("x", rows_type(dtype, rows, 70)), b.param_value("w", tensor_type(dtype, [1, 70]))
+    return finish(
+        b, b.add("add", b.add("matmul", x, w), b.param_value("c", tensor_type(dtype, [1]))), B=2, S=19
+    )
+
+
+@case("one_row")
+def one_row() -> Case:
+    """Reductions to a single number, stored as such and with the row it normalises."""
+    b = Builder()
+    x = b.param_value("x", tensor_type("f32", [1, 1, 50]))
+    scale = rms_scale(b, x)
+    return finish(b, view(b, scale, [], "0", "0", "0"), b.add("mul", x, scale))
+
+
 @case("norm_linear", *ROWS)
 def norm_linear(dtype: DType, rows: str) -> Case:
     """LayerNorm as a prologue: two reductions, one after the other, before the product."""
@@ -368,8 +387,9 @@ def attend(opcode: str, dtype: DType, size: int, **attrs: object) -> Case:
     """Six query heads over two KV heads; ``mask`` hides a left margin, and all of the last row."""
     b = Builder()
     masked, queries, keys = attrs.pop("mask", False), attrs.pop("queries", "S"), attrs.pop("keys", "T")
+    groups = attrs.pop("groups", 2)
     q = b.param_value("q", tensor_type(dtype, ["B", 6, queries, size]))
-    k, v = (b.param_value(n, tensor_type(dtype, ["B", 2, keys, size])) for n in "kv")
+    k, v = (b.param_value(n, tensor_type(dtype, ["B", groups, keys, size])) for n in "kv")
     extra = (b.param_value("mask", tensor_type("bool", ["B", keys])),) if masked else ()
     full = {"scale": size**-0.5, "causal": True, "window": 0, "softcap": 0.0, **attrs}
     outs = b.add_multi(opcode, q, k, v, *extra, **full)  # type: ignore[arg-type]
@@ -406,6 +426,13 @@ def attention_decode() -> Case:
 @case("attention_split", *FLOATS)
 def attention_split(dtype: DType) -> Case:
     return attend("attention_split", dtype, 16, queries=1, splits=4, mask=True)
+
+
+@case("attention_own_heads", ("attention",), ("attention_split",))
+def attention_own_heads(opcode: str) -> Case:
+    """As many KV heads as query heads and one query: a tile of a single row."""
+    extra = {"slot": ""} if opcode == "attention" else {"splits": 3}
+    return attend(opcode, DType.f32, 16, queries=1, groups=6, **extra)
 
 
 @case("attention_empty_splits")

@@ -1,0 +1,230 @@
+"""Runs a program whose kernels are generated Triton code, on CUDA tensors or on Triton's interpreter.
+
+The generated module holds ``LAUNCH``: kernel name -> function(pointers, dims). Nothing else of it matters here. Memory
+is bound to kernels by address, so for decode, whose tensors stay where they are, the lists of arguments are made once
+per request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tilewright.ir.program import (
+    Buffer,
+    BufferKind,
+    DeviceError,
+    KernelBuildError,
+    Program,
+    Step,
+    Value,
+    concrete,
+    physical_shape,
+    run_torch_call,
+)
+
+from .kv_state import RequestState
+
+Launch = Callable[[list[Tensor], Mapping[str, int]], None]
+
+
+def is_interpreting() -> bool:
+    """True when this process runs Triton kernels on the CPU, step by step (TRITON_INTERPRET=1)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def require_device(device: torch.device) -> None:
+    """Raise DeviceError unless Triton kernels can run on tensors of ``device``."""
+    if device.type == "cuda":
+        return
+    if not is_interpreting():
+        raise DeviceError(
+            f"the triton backend needs a CUDA device, not {device}; move the model there, choose backend='cpp', or set "
+            "TRITON_INTERPRET=1 before Python starts to run the kernels slowly on the CPU"
+        )
+
+
+def write_module(folder: Path, text: str) -> Path:
+    """The path of a file that holds exactly ``text``: in ``folder``, or in a temporary one where that is not writable.
+
+    The name follows from the content; a file that was damaged is replaced, and none is ever seen half-written.
+    """
+    name = f"kernels_{hashlib.sha256(text.encode()).hexdigest()[:24]}.py"
+    try:
+        return _write(folder, name, text)
+    except OSError:
+        # Triton reads a kernel's source from its file, so there must be one somewhere.
+        return _write(Path(tempfile.mkdtemp(prefix="tilewright-")), name, text)
+
+
+def _write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    if path.is_file() and path.read_bytes() == text.encode():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, draft = tempfile.mkstemp(dir=folder, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(draft).replace(path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def load_launchers(path: Path) -> Mapping[str, Launch]:
+    """Import a generated module. Raises KernelBuildError when it is none."""
+    spec = importlib.util.spec_from_file_location(f"tilewright_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise KernelBuildError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        launchers: Mapping[str, Launch] = module.LAUNCH
+    except Exception as error:
+        raise KernelBuildError(f"generated Triton module {path} cannot be loaded: {error}") from error
+    return launchers
+
+
+@dataclass
+class _Bound:
+    """One request's arena, and (decode only) the launches with their tensors, as of a version of its state."""
+
+    arena: Tensor
+    version: int = -1
+    launches: tuple[tuple[Launch, list[Tensor]], ...] = ()
+
+
+class TritonExecutor:
+    """Runs one program; see ``runtime.executor.Executor``.
+
+    weights: every parameter of the program, contiguous, on ``device``. path: the module that ``codegen.triton`` printed
+    for the program. Raises DeviceError where Triton cannot run, and KernelBuildError when the module or a weight does
+    not fit.
+    """
+
+    def __init__(
+        self, program: Program, weights: Mapping[str, Tensor], path: Path, device: torch.device
+    ) -> None:
+        require_device(device)
+        self.program, self.weights, self.device = program, weights, device
+        self.phase = program.phase
+        self.batch = program.batch if program.phase == "decode" else 0
+        self._launchers = load_launchers(path)
+        for _, buffer in program.of_kind(BufferKind.param):
+            if buffer.name not in weights or not weights[buffer.name].is_contiguous():
+                raise KernelBuildError(f"weight {buffer.name} is missing or not contiguous")
+        if missing := {s.name for s in program.kernels()} - set(self._launchers):
+            raise KernelBuildError(f"{path} lacks the kernels {sorted(missing)}")
+        # A program without PyTorch calls is a list of launches, which decode binds to memory once.
+        self._static = self.phase == "decode" and all(
+            s.op.opcode == "kernel" for r in program.routines for s in r.steps
+        )
+
+    def run(
+        self,
+        inputs: Mapping[str, Tensor],
+        dims: Mapping[str, int],
+        state: RequestState | None,
+        outputs: Mapping[str, Tensor],
+    ) -> None:
+        """Compute ``outputs`` in place; see ``runtime.executor.Executor``."""
+        bound = self._bound(state)
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            if not self._static or state is None:
+                memory = _Memory(self, bound.arena, inputs, state, outputs)
+                for step, reads, writes in self.program.trace():
+                    memory.run(step, reads, writes, dims)
+                return
+            if bound.version != state.version:
+                memory = _Memory(self, bound.arena, inputs, state, outputs)
+                bound.launches = tuple(
+                    (self._launchers[step.name], memory.pointers(step, reads, writes))
+                    for step, reads, writes in self.program.trace()
+                )
+                bound.version = state.version
+            for launch, pointers in bound.launches:
+                launch(pointers, dims)
+
+    def _bound(self, state: RequestState | None) -> _Bound:
+        if state is not None and self in state.scratch:
+            found: _Bound = state.scratch[self]
+            return found
+        bound = _Bound(torch.empty(self.program.arena_bytes, dtype=torch.uint8, device=self.device))
+        if state is not None:
+            state.scratch[self] = bound
+        return bound
+
+
+class _Memory:
+    """Where each buffer of the program lies during one call."""
+
+    def __init__(
+        self,
+        executor: TritonExecutor,
+        arena: Tensor,
+        inputs: Mapping[str, Tensor],
+        state: RequestState | None,
+        outputs: Mapping[str, Tensor],
+    ) -> None:
+        self.executor, self.program, self.arena = executor, executor.program, arena
+        self.named: dict[BufferKind, Mapping[str, Tensor]] = {
+            BufferKind.input: inputs,
+            BufferKind.output: outputs,
+            BufferKind.param: executor.weights,
+            BufferKind.state: state.buffers if state is not None else {},
+        }
+
+    def run(
+        self, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], dims: Mapping[str, int]
+    ) -> None:
+        """Launch a kernel, or let PyTorch run an op that has none."""
+        if step.op.opcode == "kernel":
+            self.executor._launchers[step.name](self.pointers(step, reads, writes), dims)
+            return
+        args = [self._shaped(n, v, dims) for n, v in zip(reads, step.op.operands, strict=True)]
+        results = run_torch_call(step.op.attr("target"), step.op.attr("template"), args)
+        for n, v, result in zip(writes, step.op.results, results, strict=True):
+            self._shaped(n, v, dims).copy_(result)
+
+    def pointers(self, step: Step, reads: tuple[int, ...], writes: tuple[int, ...]) -> list[Tensor]:
+        """A kernel's tensor arguments; only their addresses and element types count."""
+        values = (*step.op.operands, *step.op.results)
+        return [
+            self._pointer(self.program.buffers[n], v) for n, v in zip((*reads, *writes), values, strict=True)
+        ]
+
+    def _pointer(self, buffer: Buffer, value: Value) -> Tensor:
+        dtype = value.dtype.torch
+        if buffer.kind is BufferKind.arena:
+            # Kernels see bool as bytes, as the key mask is kept.
+            whole = self.arena[buffer.offset : buffer.offset + max(buffer.nbytes, dtype.itemsize)]
+            return whole if dtype is torch.bool else whole.view(dtype)
+        tensor = self.named[buffer.kind][buffer.name]
+        return tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
+
+    def _shaped(self, number: int, value: Value, dims: Mapping[str, int]) -> Tensor:
+        """A buffer as a tensor of its logical shape, for PyTorch."""
+        buffer = self.program.buffers[number]
+        shape = concrete(physical_shape(value.type, self.program.capacity), dims)
+        tensor = self._pointer(buffer, value)
+        if buffer.kind is BufferKind.arena:
+            tensor = tensor[: torch.Size(shape).numel()]
+        if value.dtype.torch is torch.bool:
+            tensor = tensor.view(torch.bool)
+        logical = concrete(value.shape, dims)
+        if buffer.kind is BufferKind.state or logical != shape:
+            return tensor[tuple(slice(0, n) for n in logical)]
+        return tensor.view(shape)
