@@ -23,6 +23,7 @@ from tilewright.runtime.engine import Engine
 from tilewright.runtime.generate import generate
 
 from .cache import EngineCache
+from .capture_layers import flat_names
 from .generate_options import plain_options
 from .report import Report
 
@@ -275,11 +276,10 @@ class ModuleMixin(CompiledMixin):
 
 
 def flat_tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors in a forward's arguments by the names that capture gives them: ``x``, ``pair.0``, ``batch.mask``."""
+    """The tensors in a forward's arguments by the names that capture gives them: ``x``, ``pair_0``, ``batch_mask``."""
     flat: dict[str, Tensor] = {}
     for name, value in arguments.items():
-        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
-            key = name + "".join(str(k) for k in path).replace("[", ".").replace("]", "").replace("'", "")
+        for key, leaf in zip(flat_names(name, value), pytree.tree_leaves(value), strict=True):
             if not isinstance(leaf, Tensor):
                 raise InputError(f"{key} must be a tensor, got {type(leaf).__name__}")
             flat[key] = leaf

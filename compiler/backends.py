@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tilewright.codegen.triton.program import emit_program
 from tilewright.ir.program import Program
 from tilewright.runtime.executor import Executor
+from tilewright.runtime.triton_executor import TritonExecutor, is_interpreting, require_device, write_module
 
 from .options import Options
 from .reference_executor import ReferenceExecutor
+from .settings import cache_dir
 
 # Chunks of the context that decode attention is split into. On a CPU the heads of one sequence are enough parallel
 # work for its few cores, and splitting would only add a kernel to merge the parts.
@@ -28,5 +31,23 @@ class Built:
 
 
 def build(programs: Sequence[Program], weights: Mapping[str, Tensor], options: Options) -> Built:
-    """Generate, build and load the kernels of all programs for ``options.backend``."""
+    """Generate, build and load the kernels of all programs for ``options.backend``.
+
+    Raises KernelBuildError, CompilerNotFoundError or DeviceError.
+    """
+    makers = {"reference": _reference, "triton": _triton}
+    return makers[options.backend](programs, weights, options)
+
+
+def _reference(programs: Sequence[Program], weights: Mapping[str, Tensor], options: Options) -> Built:
     return Built(tuple(ReferenceExecutor(p, weights) for p in programs), {})
+
+
+def _triton(programs: Sequence[Program], weights: Mapping[str, Tensor], options: Options) -> Built:
+    require_device(options.device)
+    sources = {p.name: emit_program(p, is_interpreting()).text for p in programs}
+    executors = tuple(
+        TritonExecutor(p, weights, write_module(cache_dir() / "triton", sources[p.name]), options.device)
+        for p in programs
+    )
+    return Built(executors, {f"{name}.py": text for name, text in sources.items()})

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tilewright.errors import DeviceError, OptionError
+from tilewright.runtime.triton_executor import require_device
 
 BACKENDS = ("triton", "cpp", "reference")
 AUTOTUNE = ("off", "cached", "full")
@@ -109,11 +110,8 @@ def _backend(wanted: str | None, device: torch.device) -> str:
         raise OptionError(f"backend={wanted!r} is none of {', '.join(BACKENDS)}")
     if wanted == "cpp" and device.type != "cpu":
         raise DeviceError(f"backend='cpp' runs on the CPU, but the model is on {device}; use model.to('cpu')")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if wanted == "triton" and device.type != "cuda" and not interpreted:
-        raise DeviceError(
-            f"backend='triton' needs a GPU, but the model is on {device}; use model.to('cuda'), or backend='cpp'"
-        )
+    if wanted == "triton":
+        require_device(device)
     return wanted
 
 
