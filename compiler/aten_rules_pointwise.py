@@ -334,7 +334,7 @@ def _addcmul(ctx: Context, x: Value, a: Value, b: Value, value: Number = 1) -> R
 
 @rule(
     "to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy.default", "type_as.default",
-    "clone.default", "contiguous.default", "alias.default", "detach.default", "detach_.default", "lift_fresh.default",
+    "clone.default", "contiguous.default", "alias.default", "detach.default", "detach_.default",
     "lift_fresh_copy.default", "positive.default",
 )  # fmt: skip
 def _copy(ctx: Context, x: Value, *_: Any, **__: Any) -> Result:

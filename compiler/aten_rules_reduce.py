@@ -203,6 +203,6 @@ def _rms_norm(
     axes = range(rank - len(normalized_shape), rank)
     wide = ctx.cast(x, ctx.wide(x.dtype))
     square = _mean(ctx, ctx.apply("mul", wide, wide), axes, True)
-    epsilon = torch.finfo(x.dtype.torch).eps if eps is None else eps
+    epsilon = torch.finfo(wide.dtype.torch).eps if eps is None else eps
     normal = ctx.apply("mul", wide, ctx.apply("rsqrt", ctx.apply("add", square, epsilon)))
     return ctx.cast(_scale_and_shift(ctx, normal, weight, None), ctx.out.dtype)

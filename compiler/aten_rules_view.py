@@ -49,15 +49,18 @@ def _permute(ctx: Context, x: Value, dims: Sequence[int]) -> Result:
     return ctx.permute(x, dims)
 
 
-@rule("t.default", "numpy_T.default", "mT.default")
+@rule("t.default")
 def _t(ctx: Context, x: Value) -> Result:
-    if x.type.rank < 2:
-        return x
-    return ctx.transposed(x) if x.type.rank == 2 or len(ctx.out.shape) == 2 else None
+    return ctx.transposed(x) if x.type.rank == 2 else x
 
 
-@rule("adjoint.default")
-def _adjoint(ctx: Context, x: Value) -> Result:
+@rule("numpy_T.default")
+def _reversed(ctx: Context, x: Value) -> Result:
+    return ctx.permute(x, range(x.type.rank)[::-1])
+
+
+@rule("mT.default", "adjoint.default")
+def _matrix_transpose(ctx: Context, x: Value) -> Result:
     return ctx.transposed(x)
 
 
@@ -133,7 +136,6 @@ def _pieces(ctx: Context, x: Value, dim: int) -> tuple[Value, ...]:
     "chunk.default",
     "split_with_sizes.default",
     "tensor_split.sections",
-    "unsafe_chunk.default",
 )
 def _split(ctx: Context, x: Value, sizes: Any, dim: int = 0) -> Result:
     return _pieces(ctx, x, dim)

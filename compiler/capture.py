@@ -40,14 +40,16 @@ class CapturedGraph:
     """One exported graph.
 
     ``inputs`` pairs each input placeholder with its logical name; ``tensors`` maps each parameter, buffer or constant
-    placeholder to a tensor name, relative to the layer for layer graphs and absolute for the outer graph; ``symbols``
-    maps the size symbols of the export to our names.
+    placeholder to a tensor name, relative to the layer for layer graphs and absolute for the outer graph;
+    ``literals`` holds those tensors that the code itself spells out; ``symbols`` maps the size symbols of the export to
+    our names.
     """
 
     name: str
     exported: ExportedProgram
     inputs: tuple[tuple[str, str], ...]
     tensors: Mapping[str, str]
+    literals: Mapping[str, Tensor]
     symbols: Mapping[sympy.Symbol, str]
 
 
@@ -277,12 +279,11 @@ def _all_tensors(
 ) -> dict[str, Tensor]:
     """Every tensor that a graph refers to, by absolute name; literals of a layer graph are shared by its calls."""
     own = _own_tensors(model)
-    literals = main.exported.constants
-    needed = {name: literals.get(name) for name in main.tensors.values()}
+    needed = {name: main.literals.get(name) for name in main.tensors.values()}
     for call in calls.values():
         graph = layers[call.callee]
         for name in graph.tensors.values():
-            needed[f"{call.scope}.{name}"] = graph.exported.constants.get(name)
+            needed[f"{call.scope}.{name}"] = graph.literals.get(name)
     found: dict[str, Tensor] = {}
     for name, literal in needed.items():
         tensor = own.get(name, literal)
@@ -434,4 +435,5 @@ def _graph(
         for spec in exported.graph_signature.input_specs
         if spec.kind in _TENSOR_KINDS and spec.arg.name in used
     }
-    return CapturedGraph(name, exported, inputs, tensors, symbols)
+    literals = {n.removeprefix(prefix): t for n, t in exported.constants.items() if "lifted_tensor" in n}
+    return CapturedGraph(name, exported, inputs, tensors, literals, symbols)

@@ -97,8 +97,8 @@ class _FunctionLowering:
         """A weight, buffer or constant: one ``param`` op per name; literal numbers of the source become constants."""
         name = self.graph.tensors[node.name]
         if name not in shared:
-            literal = self.graph.exported.constants.get(name)
-            if name.startswith("lifted_tensor") and isinstance(literal, Tensor) and literal.ndim == 0:
+            literal = self.graph.literals.get(name)
+            if literal is not None and literal.ndim == 0:
                 shared[name] = self.builder.const(literal.item(), DType.from_torch(literal.dtype))
             else:
                 hint = name.replace(".", "_")

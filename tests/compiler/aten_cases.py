@@ -1,0 +1,319 @@
+"""One or more calls of every ATen op that has a lowering rule, as data: op, and arguments for a batch of n."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def f(*shape: int, low: float = -2.0, high: float = 2.0) -> Tensor:
+    """Floats whose order and sign vary; the tests convert them to other float types."""
+    return torch.empty(shape).uniform_(low, high, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def positive(*shape: int) -> Tensor:
+    return f(*shape, low=0.25, high=3.0)
+
+
+def i(*shape: int, low: int = -5, high: int = 6) -> Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(sum(shape) + 1))
+
+
+def b(*shape: int) -> Tensor:
+    return i(*shape) > 0
+
+
+def index(*shape: int, size: int) -> Tensor:
+    return i(*shape, low=0, high=size)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call ``aten.<target>(*args(n), **kwargs)``."""
+
+    target: str
+    args: Callable[[int], tuple[Any, ...]]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def op(self) -> Any:
+        packet, _, overload = self.target.partition(".")
+        return getattr(getattr(torch.ops.aten, packet), overload)
+
+
+def case(target: str, args: Callable[[int], tuple[Any, ...]], **kwargs: Any) -> Case:
+    return Case(target, args, tuple(kwargs.items()))
+
+
+_UNARY = (
+    "neg",
+    "abs",
+    "exp",
+    "sin",
+    "cos",
+    "tanh",
+    "erf",
+    "sigmoid",
+    "floor",
+    "ceil",
+    "sign",
+    "square",
+    "relu",
+)
+_UNARY += (
+    "silu",
+    "hardsigmoid",
+    "hardswish",
+    "relu6",
+    "isnan",
+    "clone",
+    "alias",
+    "detach",
+    "contiguous",
+    "positive",
+)
+_UNARY += ("lift_fresh_copy", "detach_")
+_POSITIVE = ("log", "sqrt", "rsqrt", "reciprocal")
+
+UNARY = [case(f"{name}.default", lambda n: (f(n, 4),)) for name in _UNARY]
+UNARY += [case(f"{name}.default", lambda n: (positive(n, 4),)) for name in _POSITIVE]
+UNARY += [
+    case("exp.default", lambda n: (i(n, 4),)),
+    case("floor.default", lambda n: (i(n, 4),)),
+    case("ceil.default", lambda n: (i(n, 4),)),
+    case("sign.default", lambda n: (b(n, 4),)),
+    case("logical_not.default", lambda n: (i(n, 4),)),
+    case("bitwise_not.default", lambda n: (i(n, 4),)),
+    case("bitwise_not.default", lambda n: (b(n, 4),)),
+    case("gelu.default", lambda n: (f(n, 4),)),
+    case("gelu.default", lambda n: (f(n, 4),), approximate="tanh"),
+    case("leaky_relu.default", lambda n: (f(n, 4), 0.2)),
+    case("elu.default", lambda n: (f(n, 4), 1.5, 1.0, 0.5)),
+    case("softplus.default", lambda n: (f(n, 4) * 10, 2.0, 8.0)),
+    case("hardtanh.default", lambda n: (f(n, 4), -0.5, 1.5)),
+    case("dropout.default", lambda n: (f(n, 4), 0.5, False)),
+    case("feature_dropout.default", lambda n: (f(n, 4), 0.5, False)),
+    case("alpha_dropout.default", lambda n: (f(n, 4), 0.5, False)),
+    case("to.dtype", lambda n: (f(n, 4), torch.float64)),
+    case("to.dtype", lambda n: (f(n, 4), torch.int64)),
+    case("to.dtype", lambda n: (i(n, 4), torch.bool)),
+    case("to.dtype_layout", lambda n: (f(n, 4),), dtype=torch.float16, device="cpu"),
+    case("to.device", lambda n: (f(n, 4), "cpu", torch.float16)),
+    case("to.other", lambda n: (i(n, 4), f(n, 4))),
+    case("type_as.default", lambda n: (i(n, 4), f(n, 4))),
+    case("_to_copy.default", lambda n: (f(n, 4),), dtype=torch.float64),
+]
+
+BINARY = [
+    case("add.Tensor", lambda n: (f(n, 4), f(4)), alpha=3),
+    case("add.Tensor", lambda n: (i(n, 4), f(n, 1))),
+    case("add.Tensor", lambda n: (f(n, 4), i(n, 4))),
+    case("add.Tensor", lambda n: (b(n, 4), b(n, 4))),
+    case("add.Tensor", lambda n: (f(n, 4), torch.tensor(0.3, dtype=torch.float64))),
+    case("add.Tensor", lambda n: (i(n, 4), 0.5)),
+    case("add.Scalar", lambda n: (f(n, 4), 0.1)),
+    case("sub.Tensor", lambda n: (f(n, 4), f(n, 4)), alpha=0.1),
+    case("sub.Scalar", lambda n: (i(n, 4), 2)),
+    case("rsub.Tensor", lambda n: (f(n, 4), f(n, 4))),
+    case("rsub.Scalar", lambda n: (f(n, 4), 1.0)),
+    case("mul.Tensor", lambda n: (f(n, 4), f(n, 1))),
+    case("mul.Tensor", lambda n: (b(n, 4), b(n, 4))),
+    case("mul.Tensor", lambda n: (b(n, 4), f(n, 4))),
+    case("mul.Scalar", lambda n: (f(n, 4), 0.1)),
+    case("div.Tensor", lambda n: (f(n, 4), positive(n, 4))),
+    case("div.Tensor", lambda n: (i(n, 4), index(n, 4, size=3) + 1)),
+    case("div.Scalar", lambda n: (f(n, 4), 3)),
+    case("div.Tensor_mode", lambda n: (f(n, 4), positive(n, 4)), rounding_mode="floor"),
+    case("div.Tensor_mode", lambda n: (f(n, 4), positive(n, 4)), rounding_mode=None),
+    case("div.Scalar_mode", lambda n: (i(n, 4), 2), rounding_mode="floor"),
+    case("floor_divide.default", lambda n: (i(n, 4), index(n, 4, size=3) + 1)),
+    case("floor_divide.Scalar", lambda n: (i(n, 4), 2)),
+    case("remainder.Tensor", lambda n: (i(n, 4), index(n, 4, size=3) + 1)),
+    case("remainder.Scalar", lambda n: (i(n, 4), 3)),
+    case("maximum.default", lambda n: (f(n, 4), f(4))),
+    case("minimum.default", lambda n: (f(n, 4), f(4))),
+    case("max.other", lambda n: (i(n, 4), i(4))),
+    case("min.other", lambda n: (i(n, 4), i(4))),
+    case("clamp.default", lambda n: (f(n, 4), -0.7, 0.3)),
+    case("clamp.default", lambda n: (f(n, 4), None, 0.3)),
+    case("clamp.Tensor", lambda n: (f(n, 4), f(n, 4) - 1, None)),
+    case("clamp_min.default", lambda n: (i(n, 4), 1)),
+    case("clamp_min.Tensor", lambda n: (f(n, 4), f(4))),
+    case("clamp_max.default", lambda n: (f(n, 4), 0.1)),
+    case("clamp_max.Tensor", lambda n: (f(n, 4), f(4))),
+    *(
+        case("pow.Tensor_Scalar", lambda n, e=e: (positive(n, 4), e))
+        for e in (2, 3, 0.5, -0.5, -1, -2, 1.7, 1)
+    ),
+    case("pow.Tensor_Scalar", lambda n: (i(n, 4), 2)),
+    case("pow.Tensor_Tensor", lambda n: (positive(n, 4), f(n, 4))),
+    case("pow.Scalar", lambda n: (2.0, f(n, 4))),
+    case("where.self", lambda n: (b(n, 4), f(n, 4), f(4))),
+    case("where.ScalarSelf", lambda n: (b(n, 4), 0.1, f(n, 4))),
+    case("where.ScalarOther", lambda n: (b(n, 4), f(n, 4), 7)),
+    case("where.Scalar", lambda n: (b(n, 4), 1.0, 0.0)),
+    case("masked_fill.Scalar", lambda n: (f(n, 4), b(n, 4), float("-inf"))),
+    case("masked_fill.Tensor", lambda n: (f(n, 4), b(n, 1), torch.tensor(2.5))),
+    case("addcmul.default", lambda n: (f(n, 4), f(n, 4), f(4)), value=0.5),
+    *(case(f"{name}.Tensor", lambda n: (i(n, 4), f(n, 4))) for name in ("eq", "ne", "lt", "le", "gt", "ge")),
+    *(case(f"{name}.Scalar", lambda n: (i(n, 4), 1)) for name in ("eq", "ne", "lt", "le", "gt", "ge")),
+    case("gt.Scalar", lambda n: (i(n, 4), 0.5)),
+    *(case(f"logical_{name}.default", lambda n: (i(n, 4), b(n, 4))) for name in ("and", "or", "xor")),
+    *(case(f"bitwise_{name}.Tensor", lambda n: (i(n, 4), i(n, 4))) for name in ("and", "or", "xor")),
+    *(case(f"bitwise_{name}.Scalar", lambda n: (i(n, 4), 6)) for name in ("and", "or", "xor")),
+    *(case(f"__{name}__.Tensor", lambda n: (b(n, 4), b(n, 4))) for name in ("and", "or", "xor")),
+    *(case(f"__{name}__.Scalar", lambda n: (i(n, 4), 5)) for name in ("and", "or", "xor")),
+]
+
+REDUCE = [
+    case("sum.default", lambda n: (f(n, 4),)),
+    case("sum.default", lambda n: (b(n, 4),)),
+    case("sum.dim_IntList", lambda n: (f(n, 4, 2), [0, -1], True)),
+    case("sum.dim_IntList", lambda n: (f(n, 4), None)),
+    case("mean.default", lambda n: (f(n, 4),)),
+    case("mean.dim", lambda n: (f(n, 4, 2), [1], False)),
+    case("mean.dim", lambda n: (f(n, 4), [0], True)),
+    case("var.correction", lambda n: (f(n, 4), [1])),
+    case("var.correction", lambda n: (f(n, 4), None), correction=0, keepdim=True),
+    case("var.dim", lambda n: (f(n, 4), [1], False, True)),
+    case("std.correction", lambda n: (f(n, 4), [-1]), correction=1),
+    case("std.dim", lambda n: (f(n, 4), [1])),
+    case("amax.default", lambda n: (f(n, 4), [1], True)),
+    case("amin.default", lambda n: (f(n, 4),)),
+    case("max.default", lambda n: (f(n, 4),)),
+    case("min.default", lambda n: (i(n, 4),)),
+    case("any.default", lambda n: (i(n, 4),)),
+    case("any.dim", lambda n: (b(n, 4), 1)),
+    case("any.dims", lambda n: (b(n, 4, 2), [1, 2], True)),
+    case("all.default", lambda n: (b(n, 4),)),
+    case("all.dim", lambda n: (i(n, 4), -1, True)),
+    case("all.dims", lambda n: (b(n, 4, 2), [0, 2])),
+    case("prod.default", lambda n: (f(n, 4),)),
+    case("prod.dim_int", lambda n: (f(n, 4), 1, True)),
+    case("softmax.int", lambda n: (f(n, 4), -1)),
+    case("softmax.int", lambda n: (f(n, 4), 1, torch.float32)),
+    case("_softmax.default", lambda n: (f(n, 4), 1, False)),
+    case("log_softmax.int", lambda n: (f(n, 4), -1)),
+    case("_log_softmax.default", lambda n: (f(n, 4), 1, False)),
+    case("logsumexp.default", lambda n: (f(n, 4), [1], False)),
+    case("layer_norm.default", lambda n: (f(n, 3, 4), [4], positive(4), f(4), 1e-5)),
+    case("layer_norm.default", lambda n: (f(n, 3, 4), [3, 4])),
+    case("rms_norm.default", lambda n: (f(n, 4), [4], positive(4), 1e-6)),
+    case("rms_norm.default", lambda n: (f(n, 4), [4])),
+]
+
+VIEW = [
+    case("view.default", lambda n: (f(n, 6, 2), [-1, 12])),
+    case("view.default", lambda n: (f(n, 12), [-1, 3, 4])),
+    case("view.default", lambda n: (f(n, 6), [-1])),
+    case("reshape.default", lambda n: (f(n, 4, 3), [-1, 2, 6])),
+    case("_unsafe_view.default", lambda n: (f(n, 4), [-1, 2, 2])),
+    case("view_as.default", lambda n: (f(n, 4), f(n, 2, 2))),
+    case("flatten.using_ints", lambda n: (f(n, 4, 3), 0, 1)),
+    case("unflatten.int", lambda n: (f(n, 6), 1, [2, 3])),
+    case("unsqueeze.default", lambda n: (f(n, 4), -1)),
+    case("squeeze.default", lambda n: (f(n, 1, 4),)),
+    case("squeeze.dim", lambda n: (f(n, 1, 4), 1)),
+    case("squeeze.dim", lambda n: (f(n, 1, 4), 2)),
+    case("squeeze.dims", lambda n: (f(n, 1, 4, 1), [1, -1])),
+    case("transpose.int", lambda n: (f(n, 4, 3), 0, -1)),
+    case("swapaxes.default", lambda n: (f(n, 4, 3), 1, 2)),
+    case("permute.default", lambda n: (f(n, 4, 3), [2, 0, -2])),
+    case("t.default", lambda n: (f(n, 4),)),
+    case("numpy_T.default", lambda n: (f(n, 4),)),
+    case("mT.default", lambda n: (f(n, 4, 3),)),
+    case("adjoint.default", lambda n: (f(n, 4, 3),)),
+    case("movedim.int", lambda n: (f(n, 4, 3), 0, 2)),
+    case("movedim.intlist", lambda n: (f(n, 4, 3, 2), [0, 1], [3, 0])),
+    case("expand.default", lambda n: (f(n, 1, 4), [2, -1, 3, 4])),
+    case("broadcast_to.default", lambda n: (f(4), [2, 3, 4])),
+    case("expand_as.default", lambda n: (f(n, 1), f(n, 4))),
+    case("slice.Tensor", lambda n: (f(n, 8), 1, 2, -1, 2)),
+    case("slice.Tensor", lambda n: (f(n, 8), -1, -3)),
+    case("slice.Tensor", lambda n: (f(n, 8), 0, 1)),
+    case("narrow.default", lambda n: (f(n, 8), 1, 2, 3)),
+    case("select.int", lambda n: (f(n, 8), 1, -2)),
+    case("select.int", lambda n: (f(n, 8), 0, 1)),
+    case("split.Tensor", lambda n: (f(n, 8), 3, 1)),
+    case("chunk.default", lambda n: (f(n, 8), 3, -1)),
+    case("split_with_sizes.default", lambda n: (f(n, 8), [1, 5, 2], 1)),
+    case("tensor_split.sections", lambda n: (f(n, 8), 3, 1)),
+    case("unbind.int", lambda n: (f(n, 3), 1)),
+    case("repeat.default", lambda n: (f(n, 3), [2, 1, 2])),
+    case("tile.default", lambda n: (f(n, 3), [1, 2])),
+    case("repeat_interleave.self_int", lambda n: (f(n, 3), 2, 1)),
+    case("repeat_interleave.self_int", lambda n: (f(n, 3), 2)),
+    case("flip.default", lambda n: (f(n, 3, 4), [0, -1])),
+    case("roll.default", lambda n: (f(n, 5), [2], [1])),
+    case("cat.default", lambda n: ([f(n, 3), f(n, 2)], -1)),
+    case("cat.default", lambda n: ([i(n, 3), f(n, 3)],)),
+    case("concat.default", lambda n: ([f(n, 3), f(n, 2)], 1)),
+    case("concatenate.default", lambda n: ([f(n, 3)], 1)),
+    case("stack.default", lambda n: ([f(n, 3), f(n, 3)], -1)),
+    case("constant_pad_nd.default", lambda n: (f(n, 3), [1, 2], 0.5)),
+    case("pad.default", lambda n: (f(n, 3, 2), [1, 0, 2, 1])),
+    case("embedding.default", lambda n: (f(7, 4), index(n, 3, size=7))),
+    case("index_select.default", lambda n: (f(n, 5), 1, index(4, size=5))),
+    case("index.Tensor", lambda n: (f(n, 5), [None, i(4, low=-5, high=5)])),
+    case("tril.default", lambda n: (f(n, 4, 5), 1)),
+    case("triu.default", lambda n: (f(n, 4, 5), -1)),
+]
+
+CREATE = [
+    case("zeros_like.default", lambda n: (f(n, 4),)),
+    case("ones_like.default", lambda n: (i(n, 4),)),
+    case("full_like.default", lambda n: (f(n, 4), 0.1)),
+    case("new_zeros.default", lambda n: (f(n, 4), [2, 3])),
+    case("new_ones.default", lambda n: (f(n, 4), [2, 3])),
+    case("new_full.default", lambda n: (f(n, 4), [2, 3], 0.5)),
+    case("zeros.default", lambda n: ([2, 3],)),
+    case("ones.default", lambda n: ([2, 3],), dtype=torch.int64),
+    case("full.default", lambda n: ([2, 3], 0.5)),
+    case("scalar_tensor.default", lambda n: (2.5,)),
+    case("arange.default", lambda n: (5,)),
+    case("arange.start", lambda n: (2, 7), dtype=torch.float32),
+    case("arange.start_step", lambda n: (1, 8, 3)),
+]
+
+MATMUL = [
+    case("linear.default", lambda n: (f(n, 3, 4), f(5, 4), f(5))),
+    case("linear.default", lambda n: (f(n, 4), f(5, 4))),
+    case("linear.default", lambda n: (f(n, 4), f(4))),
+    case("matmul.default", lambda n: (f(n, 3, 4), f(4, 5))),
+    case("matmul.default", lambda n: (f(n, 3, 4), f(n, 4, 5))),
+    case("matmul.default", lambda n: (f(n, 1, 3, 4), f(2, 4, 5))),
+    case("matmul.default", lambda n: (f(4), f(4, 5))),
+    case("matmul.default", lambda n: (f(n, 3, 4), f(4))),
+    case("matmul.default", lambda n: (f(4), f(n, 4, 5))),
+    case("mm.default", lambda n: (f(n, 4), f(4, 5))),
+    case("bmm.default", lambda n: (f(n, 3, 4), f(n, 4, 5))),
+    case("mv.default", lambda n: (f(n, 4), f(4))),
+    case("dot.default", lambda n: (f(4), f(4))),
+    case("addmm.default", lambda n: (f(5), f(n, 4), f(4, 5)), beta=0.5, alpha=2),
+    case("addmm.default", lambda n: (f(5), f(n, 4), f(4, 5)), beta=0),
+    case("addmv.default", lambda n: (f(n), f(n, 4), f(4))),
+    case("baddbmm.default", lambda n: (f(n, 3, 5), f(n, 3, 4), f(n, 4, 5))),
+    *(
+        case("scaled_dot_product_attention.default", args)
+        for args in (
+            lambda n: (f(n, 2, 3, 4), f(n, 2, 5, 4), f(n, 2, 5, 4)),
+            lambda n: (f(n, 2, 5, 4), f(n, 2, 5, 4), f(n, 2, 5, 4), None, 0.0, True),
+            lambda n: (f(n, 2, 3, 4), f(n, 2, 5, 4), f(n, 2, 5, 4), None, 0.0, True),
+            lambda n: (f(n, 2, 3, 4), f(n, 2, 5, 4), f(n, 2, 5, 4), f(n, 1, 1, 5)),
+            lambda n: (f(n, 2, 3, 4), f(n, 2, 5, 4), f(n, 2, 5, 4), torch.arange(5).expand(n, 1, 1, 5) > 1),
+            lambda n: (f(n, 3, 4), f(n, 5, 4), f(n, 5, 4)),
+        )
+    ),
+    case(
+        "scaled_dot_product_attention.default",
+        lambda n: (f(n, 4, 3, 4), f(n, 2, 5, 4), f(n, 2, 5, 4), f(n, 1, 3, 5), 0.0, False),
+        scale=0.3,
+        enable_gqa=True,
+    ),
+]
+
+CASES = [*UNARY, *BINARY, *REDUCE, *VIEW, *CREATE, *MATMUL]
