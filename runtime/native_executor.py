@@ -1,0 +1,106 @@
+"""Runs a program whose kernels are a shared library: one call into it per step, or per run of kernels between the
+steps that PyTorch does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tilewright.ir.program import BufferKind, KernelBuildError, Program, Step
+
+from .kv_state import RequestState
+from .memory import Memory
+from .native import NativeLibrary, PointerTable, pointer_table
+
+
+@dataclass
+class _Bound:
+    """One request's arena, scratch memory and table of addresses; ``version`` is the state's that the table is for."""
+
+    arena: Tensor
+    workspace: Tensor
+    table: PointerTable
+    version: int = -1
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Kernels ``first <= n < last``, then (but for the last range) a step that PyTorch runs."""
+
+    first: int
+    last: int
+    torch_step: tuple[Step, tuple[int, ...], tuple[int, ...]] | None = None
+
+
+class NativeExecutor:
+    """Runs one program; see ``runtime.executor.Executor``. Uses as many threads as PyTorch does at that time.
+
+    weights: every parameter of the program, contiguous. Raises KernelBuildError when one does not fit.
+    """
+
+    def __init__(self, program: Program, weights: Mapping[str, Tensor], library: NativeLibrary) -> None:
+        self.program, self.weights, self.library = program, weights, library
+        self.phase = program.phase
+        self.batch = program.batch if program.phase == "decode" else 0
+        for _, buffer in program.of_kind(BufferKind.param):
+            if buffer.name not in weights or not weights[buffer.name].is_contiguous():
+                raise KernelBuildError(f"weight {buffer.name} is missing or not contiguous")
+        self._ranges = _ranges(program)
+        self._symbols = tuple(name for name, _, _ in program.symbols)
+        self._varying = tuple(
+            (n, b) for n, b in enumerate(program.buffers) if b.kind in (BufferKind.input, BufferKind.output)
+        )
+
+    def run(
+        self,
+        inputs: Mapping[str, Tensor],
+        dims: Mapping[str, int],
+        state: RequestState | None,
+        outputs: Mapping[str, Tensor],
+    ) -> None:
+        """Compute ``outputs`` in place; see ``runtime.executor.Executor``."""
+        threads = torch.get_num_threads()
+        sizes = self.library.dims([dims[name] for name in self._symbols])
+        bound = self._bound(state)
+        memory = Memory(self.program, self.weights, bound.arena, inputs, state, outputs)
+        if state is None or bound.version != state.version:
+            for n, buffer in enumerate(self.program.buffers):
+                bound.table[n] = memory.address(buffer)
+            bound.version = state.version if state is not None else -1
+        elif self.phase != "decode":
+            for n, buffer in self._varying:
+                bound.table[n] = memory.address(buffer)
+        needed = self.library.workspace_bytes(sizes, threads)
+        if needed > bound.workspace.numel():
+            bound.workspace = torch.empty(needed, dtype=torch.uint8)
+        scratch = bound.workspace.data_ptr()
+        for part in self._ranges:
+            if part.first < part.last:
+                self.library.run(bound.table, sizes, scratch, threads, part.first, part.last)
+            if part.torch_step is not None:
+                memory.run_torch(*part.torch_step, dims)
+
+    def _bound(self, state: RequestState | None) -> _Bound:
+        if state is not None and self in state.scratch:
+            found: _Bound = state.scratch[self]
+            return found
+        with torch.inference_mode(False):
+            arena = torch.empty(self.program.arena_bytes, dtype=torch.uint8)
+            bound = _Bound(arena, arena[:0], pointer_table([0] * len(self.program.buffers)))
+        if state is not None:
+            state.scratch[self] = bound
+        return bound
+
+
+def _ranges(program: Program) -> tuple[_Range, ...]:
+    """The program cut at the steps that PyTorch runs, which count in the numbering too."""
+    ranges: list[_Range] = []
+    first = number = 0
+    for number, (step, reads, writes) in enumerate(program.trace()):
+        if step.op.opcode == "call_torch":
+            ranges.append(_Range(first, number, (step, reads, writes)))
+            first = number + 1
+    return (*ranges, _Range(first, number + 1))
