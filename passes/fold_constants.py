@@ -98,12 +98,12 @@ def _hoist(function: Function, earlier: Function | None) -> tuple[Function, Func
         return op.opcode not in ("view", "cast") or streams(value)
 
     roots = [v for op in function.ops for v in op.results if worth(v)]
-    inner = {o.result for v in roots for o in _slice(v, made)} - set(roots)
     roots = [
         v
         for v in roots
-        if streams(v) or v in function.returns or any(set(u.results) - known for u in users[v])
+        if streams(v) or v in function.returns or any(set(u.results) - known for u in users.get(v, ()))
     ]
+    inner = {o.result for v in roots for o in _slice(v, made)} - set(roots)
     if not roots:
         return function, earlier
     taken = {v.name for v in earlier.returns} if earlier else set()

@@ -31,6 +31,7 @@ from tilewright.ir.pointwise import POINTWISE
 from tilewright.ir.types import Value, concrete
 
 from .base import PassOptions
+from .dce import has_effect
 
 _ATTENTION = ("attention", "attention_split")
 _ANCHORS = ("matmul", *_ATTENTION)
@@ -129,7 +130,7 @@ class _Fuser:
 
     def _needed(self, value: Value, members: set[int]) -> bool:
         n = self.at[value]
-        if value in self.function.returns or self.ops[n].opcode == "append":
+        if value in self.function.returns or has_effect(self.ops[n]):
             return True
         return any(value in self.ops[u].operands for u in self.users[n] if u not in members)
 
