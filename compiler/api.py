@@ -6,9 +6,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ from tilewright.runtime.engine import Engine
 from tilewright.runtime.executor import EngineSpec
 
 from .api_mixin import Compiled, attach
-from .backends import SPLITS, Built, build
+from .backends import SPLITS, Built, build, measures
 from .capture import Captured, capture
 from .costs import eager_peak
 from .dump import Dump
@@ -30,7 +30,10 @@ from .lower import lower
 from .options import Options, check_options
 from .progress import SILENT, Advance, Progress
 from .report import Fallback, Memory, PhaseReport, Report
+from .tune import choice_key, measure, remember, remembered
 from .weights import BoundWeights, bind_weights
+
+_Item = TypeVar("_Item")
 
 
 def compile(
@@ -61,7 +64,7 @@ def compile(
     Raises OptionError, DeviceError, CaptureError, LoweringError, CompilerNotFoundError, KernelBuildError.
     """
     options = check_options(model, batch_sizes, max_length, weights, autotune, backend, dump)
-    with progress.step(f"Compiling {type(model).__name__}", total=5) as advance:
+    with progress.step(f"Compiling {type(model).__name__}", total=6) as advance:
         return _Compilation(model, options, advance).run(example_inputs)
 
 
@@ -83,6 +86,7 @@ class _Compilation:
     advance: Advance
     seconds: dict[str, float] = field(default_factory=dict)
     stages: dict[str, Callable[[], str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def run(self, example_inputs: tuple[Any, ...] | dict[str, Any] | None) -> Any:
         dump = Dump(self.options.dump)
@@ -95,6 +99,7 @@ class _Compilation:
         phases = _phases(captured, lowered, self.options)
         with self._stage("passes"):
             modules = [self._optimise(lowered, phase, dump) for phase in phases]
+            phases, modules, open_choice = self._recall(phases, modules)
         with self._stage("plan"):
             programs = [
                 plan_memory(module, phase.name, phase.phase, phase.batch, self.options.max_length)
@@ -106,6 +111,10 @@ class _Compilation:
             dump.plan(program)
         with self._stage("kernels"):
             built = build(programs, bound.tensors, self.options)
+        if open_choice:
+            with self._stage("tune"):
+                chosen = self._choose(captured, modules, programs, built)
+                modules, programs, built = _keep(chosen, modules), _keep(chosen, programs), built.keep(chosen)
         dump.sources(built.sources)
         self._name_stages(modules, programs, built)
         report = self._report(captured, lowered, programs, bound, built)
@@ -130,6 +139,35 @@ class _Compilation:
 
         return run_passes(lowered.with_symbols(**phase.ranges), phase.passes, hook=after)
 
+    def _recall(self, phases: list[_Phase], modules: list[Module]) -> tuple[list[_Phase], list[Module], bool]:
+        """Drop rivals where it is known which one wins. The last value is True when that has to be measured."""
+        rivals = [n for n, phase in enumerate(phases) if phase.phase == "prefill"]
+        if len(rivals) < 2:
+            return phases, modules, False
+        if self.options.autotune == "cached":
+            key = self._choice_key(modules)
+            chosen = remembered(key, len(rivals))
+            if chosen is not None:
+                return _keep(rivals[chosen], phases), _keep(rivals[chosen], modules), False
+        return phases, modules, True
+
+    def _choose(
+        self, captured: Captured, modules: list[Module], programs: list[Program], built: Built
+    ) -> int:
+        """Measure the rival prefill programs, the last two; gives the number of the faster."""
+        first = len(programs) - 2
+        seconds = measure(built.executors[first:], self._spec(captured, programs[-1]))
+        chosen = seconds.index(min(seconds))
+        remember(self._choice_key(modules), chosen, seconds)
+        timed = zip(programs[first:], seconds, strict=True)
+        self.notes += (
+            f"measured for one chunk: {', '.join(f'{p.name} {s * 1000:.0f} ms' for p, s in timed)}",
+        )
+        return first + chosen
+
+    def _choice_key(self, modules: list[Module]) -> str:
+        return choice_key(modules[-2:], self.options.backend, self.options.device)
+
     def _name_stages(self, modules: list[Module], programs: list[Program], built: Built) -> None:
         """Plans and sources, then the names for what is asked for most: the last IR of each phase."""
         for name, text in built.sources.items():
@@ -141,17 +179,18 @@ class _Compilation:
 
     def _engine(self, captured: Captured, programs: list[Program], built: Built) -> Engine:
         decode = [e for e, p in zip(built.executors, programs, strict=True) if p.phase == "decode"]
-        main, executor = programs[-1], built.executors[-1]
+        return Engine(decode, built.executors[-1], self._spec(captured, programs[-1]))
+
+    def _spec(self, captured: Captured, program: Program) -> EngineSpec:
         embeddings = self.model.get_input_embeddings() if isinstance(self.model, PreTrainedModel) else None
-        spec = EngineSpec.of(
-            main,
+        return EngineSpec.of(
+            program,
             captured.kind,
             self.options.device,
             vocab_size=embeddings.weight.shape[0] if embeddings is not None else 0,
             chunk=self.options.chunk,
             positions=captured.position_rule,
         )
-        return Engine(decode, executor, spec)
 
     def _report(
         self, captured: Captured, lowered: Module, programs: list[Program], bound: BoundWeights, built: Built
@@ -179,7 +218,7 @@ class _Compilation:
             ),
             eager_peak_bytes=eager_peak(lowered, largest),
             fallbacks=tuple(f for p in programs for f in Fallback.of(p)),
-            notes=captured.notes,
+            notes=captured.notes + self.notes,
             seconds=tuple(self.seconds.items()),
             cache=kernels,
         )
@@ -207,7 +246,16 @@ def _phases(captured: Captured, lowered: Module, options: Options) -> list[_Phas
         for size in options.batch_sizes
     ]
     wide = context | {"B": (1, options.max_batch), "S": (1, options.chunk)}
-    return [*decode, _Phase("prefill", "prefill", options.max_batch, PassOptions(last_tokens=True), wide)]
+    ours = _Phase("prefill", "prefill", options.max_batch, PassOptions(last_tokens=True), wide)
+    vendor = replace(ours, name="prefill_vendor", passes=replace(ours.passes, vendor_matmul=True))
+    if options.autotune == "off" or not measures(options):
+        return [*decode, ours]
+    return [*decode, ours, vendor]
+
+
+def _keep(chosen: int, items: list[_Item]) -> list[_Item]:
+    """The items without the last two, but for the chosen one of these."""
+    return [*items[:-2], items[chosen]]
 
 
 def _report_dims(program: Program, options: Options) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -28,6 +28,15 @@ class Built:
     executors: tuple[Executor, ...]
     sources: Mapping[str, str]
     from_cache: bool | None = None
+
+    def keep(self, chosen: int) -> Built:
+        """Without the last two executors, but for the chosen one of these; every source stays for the dump."""
+        return replace(self, executors=(*self.executors[:-2], self.executors[chosen]))
+
+
+def measures(options: Options) -> bool:
+    """True where candidates can be told apart by time: compiled kernels on their own device."""
+    return options.backend == "cpp" or (options.backend == "triton" and not is_interpreting())
 
 
 def build(programs: Sequence[Program], weights: Mapping[str, Tensor], options: Options) -> Built:

@@ -9,14 +9,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tilewright.ir.module import Op
 from tilewright.ir.program import Program
 
 from .costs import Dims, program_cost
 
 
+def _is_vendor(op: Op) -> bool:
+    """True for a product that ``vendor_matmul`` gave away; lowering has a rule for linear, and makes no such call."""
+    return op.opcode == "call_torch" and op.attr("target") == "aten.linear.default"
+
+
 @dataclass(frozen=True)
 class PhaseReport:
-    """One program. launches: kernels and PyTorch calls of one run. Bytes and FLOPs hold at the sizes in ``dims``."""
+    """One program. launches: kernels and PyTorch calls of one run. vendor: those of them that the tuner has given to
+    the vendor's library. Bytes and FLOPs hold at the sizes in ``dims``.
+    """
 
     name: str
     phase: str
@@ -25,6 +33,7 @@ class PhaseReport:
     kernels: int
     kernels_per_layer: int
     launches: int
+    vendor: int
     bytes: int
     flops: int
     arena_bytes: int
@@ -42,6 +51,7 @@ class PhaseReport:
             kernels=len(program.kernels()),
             kernels_per_layer=max((len(program.routines[n].steps) for n in layers), default=0),
             launches=sum(len(program.routines[call.routine].steps) for call in program.calls),
+            vendor=sum(_is_vendor(step.op) for step, _, _ in program.trace()),
             bytes=cost.bytes,
             flops=cost.flops,
             arena_bytes=program.arena_bytes,
@@ -77,7 +87,7 @@ class Fallback:
         counts: dict[tuple[str, str, str], int] = {}
         for call in program.calls:
             for step in program.routines[call.routine].steps:
-                if step.op.opcode == "call_torch":
+                if step.op.opcode == "call_torch" and not _is_vendor(step.op):
                     key = (str(step.op.attr("target")), step.op.loc.module, step.op.loc.source)
                     counts[key] = counts.get(key, 0) + 1
         return tuple(Fallback(program.name, *key, calls) for key, calls in counts.items())
@@ -134,11 +144,11 @@ class Report:
         return text.getvalue().rstrip()
 
     def _phases(self) -> Table:
-        names = ("program", "sizes", "kernels", "per layer", "launches", "moved", "FLOPs", "arena")
+        names = ("program", "sizes", "kernels", "per layer", "launches", "vendor", "moved", "FLOPs", "arena")
         table = _table("One run of each program", *names)
         for p in self.phases:
             sizes = " ".join(f"{name}={size}" for name, size in sorted(p.dims.items()))
-            counts = (str(p.kernels), str(p.kernels_per_layer), str(p.launches))
+            counts = (str(p.kernels), str(p.kernels_per_layer), str(p.launches), str(p.vendor))
             table.add_row(
                 p.name, sizes, *counts, size_text(p.bytes), _count_text(p.flops), size_text(p.arena_bytes)
             )
