@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tilewright.ir.module import Module
 from tilewright.ir.program import BufferKind, Program
 from tilewright.passes.base import PassOptions
+from tilewright.passes.last_tokens import last_tokens
 from tilewright.passes.pipeline import run_passes
 from tilewright.passes.plan_memory import plan_memory
 from tilewright.runtime.engine import Engine
@@ -34,6 +35,7 @@ from .tune import choice_key, measure, remember, remembered
 from .weights import BoundWeights, bind_weights
 
 _Item = TypeVar("_Item")
+_LAST = PassOptions(last_tokens=True)
 
 
 def compile(
@@ -200,7 +202,7 @@ class _Compilation:
         slots = [b for _, b in programs[-1].of_kind(BufferKind.state)]
         per_position = sum(int(b.type.shape[1] * b.type.shape[3]) * b.type.dtype.itemsize for b in slots)
         largest = {name: high for name, _, high in programs[-1].symbols}
-        largest["T"] = largest["L"] = largest.get("S", 1)
+        largest.update(T=largest.get("S", 1), L=1)
         floats = {
             str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.is_floating_point()
         }
@@ -216,7 +218,7 @@ class _Compilation:
                 prepared=bound.copied_bytes,
                 kv_per_sequence=per_position * options.max_length,
             ),
-            eager_peak_bytes=eager_peak(lowered, largest),
+            eager_peak_bytes=eager_peak(last_tokens(lowered, _LAST), largest),
             fallbacks=tuple(f for p in programs for f in Fallback.of(p)),
             notes=captured.notes + self.notes,
             seconds=tuple(self.seconds.items()),
@@ -246,7 +248,7 @@ def _phases(captured: Captured, lowered: Module, options: Options) -> list[_Phas
         for size in options.batch_sizes
     ]
     wide = context | {"B": (1, options.max_batch), "S": (1, options.chunk)}
-    ours = _Phase("prefill", "prefill", options.max_batch, PassOptions(last_tokens=True), wide)
+    ours = _Phase("prefill", "prefill", options.max_batch, _LAST, wide)
     vendor = replace(ours, name="prefill_vendor", passes=replace(ours.passes, vendor_matmul=True))
     if options.autotune == "off" or not measures(options):
         return [*decode, ours]

@@ -98,7 +98,7 @@ class Report:
     """Everything worth knowing about a compiled model; plain data.
 
     eager_peak_bytes: estimated peak activations of eager PyTorch at the largest sizes of the prefill or forward
-    program, for which its arena is planned too.
+    program, for which its arena is planned too, with the last token's logits alone (as generate() asks for).
     seconds: wall time per stage of compilation. cache: what was found ready (True) or had to be built (False).
     """
 
