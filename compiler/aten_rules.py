@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -21,9 +21,9 @@ from tilewright.ir.index import IndexMap, index_symbols
 from tilewright.ir.ops import Builder
 from tilewright.ir.types import DType, TensorType, Value
 
-Number = int | float | bool | Expr
-Operand = Value | Number
-Result = Value | tuple[Value, ...] | None
+Number: TypeAlias = int | float | bool | Expr
+Operand: TypeAlias = Value | Number
+Result: TypeAlias = Value | tuple[Value, ...] | None
 Rule = Callable[..., Result]
 
 RULES: dict[str, Rule] = {}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import sympy
 from sympy import Expr
 
+from tilewright.ir.index import FloorDiv, index_symbols
 from tilewright.ir.ops import broadcast
 from tilewright.ir.types import DType, Value
 
@@ -97,7 +99,7 @@ def _attention_op(
     slot: str,
 ) -> Value:
     operands = [q, k, v] + ([] if mask is None else [ctx.cast(mask, DType.bool)])
-    attributes = {"scale": scale, "softcap": softcap, "window": window, "causal": causal}
+    attributes: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window, "causal": causal}
     return ctx.builder.add("attention", *operands, **attributes, slot=slot)
 
 
@@ -149,8 +151,6 @@ def _spelled_out_attention(
 
 def _repeat_heads(ctx: Context, x: Value, heads: Expr) -> Value:
     """Grouped queries: each key-value head serves ``heads / groups`` query heads in a row."""
-    from tilewright.ir.index import FloorDiv, index_symbols
-
     at = x.type.rank - 3
     symbols: list[Expr] = list(index_symbols(x.type.rank))
     symbols[at] = FloorDiv(symbols[at], sympy.Integer(int(heads) // int(x.shape[at])))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -181,7 +182,11 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
     notes: list[str] = []
     skip: list[str] = []
     outer = _Outer(model)
-    with torch.no_grad(), opaque_attention(model):
+    dispatches = model._can_set_attn_implementation()
+    if kind == "decoder" and not dispatches:
+        raise _unsupported_attention(model)
+    # An encoder without the common dispatch keeps no state: its attention is captured as the ordinary ops it is.
+    with torch.no_grad(), opaque_attention(model) if dispatches else nullcontext():
         while True:
             try:
                 main, layers, calls = _capture_layered(model, outer, inputs, ranges, skip)
@@ -189,8 +194,9 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
             except NotALayerError as error:
                 skip.append(error.list_name)
                 notes.append(f"layers of {error} (captured as part of the whole model)")
-    if kind == "decoder":
-        _require_opaque_attention(model, [main, *layers.values()])
+    graphs = [main, *layers.values()]
+    if kind == "decoder" and not any(n.target is ATTENTION for g in graphs for n in g.exported.graph.nodes):
+        raise _unsupported_attention(model)
     return Captured(
         main=main,
         layers=layers,
@@ -266,12 +272,11 @@ def _dim_name(size: Any, symbols: Mapping[sympy.Symbol, str], record: LayerRecor
     return name
 
 
-def _require_opaque_attention(model: PreTrainedModel, graphs: list[CapturedGraph]) -> None:
-    if not any(node.target is ATTENTION for g in graphs for node in g.exported.graph.nodes):
-        raise CaptureError(
-            f"unsupported attention: {type(model).__name__} does not dispatch through transformers.AttentionInterface, "
-            "so its KV state cannot be told apart; run this model with Hugging Face instead"
-        )
+def _unsupported_attention(model: nn.Module) -> CaptureError:
+    return CaptureError(
+        f"unsupported attention: {type(model).__name__} does not dispatch through transformers.AttentionInterface, so "
+        "its KV state cannot be told apart; run this model with Hugging Face instead"
+    )
 
 
 def _all_tensors(

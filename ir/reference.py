@@ -132,7 +132,7 @@ def run_torch_call(target: str, template: str, args: Sequence[Tensor]) -> tuple[
     for part in target.split("."):
         function = getattr(function, part)
     positional, named = json.loads(template)
-    result = function(*fill(positional), **fill(named))
+    result = function(*fill(positional), **{k: fill(v) for k, v in named.items()})
     return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BloomConfig, BloomForCausalLM, MPNetConfig, MPNetModel
 
 from tilewright.capture import Captured, capture
 from tilewright.ir.errors import CaptureError
@@ -155,6 +156,21 @@ def test_provenance_survives() -> None:
     assert all("modeling_llama.py" in node.meta["stack_trace"] for node in linears)
 
 
+def test_decoders_with_attention_of_their_own_are_refused() -> None:
+    config = BloomConfig(vocab_size=128, hidden_size=64, n_layer=1, n_head=4)
+    with pytest.raises(CaptureError, match=r"unsupported attention: BloomForCausalLM"):
+        capture(BloomForCausalLM(config).eval())
+
+
+def test_encoders_with_attention_of_their_own_are_captured() -> None:
+    config = MPNetConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
+    )
+    captured = capture(MPNetModel(config).eval())
+    assert captured.kind == "encoder"
+    assert captured.outputs == ("last_hidden_state", "pooler_output")
+
+
 def test_training_mode_is_refused() -> None:
     model = tiny("llama")
     model.model.layers[1].mlp.train()
@@ -225,3 +241,24 @@ class _DataDependent(nn.Module):
 def test_data_dependent_control_flow_is_named() -> None:
     with pytest.raises(CaptureError, match="_DataDependent"):
         capture(_DataDependent().eval(), (torch.ones(3, 4),))
+
+
+class _SplitEmbedding(nn.Module):
+    """A ModuleList whose children are no layers: they take token numbers."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Embedding(size, width), nn.Embedding(size, width)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.parts[0](ids) + self.parts[1](ids)
+
+
+def test_lists_that_hold_no_layers_are_captured_with_the_whole() -> None:
+    model = tiny("llama")
+    model.model.embed_tokens = _SplitEmbedding(128, 64).eval()
+    captured = capture(model)
+    assert [call.scope for call in captured.calls.values()] == ["model.layers.0", "model.layers.1"]
+    assert "model.embed_tokens.parts.1.weight" in captured.tensors
+    assert len(captured.notes) == 1
+    assert "model.embed_tokens.parts" in captured.notes[0]
