@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -146,12 +147,12 @@ def _tasks(source: Any, contexts: list[int], prefill: int, tokens: int) -> Itera
         ids = models.prompt(source, context)
         # The context grows while a sample runs; its middle says how many keys and values were read per token.
         read = models.bytes_per_token(source, context + tokens // 2)
-        yield Task("decode", context, tokens, lambda side, ids=ids: side.decode(ids, tokens), read)
+        yield Task("decode", context, tokens, partial(Subject.decode, ids=ids, tokens=tokens), read)
     prompt = models.prompt(source, prefill)
-    yield Task("prefill", prefill, prefill, lambda side: side.prefill(prompt))
+    yield Task("prefill", prefill, prefill, partial(Subject.prefill, ids=prompt))
     for length in sorted({min(contexts), prefill}):
         ids = models.prompt(source, length)
-        yield Task("first token", length, 1, lambda side, ids=ids: side.first_token(ids))
+        yield Task("first token", length, 1, partial(Subject.first_token, ids=ids))
 
 
 def _memory(fast: Any, source: Any, dtype: str, prefill: int) -> MemoryUse:
@@ -160,6 +161,7 @@ def _memory(fast: Any, source: Any, dtype: str, prefill: int) -> MemoryUse:
         dtype=dtype,
         prompt=prefill,
         arena_bytes=fast.report().phase("prefill").arena_bytes,
+        our_peak_bytes=memory.our_peak(fast, ids),
         eager_peak_bytes=memory.eager_peak(source, ids),
         allocations_per_step=memory.allocations_per_step(fast, ids),
     )

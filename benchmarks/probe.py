@@ -9,7 +9,7 @@ import ctypes
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,12 +32,12 @@ class BandwidthProbe:
         # ones, because pages that were never written all map to one page of zeros, which stays in cache
         self._buffer = torch.ones(nbytes // 512 * 64, dtype=torch.int64)
 
-    def __call__(self, rounds: int = 3) -> float:
-        """Bytes per second over ``rounds`` readings. Raises RuntimeError when the sum is wrong."""
+    def __call__(self, rounds: int = 3, now: Callable[[], float] = time.perf_counter) -> float:
+        """Bytes per second of ``rounds`` readings, by the clock ``now``. Raises RuntimeError when the sum is wrong."""
         count = self._buffer.numel()
-        start = time.perf_counter()
+        start = now()
         sums = [self._read(self._buffer.data_ptr(), count, self.threads) for _ in range(rounds)]
-        seconds = time.perf_counter() - start
+        seconds = now() - start
         if sums != [count] * rounds:
             raise RuntimeError(f"the bandwidth probe read {sums} instead of {count}")
         return rounds * self._buffer.nbytes / seconds

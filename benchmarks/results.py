@@ -65,12 +65,14 @@ class CompileTimes:
 class MemoryUse:
     """Activations while a prompt of ``prompt`` tokens runs, and tensors allocated by one of our decode steps.
 
-    arena_bytes: ours, planned. eager_peak_bytes: Hugging Face's, measured. Weights and KV state are in neither.
+    arena_bytes: ours, planned. our_peak_bytes and eager_peak_bytes: what was live at most, measured alike; ours has the
+    arena in it, scratch memory of kernels and copies of inputs. Weights and KV state are in none of these.
     """
 
     dtype: str
     prompt: int
     arena_bytes: int
+    our_peak_bytes: int
     eager_peak_bytes: int
     allocations_per_step: int
 

@@ -68,8 +68,8 @@ def compile_times(results: Results) -> Rows:
 
 def memory(results: Results) -> Rows:
     rows = tuple(_memory_row(m) for m in results.memory)
-    columns = ("", "our arena", "eager's peak activations", "arena / peak", "allocations per decode step")
-    return Rows("Memory, without weights and KV state", columns, rows)
+    columns = ("", "our arena", "our peak", "eager's peak", "arena / eager", "allocations per decode step")
+    return Rows("Activation memory, without weights and KV state", columns, rows)
 
 
 def _task(m: Measure) -> str:
@@ -93,7 +93,7 @@ def _compile_row(c: CompileTimes) -> tuple[str, str, str]:
 
 def _memory_row(m: MemoryUse) -> tuple[str, ...]:
     share = m.arena_bytes / m.eager_peak_bytes
-    sizes = size_text(m.arena_bytes), size_text(m.eager_peak_bytes)
+    sizes = map(size_text, (m.arena_bytes, m.our_peak_bytes, m.eager_peak_bytes))
     return f"prompt of {m.prompt}, {m.dtype}", *sizes, f"{share:.2f}", str(m.allocations_per_step)
 
 

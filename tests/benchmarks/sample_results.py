@@ -22,5 +22,5 @@ def made_up(date: str = "2026-01-02T03:04:05+00:00", ours: float = 1.0) -> Resul
             Measure("first token", "bf16", 64, 1, (0.1, 0.1), (0.2, 0.2), (4e9, 4e9)),
         ),
         compile_times=(CompileTimes("f32", (20.0,), (2.0,)),),
-        memory=(MemoryUse("f32", 512, 1 << 20, 4 << 20, 0),),
+        memory=(MemoryUse("f32", 512, 1 << 20, 2 << 20, 4 << 20, 0),),
     )

@@ -48,7 +48,7 @@ def test_one_command_measures_and_stores(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert all(len(m.ours) == len(m.theirs) == len(m.probe) == 2 for m in stored.measures)
     assert stored.memory[0].eager_peak_bytes > 0
-    for title in ("Speed", "Memory bandwidth", "Memory, without weights"):
+    for title in ("Speed", "Memory bandwidth", "Activation memory"):
         assert title in result.stdout
 
 
