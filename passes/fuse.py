@@ -25,6 +25,7 @@ from dataclasses import replace
 import sympy
 
 from tilewright.ir.errors import VerifyError
+from tilewright.ir.index import IndexMap, index_symbols
 from tilewright.ir.loops import attention_form, matmul_form, scalarize
 from tilewright.ir.module import Function, Module, Names, Op, make_attrs
 from tilewright.ir.pointwise import POINTWISE
@@ -44,8 +45,25 @@ def fuse(module: Module, options: PassOptions) -> Module:
     """Replace every computing op by kernels; params, calls and PyTorch calls stay."""
     highs = {name: high for name, _, high in module.symbols}
     return module.with_functions(
-        f if f.name.endswith(".weights") else _Fuser(_copy_free_ops(f), highs).run() for f in module.functions
+        f if f.name.endswith(".weights") else _Fuser(_copy_free_ops(_copy_returns(f)), highs).run()
+        for f in module.functions
     )
+
+
+def _copy_returns(function: Function) -> Function:
+    """Return each value from memory of its own: parameters, weights and values returned twice are copied."""
+    names = Names.of(function)
+    made = function.definitions()
+    copies: list[Op] = []
+    returns: list[Value] = []
+    for value in function.returns:
+        if value in returns or value not in made or made[value].opcode in ("param", "append"):
+            index_map = IndexMap(value.type.rank, index_symbols(value.type.rank))
+            copy = Value(names.fresh(), value.type)
+            copies.append(Op("view", (value,), make_attrs({"map": index_map}), (copy,)))
+            value = copy
+        returns.append(value)
+    return function.with_ops((*function.ops, *copies), returns)
 
 
 def _copy_free_ops(function: Function) -> Function:

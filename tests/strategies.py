@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,6 +25,13 @@ from tilewright.ir.index import sym
 from tilewright.ir.module import Function, Module
 from tilewright.ir.reference import Evaluation, evaluate, join_scope
 from tilewright.ir.types import DType, TensorType, concrete, tensor_type
+
+
+def examples(count: int) -> settings:
+    """Settings of a test that takes this many examples, or as many as an exploring profile asks for."""
+    exploring = settings.get_current_profile_name() == "explore"
+    return settings() if exploring else settings(max_examples=count)
+
 
 RANGES = {"B": (1, 4), "S": (1, 8), "T": (1, 16)}
 

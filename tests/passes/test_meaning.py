@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.strategies import Case, modules
+from tests.strategies import Case, examples, modules
 from tilewright.ir.module import Module, walk
 from tilewright.ir.verify import verify_module
 from tilewright.passes.base import PassOptions
@@ -50,14 +50,14 @@ def check(case: Case, module: Module) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in PASSES if n != "last_tokens"])
-@settings(max_examples=25)
+@examples(25)
 @given(modules(), st.integers(0, 3))
 def test_each_pass_keeps_the_meaning(name: str, case: Case, splits: int) -> None:
     """A rewrite that is wrong for some shape, dtype or use of a value."""
     check(case, PASSES[name].run(case.module, options_for(case, splits)))
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(modules(), st.integers(0, 3))
 def test_the_pipeline_keeps_the_meaning(case: Case, splits: int) -> None:
     """Passes that are right alone and wrong together; and a result that still holds unfused ops."""
@@ -68,7 +68,7 @@ def test_the_pipeline_keeps_the_meaning(case: Case, splits: int) -> None:
             assert {op.opcode for op in function.ops} <= {"kernel", "param", "call", "call_torch"}
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(modules(), st.integers(0, 2))
 def test_running_a_pass_again_keeps_the_meaning(case: Case, splits: int) -> None:
     """A pass that cannot read its own output: the pipeline runs several of them twice."""
@@ -78,7 +78,7 @@ def test_running_a_pass_again_keeps_the_meaning(case: Case, splits: int) -> None
     check(case, run_passes(once, options, unfused))
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(modules(), st.data())
 def test_last_tokens_slices_the_first_result(case: Case, data: st.DataObject) -> None:
     """Logits of the wrong positions."""
@@ -98,7 +98,7 @@ def kinds(module: Module) -> list[str]:
     return [op.opcode for f in module.functions for op in walk(f.ops)]
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(modules(calls=False))
 def test_passes_shrink(case: Case) -> None:
     """Dead or repeated ops that survive would be computed on every step."""
