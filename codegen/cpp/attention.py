@@ -51,8 +51,12 @@ def _print_whole(
 ) -> None:
     ((target, index),) = form.stores
     kernel.writer.line(f"shape.out = {_strides(kernel, target, index, 'result')};")
-    call = f"tw::attend<{kind}>(worker, shape, {tensors}, {kernel.names[target]}, reinterpret_cast<float*>(own));"
+    scratch = "reinterpret_cast<float*>(own), reinterpret_cast<float*>(shared)"
+    call = f"tw::attend<{kind}>(worker, shape, {tensors}, {kernel.names[target]}, {scratch});"
     kernel.writer.line(call)
+    batch, heads, queries = (print_index(n) for n in form.op.operands[0].shape[:3])
+    parts = f"tw::attention_parts_floats({batch}, {heads}, {queries}, {sizes[1]}, threads)"
+    kernel.workspace.shared.append(f"tw::bytes<float>({parts})")
     kernel.workspace.private.append(f"tw::bytes<float>(tw::attention_scratch_floats({sizes[0]}, {sizes[1]}))")
 
 

@@ -69,7 +69,7 @@ def _print_workspace(writer: Writer, kernels: list[PrintedKernel], dims: tuple[s
     """Scratch is laid out as the largest shared part, then one private part per thread."""
     writer.line("namespace {")
     for part in ("shared", "private"):
-        with writer.block(f"long {part}_bytes([[maybe_unused]] const long* dims)"):
+        with writer.block(f"long {part}_bytes([[maybe_unused]] const long* dims, [[maybe_unused]] int threads)"):
             for n, name in enumerate(dims):
                 writer.line(f"[[maybe_unused]] const long {name} = dims[{n}];")
             writer.line("long most = 0;")
@@ -78,7 +78,7 @@ def _print_workspace(writer: Writer, kernels: list[PrintedKernel], dims: tuple[s
             writer.line("return most;")
     writer.line("}  // namespace\n")
     writer.line('extern "C" long tw_workspace(const long* dims, int threads) {')
-    writer.line("    return shared_bytes(dims) + threads * private_bytes(dims);\n}\n")
+    writer.line("    return shared_bytes(dims, threads) + threads * private_bytes(dims, threads);\n}\n")
 
 
 def _print_run(writer: Writer, program: Program, kernels: list[PrintedKernel]) -> None:
@@ -87,8 +87,8 @@ def _print_run(writer: Writer, program: Program, kernels: list[PrintedKernel]) -
         f'''extern "C" void tw_run(void* const* buffers, const long* dims, void* workspace, int threads, long first,
                        long last) {{
     char* const shared = static_cast<char*>(workspace);
-    const long private_size = private_bytes(dims);
-    char* const privates = shared + shared_bytes(dims);
+    const long private_size = private_bytes(dims, threads);
+    char* const privates = shared + shared_bytes(dims, threads);
     tw::run_team(threads, [&](const tw::Worker& worker) {{
         void* slot[{slots}];
         long number = 0;

@@ -13,6 +13,7 @@ namespace tw {
 constexpr float MASKED = -1e30f;  // finite, so that differences of masked scores are no NaN
 constexpr int KEY_TILE = 64;      // keys per step of the online softmax
 constexpr int QUERY_ROWS = 96;    // rows (positions x heads of a group) per work item of a prompt
+constexpr int FEW_ROWS = 16;      // up to this many rows, keys are used where they lie, not packed
 
 // Strides of a [batch, heads, positions, size] tensor, in elements; where none is said, the last axis is contiguous.
 // `part` is that of the splits of a partial result.
@@ -85,7 +86,7 @@ struct SoftmaxRow {
 
 static inline long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Floats of scratch that one thread of `attend` needs.
+// Floats of scratch that one thread of `attend_many` needs.
 static inline long attention_scratch_floats(long d, long dv) {
     const long dvp = round_up(dv, PANEL);
     return QUERY_ROWS * (d + KEY_TILE + dvp) + KEY_TILE * (round_up(d, VW) + dvp);
@@ -160,10 +161,10 @@ struct PromptBlock {
     }
 };
 
-// Attention of any number of queries; every worker of the team calls it. scratch: attention_scratch_floats(D, DV).
+// Attention of many queries (a prompt); every worker of the team calls it. scratch: attention_scratch_floats(D, DV).
 template <class T, int D, int DV>
-static inline void attend(const Worker& worker, const AttentionShape& s, const T* q, const T* k, const T* v, T* out,
-                          float* scratch) {
+static inline void attend_many(const Worker& worker, const AttentionShape& s, const T* q, const T* k, const T* v,
+                               T* out, float* scratch) {
     using Block = PromptBlock<T, D, DV>;
     const long per_group = s.heads_per_group();
     const long heads = per_group < QUERY_ROWS ? per_group : QUERY_ROWS, positions = QUERY_ROWS / heads;
@@ -241,55 +242,124 @@ TW_INLINE void add_values(const float* weights, int count, float factor, const T
     if constexpr (tail > 0) vstore_n(acc + full * VW, sum[full], tail);
 }
 
-// Where attend_split leaves its results; s.out is unused.
+// Where partial results go: for each row and part of the context, the weighted sum of values relative to `top`, and the
+// total weight. acc's last axis is contiguous.
 struct Partials {
     float *acc, *top, *total;
-    Strides acc_strides, top_strides, total_strides;  // acc's last axis is contiguous
+    Strides acc_strides, top_strides, total_strides;
 };
 
-// Attention of few queries over `splits` equal chunks of the context: partial sums acc[B, H, S, splits, DV] relative to
-// top[B, H, S, splits], with their total weight. Every worker of the team calls it; it needs no scratch.
+// The part [begin, end) of the context, for all rows of one batch row and KV head. Block by block over the keys, all
+// rows of a block at a time: keys and values come from memory once.
+template <class T, int D, int DV>
+static inline void attend_part(const AttentionShape& s, long batch, long group, long part, Range range, const T* q,
+                               const T* k, const T* v, const Partials& to) {
+    const long per_group = s.heads_per_group(), rows = s.queries * per_group;
+    const T* kg = k + s.k.at(batch, group, 0);
+    const T* vg = v + s.v.at(batch, group, 0);
+    for (long first = range.begin; first == range.begin || first < range.end; first += KEY_TILE) {
+        const int count = int(range.end - first < KEY_TILE ? range.end - first : KEY_TILE);
+        for (int j = 0; j < count; j++) {  // the values, while the keys are being worked on
+            const char* row = reinterpret_cast<const char*>(vg + (first + j) * s.v.row);
+            for (int i = 0; i < int(DV * sizeof(T)); i += 64) prefetch(row + i);
+        }
+        for (long row = 0; row < rows; row++) {
+            const long query = row / per_group, head = group * per_group + row % per_group;
+            float* acc = to.acc + to.acc_strides.at(batch, head, query, part);
+            float& top = to.top[to.top_strides.at(batch, head, query, part)];
+            float& total = to.total[to.total_strides.at(batch, head, query, part)];
+            if (first == range.begin) {
+                top = MASKED;
+                total = 0.0f;
+                for (int i = 0; i < DV; i++) acc[i] = 0.0f;
+            }
+            if (count <= 0) continue;
+            const T* from = q + s.q.at(batch, head, query);
+            alignas(64) float scaled[D], scores[KEY_TILE];
+            for (int i = 0; i < D; i++) scaled[i] = to_f32(from[i]) * s.scale;
+            score_keys<T, D>(scaled, kg + first * s.k.row, s.k.row, count, scores);
+            mask_scores(s, batch, query, first, count, scores);
+            SoftmaxRow softmax{top, total};
+            const float factor = softmax.update(scores, count);
+            top = softmax.top;
+            total = softmax.total;
+            add_values<T, DV>(scores, count, factor, vg + first * s.v.row, s.v.row, acc);
+        }
+    }
+}
+
+// Attention of few queries over `splits` equal chunks of the context, results left in parts. Every worker of the team
+// calls it; it needs no scratch, and s.out is unused.
 template <class T, int D, int DV>
 static inline void attend_split(const Worker& worker, const AttentionShape& s, long splits, const T* q, const T* k,
                                 const T* v, const Partials& to) {
-    const long chunk = (s.keys + splits - 1) / splits, per_group = s.heads_per_group();
-    const long rows = s.queries * per_group;
+    const long chunk = (s.keys + splits - 1) / splits;
     const Range mine = split(worker, s.batch * s.groups * splits);
     for (long item = mine.begin; item < mine.end; item++) {
-        const long batch = item / splits / s.groups, group = item / splits % s.groups, part = item % splits;
-        const long begin = part * chunk, end = begin + chunk < s.keys ? begin + chunk : s.keys;
-        const T* kg = k + s.k.at(batch, group, 0);
-        const T* vg = v + s.v.at(batch, group, 0);
-        // Block by block over the keys, all rows of a block at a time: keys and values come from memory once.
-        for (long first = begin; first == begin || first < end; first += KEY_TILE) {
-            const int count = int(end - first < KEY_TILE ? end - first : KEY_TILE);
-            for (int j = 0; j < count; j++) {  // the values, while the keys are being worked on
-                const char* row = reinterpret_cast<const char*>(vg + (first + j) * s.v.row);
-                for (int i = 0; i < int(DV * sizeof(T)); i += 64) prefetch(row + i);
-            }
-            for (long row = 0; row < rows; row++) {
-                const long query = row / per_group, head = group * per_group + row % per_group;
-                float* acc = to.acc + to.acc_strides.at(batch, head, query, part);
-                float& top = to.top[to.top_strides.at(batch, head, query, part)];
-                float& total = to.total[to.total_strides.at(batch, head, query, part)];
-                if (first == begin) {
-                    top = MASKED;
-                    total = 0.0f;
-                    for (int i = 0; i < DV; i++) acc[i] = 0.0f;
-                }
-                if (count <= 0) continue;
-                const T* from = q + s.q.at(batch, head, query);
-                alignas(64) float scaled[D], scores[KEY_TILE];
-                for (int i = 0; i < D; i++) scaled[i] = to_f32(from[i]) * s.scale;
-                score_keys<T, D>(scaled, kg + first * s.k.row, s.k.row, count, scores);
-                mask_scores(s, batch, query, first, count, scores);
-                SoftmaxRow softmax{top, total};
-                const float factor = softmax.update(scores, count);
-                top = softmax.top;
-                total = softmax.total;
-                add_values<T, DV>(scores, count, factor, vg + first * s.v.row, s.v.row, acc);
-            }
-        }
+        const long pair = item / splits, part = item % splits;
+        const long end = (part + 1) * chunk < s.keys ? (part + 1) * chunk : s.keys;
+        attend_part<T, D, DV>(s, pair / s.groups, pair % s.groups, part, {part * chunk, end}, q, k, v, to);
+    }
+}
+
+// One row of the result from its parts.
+template <class T, int DV>
+static inline void merge_parts(const AttentionShape& s, long batch, long head, long query, long parts,
+                               const Partials& from, T* out) {
+    float top = MASKED, total = 0.0f;
+    for (long p = 0; p < parts; p++) {
+        const float t = from.top[from.top_strides.at(batch, head, query, p)];
+        top = t > top ? t : top;
+    }
+    float sum[DV] = {};
+    for (long p = 0; p < parts; p++) {
+        const float weight = tw::exp(from.top[from.top_strides.at(batch, head, query, p)] - top);
+        const float* acc = from.acc + from.acc_strides.at(batch, head, query, p);
+        total += weight * from.total[from.total_strides.at(batch, head, query, p)];
+        for (int i = 0; i < DV; i++) sum[i] += weight * acc[i];
+    }
+    const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+    T* to = out + s.out.at(batch, head, query);
+    for (int i = 0; i < DV; i++) to[i * s.out.column] = from_f32<T>(sum[i] * inverse);
+}
+
+// Floats of scratch that the team shares in attend_few.
+static inline long attention_parts_floats(long batch, long heads, long queries, long dv, int threads) {
+    const long rows = queries < FEW_ROWS ? queries : FEW_ROWS;
+    return batch * heads * rows * threads * (dv + 2);
+}
+
+// Attention of few rows per KV head (a decode step). The context is split over the team when there are not enough KV
+// heads to go round; the parts meet in `scratch`, after a barrier.
+template <class T, int D, int DV>
+static inline void attend_few(const Worker& worker, const AttentionShape& s, const T* q, const T* k, const T* v, T* out,
+                              float* scratch) {
+    const long pairs = s.batch * s.groups;
+    const bool even = pairs % worker.size() == 0 || s.keys < 2 * KEY_TILE;
+    const long parts = even ? 1 : worker.size(), rows = s.batch * s.heads * s.queries;
+    const Strides per_row{s.heads * s.queries * parts, s.queries * parts, parts, 1, 1};
+    const Strides per_acc{per_row.batch * DV, per_row.head * DV, per_row.row * DV, 1, DV};
+    float* top = scratch + rows * parts * DV;
+    const Partials partials{scratch, top, top + rows * parts, per_acc, per_row, per_row};
+    attend_split<T, D, DV>(worker, s, parts, q, k, v, partials);
+    if (parts > 1) worker.barrier();
+    // Without parts, this worker's KV heads are the ones that it has just computed.
+    const Range mine = parts > 1 ? split(worker, rows) : split(worker, pairs);
+    const long step = parts > 1 ? 1 : s.queries * s.heads_per_group();
+    for (long row = mine.begin * step; row < mine.end * step; row++) {
+        merge_parts<T, DV>(s, row / s.queries / s.heads, row / s.queries % s.heads, row % s.queries, parts, partials, out);
+    }
+}
+
+// Attention of any number of queries; every worker of the team calls it. own: attention_scratch_floats(D, DV) floats of
+// this worker; shared: attention_parts_floats(...) floats of the team.
+template <class T, int D, int DV>
+static inline void attend(const Worker& worker, const AttentionShape& s, const T* q, const T* k, const T* v, T* out,
+                          float* own, float* shared) {
+    if (s.queries * s.heads_per_group() <= FEW_ROWS) {
+        attend_few<T, D, DV>(worker, s, q, k, v, out, shared);
+    } else {
+        attend_many<T, D, DV>(worker, s, q, k, v, out, own);
     }
 }
 

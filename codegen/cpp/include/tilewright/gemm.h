@@ -2,7 +2,7 @@
 //
 // Weights stay row-major; each thread packs a panel of PANEL weight rows, transposed, into its scratch, and multiplies
 // all rows of activations with it, a register tile of up to TILE_ROWS x PANEL sums at a time. A panel is read from the
-// second-level cache once per register tile, which is rare enough that K need not be blocked.
+// second-level cache once per register tile, which is rare enough that K need not be blocked for the caches.
 #pragma once
 
 #include "parallel.h"
@@ -16,6 +16,7 @@ constexpr int TILE_ROWS = 12;  // 24 sums, 2 panel vectors and a broadcast in 32
 constexpr int TILE_ROWS = 6;
 #endif
 constexpr int PANEL = 2 * VW;
+constexpr long SUM_BLOCK = 128;  // products summed in a row: the error of a float32 sum grows with their number
 
 // Elements widened to float, one per unit.
 template <class W>
@@ -83,15 +84,16 @@ static inline void pack_panel(float* panel, int count, long k, const Row& row) {
     pack_rows<W, packed<W>>(panel, count, k, row);
 }
 
-// c[m * ldc + j] (+)= sum over units of a[m][unit] * panel[unit][j], for M rows of a and one panel.
+// c[m * ldc + j] (+)= sum over units of a[m][unit] * panel[unit][j], for M rows of a and one panel. What is accumulated
+// onto is added last, so that sums over a long k, taken in blocks, keep the accuracy of short ones.
 template <class W, int M, bool Accumulate>
 static __attribute__((noinline)) void multiply_tile(const activation_t<W>* a, long lda, const float* panel, long count,
                                                     float* c, long ldc) {
     vf sum[M][2];
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
-        sum[m][0] = Accumulate ? vload(c + m * ldc) : vset(0.0f);
-        sum[m][1] = Accumulate ? vload(c + m * ldc + VW) : vset(0.0f);
+        sum[m][0] = vset(0.0f);
+        sum[m][1] = vset(0.0f);
     }
     for (long u = 0; u < count; u++) {
         const vf b0 = vload(panel + u * PANEL), b1 = vload(panel + u * PANEL + VW);
@@ -104,8 +106,10 @@ static __attribute__((noinline)) void multiply_tile(const activation_t<W>* a, lo
     }
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
-        vstore(c + m * ldc, sum[m][0]);
-        vstore(c + m * ldc + VW, sum[m][1]);
+        for (int h = 0; h < 2; h++) {
+            float* to = c + m * ldc + h * VW;
+            vstore(to, Accumulate ? vadd(vload(to), sum[m][h]) : sum[m][h]);
+        }
     }
 }
 
@@ -153,8 +157,13 @@ static inline void gemm(const Worker& worker, long rows, long columns, long k, c
             const long m0 = share.rows.begin + height * t / tiles;
             const int m = int(share.rows.begin + height * (t + 1) / tiles - m0);
             for (int d = 0; d < D; d++) {
-                multiply_rows<W, false>(m, a + m0 * lda, lda, scratch + d * panel_size, count,
-                                        tile + d * TILE_ROWS * PANEL, PANEL);
+                const float* panel = scratch + d * panel_size;
+                float* out = tile + d * TILE_ROWS * PANEL;
+                multiply_rows<W, false>(m, a + m0 * lda, lda, panel, count < SUM_BLOCK ? count : SUM_BLOCK, out, PANEL);
+                for (long u = SUM_BLOCK; u < count; u += SUM_BLOCK) {
+                    multiply_rows<W, true>(m, a + m0 * lda + u * packed<W>::per_unit, lda, panel + u * PANEL,
+                                           count - u < SUM_BLOCK ? count - u : SUM_BLOCK, out, PANEL);
+                }
             }
             epilogue(m0, m, n0, n, tile, long(TILE_ROWS) * PANEL, long(PANEL));
         }
