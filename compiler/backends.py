@@ -7,17 +7,22 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from tilewright.codegen.cpp.build import build_all
+from tilewright.codegen.cpp.program import print_program
 from tilewright.codegen.triton.program import emit_program
+from tilewright.ir.errors import DeviceError
 from tilewright.ir.program import Program
 from tilewright.runtime.executor import Executor
+from tilewright.runtime.native import NativeLibrary
+from tilewright.runtime.native_executor import NativeExecutor
 from tilewright.runtime.triton_executor import TritonExecutor, is_interpreting, require_device, write_module
 
 from .options import Options
 from .reference_executor import ReferenceExecutor
-from .settings import cache_dir
+from .settings import cache_dir, cxx
 
-# Chunks of the context that decode attention is split into. On a CPU the heads of one sequence are enough parallel
-# work for its few cores, and splitting would only add a kernel to merge the parts.
+# Chunks of the context that decode attention is split into by a pass. The C++ primitive splits it over its own team,
+# within one kernel.
 SPLITS = {"cpp": 0, "triton": 16, "reference": 4}
 
 
@@ -44,7 +49,7 @@ def build(programs: Sequence[Program], weights: Mapping[str, Tensor], options: O
 
     Raises KernelBuildError, CompilerNotFoundError or DeviceError.
     """
-    makers = {"reference": _reference, "triton": _triton}
+    makers = {"reference": _reference, "triton": _triton, "cpp": _cpp}
     return makers[options.backend](programs, weights, options)
 
 
@@ -60,3 +65,18 @@ def _triton(programs: Sequence[Program], weights: Mapping[str, Tensor], options:
         for p in programs
     )
     return Built(executors, {f"{name}.py": text for name, text in sources.items()})
+
+
+def _cpp(programs: Sequence[Program], weights: Mapping[str, Tensor], options: Options) -> Built:
+    if options.device.type != "cpu":
+        raise DeviceError(
+            f"the cpp backend runs on the CPU, but the model is on {options.device}; move one of them"
+        )
+    sources = {p.name: print_program(p) for p in programs}
+    libraries = build_all(list(sources.values()), cache_dir() / "cpp", cxx())
+    executors = tuple(
+        NativeExecutor(p, weights, NativeLibrary(library.path, [name for name, _, _ in p.symbols]))
+        for p, library in zip(programs, libraries, strict=True)
+    )
+    cached = all(library.from_cache for library in libraries)
+    return Built(executors, {f"{name}.cpp": text for name, text in sources.items()}, cached)
