@@ -67,7 +67,7 @@ class ReferenceExecutor:
             new = concrete(op.operands[0].shape, dims)[2]
             run.state[slot] = views[op.result][:, :, : views[op.result].shape[2] - new]
         run.run(step.op, env, "")
-        # A result may be a view of an operand whose memory another result overwrites, so all are read before any is stored.
+        # A result may be a view of an operand whose memory another result overwrites: read all, then store.
         results = {v: env[v].clone() for v in step.op.results}
         for v, result in results.items():
             views[v].copy_(result)

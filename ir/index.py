@@ -103,10 +103,11 @@ _CALLS = {"Max": Max, "Min": Min}
 def parse_expr(text: str) -> Expr:
     """Read ``64*i1 + (i2 % 8)``: names, integers, ``+ - * // %``, ``Max`` and ``Min``. Raises ParseError."""
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        return _build(ast.parse(text.strip(), mode="eval").body, text)
+    except ParseError:
+        raise
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ParseError(f"malformed index expression {text!r}") from error
-    return _build(tree, text)
 
 
 def _build(node: ast.expr, text: str) -> Expr:

@@ -6,6 +6,8 @@ import json
 import re
 from dataclasses import dataclass, field
 
+import sympy
+
 from .errors import ParseError
 from .index import IndexMap, index_symbols, parse_expr
 from .module import Attr, Function, Loc, Module, Op
@@ -51,7 +53,12 @@ class _Reader:
         return self.tokens[self.at][0]
 
     def fail(self, message: str) -> ParseError:
-        return ParseError(f"line {self.tokens[self.at][2]}: {message}, found {self.peek!r}")
+        """The error that something else was expected here."""
+        return self.error(f"{message}, found {self.peek!r}", self.at)
+
+    def error(self, message: str, at: int) -> ParseError:
+        """The error at an earlier token."""
+        return ParseError(f"line {self.tokens[at][2]}: {message}")
 
     def take(self, kind: str | None = None) -> str:
         if kind is not None and self.kind != kind:
@@ -78,22 +85,42 @@ class _Reader:
             self.at += 1
         return self.text[start : self.tokens[self.at][3]]
 
+    def parse_expr(self, stops: str) -> sympy.Expr:
+        """An index expression up to an unnested character of ``stops``."""
+        at = self.at
+        try:
+            return parse_expr(self.expression(stops))
+        except ParseError as error:
+            raise self.error(str(error), at) from error
+
+    def string(self) -> str:
+        at = self.at
+        try:
+            return str(json.loads(self.take("string")))
+        except json.JSONDecodeError as error:
+            raise self.error(f"malformed string: {error.msg}", at) from error
+
+    def integer(self) -> int:
+        if "." in self.peek or not self.peek.lstrip("-").isdecimal():
+            raise self.fail("expected an integer")
+        return int(self.take("number"))
+
 
 def parse_module(text: str) -> Module:
     """Read a module. Raises ParseError; does not verify (see ``verify.verify_module``)."""
     reader = _Reader(text)
     symbols: list[tuple[str, int, int]] = []
     functions: list[Function] = []
-    entry = "main"
+    entry, entry_at = "main", 0
     while reader.kind != "end":
         if reader.accept("entry"):
-            entry = reader.take("symbol")[1:]
+            entry, entry_at = reader.take("symbol")[1:], reader.at - 1
         elif reader.accept("symbol"):
             name = reader.take("name")
             reader.expect("[")
-            low = int(_number(reader))
+            low = reader.integer()
             reader.expect(",")
-            high = int(_number(reader))
+            high = reader.integer()
             reader.expect("]")
             symbols.append((name, low, high))
         elif reader.accept("func"):
@@ -101,7 +128,7 @@ def parse_module(text: str) -> Module:
         else:
             raise reader.fail("expected 'entry', 'symbol' or 'func'")
     if entry not in {f.name for f in functions}:
-        raise ParseError(f"there is no function @{entry}")
+        raise reader.error(f"there is no function @{entry}", entry_at)
     return Module(tuple(functions), tuple(symbols), entry)
 
 
@@ -111,36 +138,37 @@ def _function(reader: _Reader) -> Function:
     params = []
     reader.expect("(")
     while not reader.accept(")"):
-        value_name = reader.take("value")[1:]
+        at, value_name = reader.at, reader.take("value")[1:]
         reader.expect(":")
-        params.append(_define(reader, scope, value_name, _type(reader)))
+        params.append(_define(reader, scope, value_name, _type(reader), at))
         if reader.peek != ")":
             reader.expect(",")
     reader.expect("->")
     reader.expect("(")
-    returns = _names(reader, ")")
+    returns_at, returns = reader.at, _names(reader)
     reader.expect(")")
     reader.expect("{")
     ops = []
     while not reader.accept("}"):
         ops.append(_op(reader, scope))
-    return Function(name, tuple(params), tuple(ops), tuple(_use(reader, scope, v) for v in returns))
+    returned = tuple(_use(reader, scope, v, returns_at) for v in returns)
+    return Function(name, tuple(params), tuple(ops), returned)
 
 
-def _define(reader: _Reader, scope: dict[str, Value], name: str, type: TensorType) -> Value:
+def _define(reader: _Reader, scope: dict[str, Value], name: str, type: TensorType, at: int) -> Value:
     if name in scope:
-        raise reader.fail(f"%{name} is defined twice")
+        raise reader.error(f"%{name} is defined twice", at)
     scope[name] = Value(name, type)
     return scope[name]
 
 
-def _use(reader: _Reader, scope: dict[str, Value], name: str) -> Value:
+def _use(reader: _Reader, scope: dict[str, Value], name: str, at: int) -> Value:
     if name not in scope:
-        raise reader.fail(f"%{name} is not defined before this line")
+        raise reader.error(f"%{name} is not defined before its use", at)
     return scope[name]
 
 
-def _names(reader: _Reader, stop: str) -> list[str]:
+def _names(reader: _Reader) -> list[str]:
     names = []
     while reader.kind == "value":
         names.append(reader.take()[1:])
@@ -158,31 +186,33 @@ def _type(reader: _Reader) -> TensorType:
     reader.expect("[")
     shape = []
     while not reader.accept("]"):
-        shape.append(parse_expr(reader.expression(",]")))
+        shape.append(reader.parse_expr(",]"))
         if reader.peek != "]":
             reader.expect(",")
     return TensorType(dtype, tuple(shape))
 
 
-def _op(reader: _Reader, scope: dict[str, Value]) -> Op:
-    names = _names(reader, "=")
+def _op(reader: _Reader, scope: dict[str, Value], inside: bool = False) -> Op:
+    """One op; ``inside`` a body, where there can be no other body."""
+    at, names = reader.at, _names(reader)
     if names:
         reader.expect("=")
     opcode = reader.take("name")
     if opcode not in OPS:
         raise reader.fail(f"unknown op {opcode!r} before this")
-    operands = [_use(reader, scope, name) for name in _names(reader, "")]
+    operands_at = reader.at
+    operands = [_use(reader, scope, name, operands_at) for name in _names(reader)]
     attrs = _attrs(reader, opcode) if reader.peek == "{" else ()
     body: list[Op] = []
-    if reader.accept("["):
+    if not inside and reader.accept("["):
         inner = dict(scope)
         while not reader.accept("]"):
-            body.append(_op(reader, inner))
+            body.append(_op(reader, inner, inside=True))
     types = _result_types(reader, len(names))
-    results = tuple(_define(reader, scope, n, t) for n, t in zip(names, types, strict=True))
+    results = tuple(_define(reader, scope, n, t, at) for n, t in zip(names, types, strict=True))
     loc = Loc()
     if reader.accept("@"):
-        loc = Loc(json.loads(reader.take("string")), json.loads(reader.take("string")))
+        loc = Loc(reader.string(), reader.string())
     return Op(opcode, tuple(operands), attrs, results, loc, tuple(body))
 
 
@@ -225,25 +255,32 @@ def _number(reader: _Reader) -> int | float:
 def _attr(reader: _Reader, kind: str) -> Attr:
     match kind:
         case "str":
-            return json.loads(reader.take("string"))
+            return reader.string()
         case "bool":
             return _bool(reader)
         case "number" if reader.peek in ("true", "false"):
             return _bool(reader)
         case "int":
-            return int(_number(reader))
+            return reader.integer()
         case "float":
             return float(_number(reader))
         case "number":
             return _number(reader)
         case "ints":
-            reader.expect("(")
-            text = reader.expression(")")
-            reader.expect(")")
-            return tuple(int(parse_expr(t)) for t in text.split(",") if t.strip())
+            return _ints(reader)
         case "expr":
-            return parse_expr(reader.expression(",}"))
+            return reader.parse_expr(",}")
     return _index_map(reader)
+
+
+def _ints(reader: _Reader) -> tuple[int, ...]:
+    reader.expect("(")
+    found = []
+    while not reader.accept(")"):
+        found.append(reader.integer())
+        if reader.peek != ")":
+            reader.expect(",")
+    return tuple(found)
 
 
 def _bool(reader: _Reader) -> bool:
@@ -260,7 +297,7 @@ def _index_map(reader: _Reader) -> IndexMap:
     reader.expect("(")
     exprs = []
     while not reader.accept(")"):
-        exprs.append(parse_expr(reader.expression(",)")))
+        exprs.append(reader.parse_expr(",)"))
         if reader.peek != ")":
             reader.expect(",")
     rank = len([n for n in names if n.strip()])

@@ -365,7 +365,8 @@ def test_flops_of_a_product_with_bias() -> None:
 @pytest.mark.parametrize(("size", "axes"), [(1, 0), (3, 1)])
 def test_unit_axes_vanish(size: int, axes: int) -> None:
     """A decode kernel would loop over dims of size 1."""
-    text = f'func @main(%x: f32[1, {size}]) -> (%y) {{ %y = kernel %x {{name = "k"}} [ %y = neg %x : f32[1, {size}] ] : f32[1, {size}] }}'
+    shape = f"f32[1, {size}]"
+    text = f'func @main(%x: {shape}) -> (%y) {{ %y = kernel %x {{name = "k"}} [ %y = neg %x : {shape} ] : {shape} }}'
     (segment,) = scalarize(kernel_from(text)).segments
     assert len(segment.axes) == axes
     assert all(isinstance(a, Axis) for a in segment.axes)
