@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from tilewright.codegen.cpp.build import build_all
+from tilewright.codegen.cpp.build import build_libraries
 from tilewright.codegen.cpp.program import print_program
 from tilewright.codegen.triton.program import emit_program
 from tilewright.ir.errors import DeviceError
@@ -73,10 +73,10 @@ def _cpp(programs: Sequence[Program], weights: Mapping[str, Tensor], options: Op
             f"the cpp backend runs on the CPU, but the model is on {options.device}; move one of them"
         )
     sources = {p.name: print_program(p) for p in programs}
-    libraries = build_all(list(sources.values()), cache_dir() / "cpp", cxx())
+    libraries = build_libraries(sources, cache_dir() / "cpp", cxx())
     executors = tuple(
-        NativeExecutor(p, weights, NativeLibrary(library.path, [name for name, _, _ in p.symbols]))
-        for p, library in zip(programs, libraries, strict=True)
+        NativeExecutor(p, weights, NativeLibrary(libraries[p.name].path, [name for name, _, _ in p.symbols]))
+        for p in programs
     )
-    cached = all(library.from_cache for library in libraries)
+    cached = all(library.from_cache for library in libraries.values())
     return Built(executors, {f"{name}.cpp": text for name, text in sources.items()}, cached)
