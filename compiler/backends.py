@@ -10,7 +10,6 @@ from torch import Tensor
 from tilewright.codegen.cpp.build import build_libraries
 from tilewright.codegen.cpp.program import print_program
 from tilewright.codegen.triton.program import emit_program
-from tilewright.ir.errors import DeviceError
 from tilewright.ir.program import Program
 from tilewright.runtime.executor import Executor
 from tilewright.runtime.native import NativeLibrary
@@ -68,10 +67,6 @@ def _triton(programs: Sequence[Program], weights: Mapping[str, Tensor], options:
 
 
 def _cpp(programs: Sequence[Program], weights: Mapping[str, Tensor], options: Options) -> Built:
-    if options.device.type != "cpu":
-        raise DeviceError(
-            f"the cpp backend runs on the CPU, but the model is on {options.device}; move one of them"
-        )
     sources = {p.name: print_program(p) for p in programs}
     libraries = build_libraries(sources, cache_dir() / "cpp", cxx())
     executors = tuple(
