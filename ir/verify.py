@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import sympy
+
 from .errors import VerifyError
-from .index import extents_of
+from .index import IndexMap, extents_of, sym
 from .module import Function, Module, Op
 from .ops import infer_types
 from .types import Value
+
+Shape = tuple[sympy.Expr, ...]
 
 
 def verify_module(module: Module) -> None:
@@ -85,8 +91,32 @@ def _verify_op(op: Op, module: Module) -> None:
         declared_dims = {s for s in stray if s.name[:1].isupper()}
         if stray - declared_dims:
             raise VerifyError(f"index map uses {sorted(s.name for s in stray - declared_dims)}")
+        _verify_reach(index_map, op.operands[0].shape, op.result.shape, module.symbols)
     if bool(op.body) != (op.opcode == "kernel"):
         raise VerifyError("exactly the kernel ops have a body")
+
+
+@lru_cache(maxsize=4096)
+def _verify_reach(
+    index_map: IndexMap, source: Shape, target: Shape, symbols: tuple[tuple[str, int, int], ...]
+) -> None:
+    """Try the first and last result index, at the smallest and largest dims. (All smallest or all largest: dims depend
+    on each other, such as S <= T.)"""
+    for sizes in (
+        {sym(n): sympy.Integer(low) for n, low, _ in symbols},
+        {sym(n): sympy.Integer(high) for n, _, high in symbols},
+    ):
+        extents = [d.xreplace(sizes) for d in target]
+        if not all(d.is_Integer and d > 0 for d in extents):
+            continue
+        for corner in ([sympy.Integer(0)] * len(extents), [d - 1 for d in extents]):
+            at = sizes | dict(zip(index_map.symbols, corner, strict=True))
+            for expr, size in zip(index_map.exprs, source, strict=True):
+                index, extent = expr.xreplace(at), size.xreplace(sizes)
+                if index.is_Integer and extent.is_Integer and not 0 <= index < extent:
+                    raise VerifyError(
+                        f"index map {index_map} reaches {index}, outside its operand's dim {size}"
+                    )
 
 
 def _verify_kernel(op: Op, where: str) -> None:

@@ -88,10 +88,13 @@ def damaged(draw: st.DrawFn) -> str:
 
 
 def check_parses_or_fails_typed(text: str) -> None:
+    message = ""
     try:
         module = parse_module(text)
     except ParseError as error:
-        assert re.match(r"line \d+: ", str(error)), error
+        message = str(error)
+    if message:
+        assert re.match(r"line \d+: ", message)
     else:
         assert parse_module(print_module(module)) == module
 
