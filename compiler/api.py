@@ -163,7 +163,7 @@ class _Compilation:
         remember(self._choice_key(modules), chosen, seconds)
         timed = zip(programs[first:], seconds, strict=True)
         self.notes += (
-            f"measured for one chunk: {', '.join(f'{p.name} {s * 1000:.0f} ms' for p, s in timed)}",
+            f"measured on a short prompt: {', '.join(f'{p.name} {s * 1000:.0f} ms' for p, s in timed)}",
         )
         return first + chosen
 
