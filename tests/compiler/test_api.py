@@ -32,7 +32,7 @@ from .hf_engine import eager_decoder, eager_encoder
 from .models import DECODERS, tiny
 
 Factory = Callable[..., Any]
-ENGINES = ("hf",)
+ENGINES = ("hf", "cpp")
 SLOW_ENGINES = ("reference",)
 PROMPT = torch.tensor([[5, 17, 99, 23, 42, 8, 61]])
 PADDED = torch.tensor([[0, 0, 0, 17, 99, 23, 42], [5, 17, 99, 23, 42, 8, 61], [0, 11, 12, 13, 14, 15, 16]])
@@ -45,7 +45,7 @@ def _compiled(family: str, engine: str) -> tuple[PreTrainedModel, Any]:
     model = tiny(family)
     if engine == "hf":
         return model, eager_encoder(model) if family == "bert" else eager_decoder(model)
-    return model, tilewright.compile(model, batch_sizes=(1, 4), max_length=64, backend=engine)
+    return model, tilewright.compile(model, batch_sizes=(1, 4), max_length=64, backend=engine, autotune="off")
 
 
 @pytest.fixture(params=ENGINES)
@@ -297,6 +297,12 @@ def test_threads_share_a_model(llama: tuple[PreTrainedModel, Any]) -> None:
     for prompt, result in zip(prompts, results, strict=True):
         assert result is not None
         assert torch.equal(result, model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0))
+
+
+def test_generated_sources_can_be_read() -> None:
+    fast = _compiled("llama", "cpp")[1]
+    assert "tw_run" in fast.ir("source.decode_b1.cpp")
+    assert "q_proj" in fast.ir("source.decode_b1.cpp")  # kernels name the modules that they come from
 
 
 # The original

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import tilewright as tw
 from tilewright.costs import eager_peak, step_cost
+from tilewright.dump import Dump
 from tilewright.ir.module import Op, make_attrs
 from tilewright.ir.parser import parse_module
 from tilewright.ir.program import Step
 from tilewright.ir.types import Value, tensor_type
-from tilewright.report import size_text
+from tilewright.report import Report, size_text
 
 from .models import tiny
 
@@ -138,6 +139,16 @@ def test_dump(tmp_path: Path) -> None:
     assert (folder / "00_lowered.ir").read_text() == fast.ir("lowered")
     assert (folder / "prefill" / "plan.txt").read_text() == fast.ir("prefill.plan")
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(fast.report().to_dict()))
+
+
+def test_dumped_sources_and_a_folder_that_vanishes(tmp_path: Path) -> None:
+    dump = Dump(tmp_path)
+    dump.sources({"decode_b1.cpp": "// kernels"})
+    assert (tmp_path / "kernels" / "decode_b1.cpp").read_text() == "// kernels"
+    (tmp_path / "report.txt").mkdir()
+    with pytest.raises(tw.OptionError, match=r"report\.txt.*another folder"):
+        dump.report(Report())
+    Dump(None).sources({"decode_b1.cpp": "// kernels"})
 
 
 def test_report(fast: Any) -> None:
