@@ -17,9 +17,11 @@ reads through them for free), except the operand that a matmul streams, whose me
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from tilewright.ir.module import Function, Module, Op, make_attrs
+from tilewright.ir.module import Function, Module, Names, Op, make_attrs
 from tilewright.ir.pointwise import POINTWISE
 from tilewright.ir.reference import Evaluation
 from tilewright.ir.types import Value
@@ -108,12 +110,8 @@ def _hoist(function: Function, earlier: Function | None) -> tuple[Function, Func
         return function, earlier
     taken = {v.name for v in earlier.returns} if earlier else set()
     named = {v: Value(_name(v, made, taken), v.type) for v in roots}
-    ops = list(earlier.ops) if earlier else []
-    for op in function.ops:
-        if any(o in inner or o in named for o in op.results):
-            ops.append(op)
-    prepared = Function(f"{function.name}.weights", (), (), tuple(named.values()))
-    prepared = _rename(prepared, ops, named, earlier)
+    hoisted = [op for op in function.ops if any(o in inner or o in named for o in op.results)]
+    prepared = _append(function, hoisted, named, earlier)
     kept = [
         Op("param", (), make_attrs({"name": named[op.result].name}), op.results, op.loc)
         if op.results and op.results[0] in named
@@ -146,16 +144,24 @@ def _name(value: Value, made: dict[Value, Op], taken: set[str]) -> str:
     return name
 
 
-def _rename(
-    prepared: Function, ops: list[Op], named: dict[Value, Value], earlier: Function | None
+def _append(
+    function: Function, ops: list[Op], named: dict[Value, Value], earlier: Function | None
 ) -> Function:
+    """The ``.weights`` function with more ops; ``named`` gives the values that it returns for them."""
+    before = earlier or Function(f"{function.name}.weights", (), (), ())
+    ready = {v.name: v for v in before.returns}
+    names = Names.of(before)
+    names.taken |= {v.name for v in named.values()}
     table = dict(named)
-    renamed = []
+    added: list[Op] = []
     for op in ops:
         op = op.with_operands(table)
-        renamed.append(
-            Op(op.opcode, op.operands, op.attrs, tuple(table.get(v, v) for v in op.results), op.loc, op.body)
-        )
-    returns = (earlier.returns if earlier else ()) + prepared.returns
-    unique = {op.results: op for op in renamed}
-    return Function(prepared.name, (), tuple(unique.values()), returns)
+        if op in before.ops and not any(v in named for v in op.results):
+            continue
+        if op.opcode == "param" and op.attr("name") in ready:  # prepared by an earlier run
+            table[op.result] = ready[op.attr("name")]
+            continue
+        for v in op.results:
+            table.setdefault(v, Value(names.fresh(v.name), v.type))
+        added.append(replace(op, results=tuple(table[v] for v in op.results)))
+    return Function(before.name, (), (*before.ops, *added), (*before.returns, *named.values()))

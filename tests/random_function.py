@@ -392,7 +392,10 @@ class RandomFunction:
             last = self.add("iota", type=TensorType(DType.i64, x.shape[-1:]), spec=Spec(0, LIMIT))
             condition = self.add("ge", last, self.const(self.number(0, 2), DType.i64), spec=Spec(0, 1))
         y = self._partner(x)
-        if self.numel(broadcast([condition.shape, x.shape, y.shape])) > LARGEST:
+        if (
+            not self._fits(condition, y)
+            or self.numel(broadcast([condition.shape, x.shape, y.shape])) > LARGEST
+        ):
             return None
         a, b = self.specs[x], self.specs[y]
         spec = Spec(min(a.low, b.low), max(a.high, b.high), a.raw and b.raw)
