@@ -21,8 +21,6 @@ def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
     """Print the body of an attention kernel. Raises VerifyError for layouts that the primitives cannot write."""
     op, writer = form.op, kernel.writer
     q, k, v, *mask = op.operands
-    if q.dtype not in (DType.f32, DType.f16, DType.bf16):
-        raise VerifyError(f"attention on {q.dtype.value} has no C++ form")
     split = op.opcode == "attention_split"
     writer.line("tw::AttentionShape shape{};")
     sizes = {"batch": q.shape[0], "heads": q.shape[1], "groups": k.shape[1], "queries": q.shape[2], "keys": k.shape[2]}
@@ -35,10 +33,13 @@ def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
         writer.line(f"shape.mask = {kernel.names[mask[0]]};")
         writer.line(f"shape.mask_row = {print_index(row)};")
     writer.line(f"shape.scale = {float(op.attr('scale'))!r}f;")
+    writer.line(f"shape.scale_f64 = {float(op.attr('scale'))!r};")
     writer.line(f"shape.softcap = {float(op.attr('softcap'))!r}f;")
     writer.line(f"shape.causal = {str(bool(op.attr('causal'))).lower()};")
     writer.line(f"shape.window = {int(op.attr('window'))};")
     kind = f"{STORAGE[q.dtype]}, {q.shape[3]}, {v.shape[3]}"
+    if q.dtype is DType.f64:
+        kind = f"{q.shape[3]}, {v.shape[3]}"
     tensors = ", ".join(kernel.names[x] for x in (q, k, v))
     if split:
         _print_split(kernel, form, kind, tensors)
@@ -49,15 +50,23 @@ def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
 def _print_whole(
     kernel: KernelContext, form: AttentionForm, kind: str, tensors: str, sizes: tuple[Expr, Expr]
 ) -> None:
-    ((target, index),) = form.stores
-    kernel.writer.line(f"shape.out = {_strides(kernel, target, index, 'result')};")
-    scratch = "reinterpret_cast<float*>(own), reinterpret_cast<float*>(shared)"
-    call = f"tw::attend<{kind}>(worker, shape, {tensors}, {kernel.names[target]}, {scratch});"
-    kernel.writer.line(call)
-    batch, heads, queries = (print_index(n) for n in form.op.operands[0].shape[:3])
-    parts = f"tw::attention_parts_floats({batch}, {heads}, {queries}, {sizes[1]}, threads)"
-    kernel.workspace.shared.append(f"tw::bytes<float>({parts})")
-    kernel.workspace.private.append(f"tw::bytes<float>(tw::attention_scratch_floats({sizes[0]}, {sizes[1]}))")
+    """The result once per view of it that is stored; nearly always there is one."""
+    writer, f64 = kernel.writer, form.op.operands[0].dtype is DType.f64
+    for n, (target, index) in enumerate(form.stores):
+        writer.line(f"shape.out = {_strides(kernel, target, index, 'result')};")
+        result = kernel.names[target]
+        if f64:
+            writer.line(f"tw::attend_f64<{kind}>(worker, shape, {tensors}, {result});")
+            continue
+        if n > 0:
+            writer.line("worker.barrier();  // the scratch is shared")
+        scratch = "reinterpret_cast<float*>(own), reinterpret_cast<float*>(shared)"
+        writer.line(f"tw::attend<{kind}>(worker, shape, {tensors}, {result}, {scratch});")
+    if not f64:
+        batch, heads, queries = (print_index(n) for n in form.op.operands[0].shape[:3])
+        parts = f"tw::attention_parts_floats({batch}, {heads}, {queries}, {sizes[1]}, threads)"
+        kernel.workspace.shared.append(f"tw::bytes<float>({parts})")
+        kernel.workspace.private.append(f"tw::bytes<float>(tw::attention_scratch_floats({sizes[0]}, {sizes[1]}))")
 
 
 def _print_split(kernel: KernelContext, form: AttentionForm, kind: str, tensors: str) -> None:
@@ -68,7 +77,8 @@ def _print_split(kernel: KernelContext, form: AttentionForm, kind: str, tensors:
     for name, (target, index) in zip(("acc", "top", "total"), form.stores, strict=True):
         writer.line(f"partials.{name} = {kernel.names[target]};")
         writer.line(f"partials.{name}_strides = {_strides(kernel, target, index, name)};")
-    writer.line(f"tw::attend_split<{kind}>(worker, shape, {form.op.attr('splits')}, {tensors}, partials);")
+    name = "attend_split_f64" if form.op.operands[0].dtype is DType.f64 else "attend_split"
+    writer.line(f"tw::{name}<{kind}>(worker, shape, {form.op.attr('splits')}, {tensors}, partials);")
 
 
 def _symbols(names: str) -> tuple[Expr, ...]:

@@ -21,8 +21,10 @@ from tilewright.ir.loops import Apply, Axis, Const, Dot, Index, Load, Node, Redu
 from .ctypes_of import literal, load, scalar
 from .expression import SIMD_REDUCTION, combine, initial, print_index, print_op
 from .kernel_context import KernelContext
+from .writer import Writer
 
 Symbols = tuple[sympy.Symbol, ...]
+SUM_BLOCK = 512  # terms of a float32 sum that are added up in a row (in each lane of a vector: fewer)
 
 
 class Identities:
@@ -191,13 +193,17 @@ class Scalars:
             self.writer.line(f"{name} = {combine(kind, node.dtype, name, value)};")
             return
         axis, *inner = axes
-        simd = not inner and not self.in_simd and not any(nested(b) for b in bodies)
-        if simd:
-            self.writer.pragma(f"omp simd reduction({SIMD_REDUCTION[kind]} : {name})")
-        with self.writer.block(for_header(axis)), self.scope([axis], simd):
-            if inner:
+        if inner:
+            with self.writer.block(for_header(axis)), self.scope([axis]):
                 self.hoist(bodies)
-            self._loops(inner, kind, bodies, name, node)
+                self._loops(inner, kind, bodies, name, node)
+            return
+        simd = not self.in_simd and not any(nested(b) for b in bodies)
+        with in_blocks(self.writer, axis, kind, node, name) as (header, partial):
+            if simd:
+                self.writer.pragma(f"omp simd reduction({SIMD_REDUCTION[kind]} : {partial})")
+            with self.writer.block(header), self.scope([axis], simd):
+                self._loops([], kind, bodies, partial, node)
 
 
 def parts(node: Reduce | Dot) -> tuple[tuple[Axis, ...], str, tuple[Node, ...]]:
@@ -212,6 +218,24 @@ def nested(node: Node) -> bool:
     """Whether a reduction that varies with its surroundings lies in or below the node."""
     varies = isinstance(node, Reduce | Dot) and bool(free_symbols(node))
     return varies or any(nested(c) for c in node.children)
+
+
+@contextmanager
+def in_blocks(writer: Writer, axis: Axis, kind: str, node: Node, name: str) -> Iterator[tuple[str, str]]:
+    """Sum a long axis in blocks, since the error of a float32 sum grows with the number of terms in a row.
+
+    Gives the header of the loop over the axis and the variable to accumulate in.
+    """
+    extent = axis.extent
+    if kind != "sum" or scalar(node.dtype) != "float" or (extent.is_Integer and extent <= 2 * SUM_BLOCK):
+        yield for_header(axis), name
+        return
+    partial, block = writer.fresh("partial"), writer.fresh("block")
+    with writer.block(f"for (long {block} = 0; {block} < {print_index(extent)}; {block} += {SUM_BLOCK})"):
+        writer.line(f"const long stop = std::min<long>({block} + {SUM_BLOCK}, {print_index(extent)});")
+        writer.line(f"float {partial} = 0.0f;")
+        yield f"for (long {axis.symbol} = {block}; {axis.symbol} < stop; {axis.symbol}++)", partial
+        writer.line(f"{name} += {partial};")
 
 
 def for_header(axis: Axis) -> str:

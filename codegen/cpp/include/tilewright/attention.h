@@ -30,7 +30,8 @@ struct AttentionShape {
     long mask_row;
     float scale, softcap;  // softcap 0: none
     bool causal;
-    long window;  // keys further back than this are masked; 0: none
+    long window;       // keys further back than this are masked; 0: none
+    double scale_f64;  // scale in full, for float64
 
     long heads_per_group() const { return heads / groups; }
     // The keys that causality and window leave to a query.

@@ -1,0 +1,100 @@
+"""Run kernels through generated C++: all hand-built cases in one library, or one program at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tilewright.codegen.cpp.build import build_libraries
+from tilewright.codegen.cpp.program import print_program
+from tilewright.ir.program import Buffer, BufferKind, Call, Program, Routine, Step, physical_shape
+from tilewright.ir.types import Value, concrete
+from tilewright.runtime.native import NativeLibrary, pointer_table
+from tilewright.runtime.native_executor import NativeExecutor
+
+from .triton_cases import CAPACITY, CASES, RANGES, Case
+
+THREADS = 2
+
+
+def library_of(program: Program, folder: Path) -> NativeLibrary:
+    """A program's library, built in (or taken from) a cache folder."""
+    built = build_libraries({program.name: print_program(program)}, folder)
+    return NativeLibrary(built[program.name].path, [name for name, _, _ in program.symbols])
+
+
+def executor_of(program: Program, weights: Mapping[str, Tensor], folder: Path) -> NativeExecutor:
+    return NativeExecutor(program, weights, library_of(program, folder))
+
+
+def program_of_cases(cases: Mapping[str, Case]) -> Program:
+    """One program with a routine of one kernel per case; step n is the n-th case."""
+    buffers: list[Buffer] = []
+    routines: list[Routine] = []
+    calls: list[Call] = []
+    for name, case in cases.items():
+        op = case.kernel.with_attrs(name=name)
+        slots = tuple(dict.fromkeys((*op.operands, *op.results)))
+        step = Step(op, tuple(slots.index(v) for v in op.operands), tuple(slots.index(v) for v in op.results))
+        routines.append(Routine(name, slots, (step,)))
+        first = len(buffers)
+        buffers += [Buffer(f"{name}.{v.name}", BufferKind.input, v.type) for v in slots]
+        calls.append(Call(len(routines) - 1, tuple(range(first, len(buffers)))))
+    symbols = tuple((name, *RANGES[name]) for name in sorted(RANGES))
+    return Program(
+        "cases", "forward", 0, symbols, CAPACITY, tuple(buffers), tuple(routines), tuple(calls), 0
+    )
+
+
+@lru_cache(maxsize=1)
+def _cases() -> tuple[dict[str, Case], Program]:
+    cases = {name: make() for name, make in CASES.items()}
+    return cases, program_of_cases(cases)
+
+
+def case_of(name: str) -> Case:
+    """The same case at every call: some draw their data when they are made."""
+    return _cases()[0][name]
+
+
+def _buffer(value: Value, content: Tensor | None, dims: Mapping[str, int]) -> Tensor:
+    """A tensor laid out as buffers are (T at capacity), filled with ``content`` where it reaches."""
+    shape = concrete(physical_shape(value.type, CAPACITY), dims)
+    buffer = torch.zeros(shape, dtype=value.dtype.torch)
+    if content is not None:
+        buffer[tuple(slice(0, n) for n in content.shape)] = content
+    return buffer
+
+
+def run_case(name: str, folder: Path, threads: int = THREADS) -> tuple[Tensor, ...]:
+    """The results of a case's kernel at their logical shapes."""
+    cases, program = _cases()
+    library, case = library_of(program, folder), case_of(name)
+    number = list(cases).index(name)
+    dims = dict.fromkeys(RANGES, 1) | case.dims
+    inputs, past = case.inputs(), case.past()
+    slots = {op.result: op.attr("slot") for op in case.kernel.body if op.opcode == "append"}
+    tensors: dict[Value, Tensor] = {}
+    for v in case.kernel.results:
+        tensors[v] = _buffer(v, past[slots[v]] if v in slots else None, dims)
+    for v in case.kernel.operands:
+        tensors[v] = _buffer(v, inputs[v.name], dims)
+    addresses = [0] * len(program.buffers)
+    for value, buffer in zip(program.routines[number].slots, program.calls[number].buffers, strict=True):
+        addresses[buffer] = tensors[value].data_ptr()
+    _run(library, addresses, [dims[symbol] for symbol in library.symbols], threads, number)
+    return tuple(
+        tensors[v][tuple(slice(0, n) for n in concrete(v.shape, dims))] for v in case.kernel.results
+    )
+
+
+def _run(library: NativeLibrary, addresses: Sequence[int], sizes: Sequence[int], threads: int, step: int) -> None:
+    dims = library.dims(sizes)
+    workspace = torch.empty(library.workspace_bytes(dims, threads) + 64, dtype=torch.uint8)
+    start = -(-workspace.data_ptr() // 64) * 64
+    library.run(pointer_table(addresses), dims, start, threads, step, step + 1)
+
