@@ -208,8 +208,10 @@ class RandomFunction:
         if first is not None:
             returns = [self.bounded(self.shaped(first), 4)]
         else:
-            returns = [self.pool[-1]]
-        returns += [self.pick(self.pool) for _ in range(self.number(0, 2))]  # type: ignore[misc]
+            returns = [next(v for v in reversed(self.pool) if not any(d.has(sym("T")) for d in v.shape))]
+        # What grows with the context lives in the request's state and mask; nothing of the kind is returned.
+        others = [v for v in self.pool if not any(d.has(sym("T")) for d in v.shape)]
+        returns += [self.pick(others) for _ in range(self.number(0, 2))]  # type: ignore[misc]
         return Function(
             name, tuple(self.builder.params), tuple(self.builder.ops), tuple(dict.fromkeys(returns))
         )

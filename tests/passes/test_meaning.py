@@ -22,10 +22,10 @@ from tilewright.passes.base import PassOptions
 from tilewright.passes.pipeline import PASSES, PIPELINE, run_passes
 
 
-def options_for(case: Case, splits: int = 0) -> PassOptions:
+def options_for(case: Case, splits: int = 0, vendor: bool = False) -> PassOptions:
     """A decode program where the case can be one, else a prefill program."""
     decode = case.dims["S"] == 1
-    return PassOptions(fixed=case.fixed if decode else (), splits=splits if decode else 0)
+    return PassOptions(case.fixed if decode else (), splits=splits if decode else 0, vendor_matmul=vendor)
 
 
 def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float, text: str) -> None:
@@ -54,14 +54,14 @@ def check(case: Case, module: Module) -> None:
 @given(modules(), st.integers(0, 3))
 def test_each_pass_keeps_the_meaning(name: str, case: Case, splits: int) -> None:
     """A rewrite that is wrong for some shape, dtype or use of a value."""
-    check(case, PASSES[name].run(case.module, options_for(case, splits)))
+    check(case, PASSES[name].run(case.module, options_for(case, splits, vendor=True)))
 
 
 @examples(60)
-@given(modules(), st.integers(0, 3))
-def test_the_pipeline_keeps_the_meaning(case: Case, splits: int) -> None:
+@given(modules(), st.integers(0, 3), st.booleans())
+def test_the_pipeline_keeps_the_meaning(case: Case, splits: int, vendor: bool) -> None:
     """Passes that are right alone and wrong together; and a result that still holds unfused ops."""
-    module = run_passes(case.module, options_for(case, splits))
+    module = run_passes(case.module, options_for(case, splits, vendor))
     check(case, module)
     for function in module.functions:
         if not function.name.endswith(".weights"):
