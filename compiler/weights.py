@@ -36,7 +36,8 @@ class BoundWeights:
 def bind_weights(modules: Iterable[Module], tensors: Mapping[str, Tensor], used: Iterable[str]) -> BoundWeights:
     """Compute prepared weights for every call scope of the modules; ``used`` are the names that programs read.
 
-    The modules are phases of one model, so a prepared weight that several of them name is one weight. Parameters that go into a rearranged weight are re-pointed at it; their values do not change.
+    The modules are phases of one model, so a prepared weight that several of them name is one weight. Parameters that
+    go into a rearranged weight are re-pointed at it; their values do not change.
     """
     bound = dict(tensors)
     merged = copied = 0

@@ -168,8 +168,8 @@ def _compile_into(folder: Path, source: str, compiler: str) -> Path:
         _run_compiler([compiler, *FLAGS, f"-I{HEADERS}", str(text), "-o", str(library)], folder)
         digest.write_text(hashlib.sha256(library.read_bytes()).hexdigest(), encoding="ascii")
         library.chmod(0o700)
-        os.replace(library, folder / f"{key}.so")
-        os.replace(digest, folder / f"{key}.sha256")
+        library.replace(folder / f"{key}.so")
+        digest.replace(folder / f"{key}.sha256")
     return folder / f"{key}.so"
 
 

@@ -15,11 +15,11 @@ CHUNK = 1024  # elements of the innermost axis per work item
 
 def print_loops(kernel: KernelContext, segment: Segment) -> None:
     """Print one segment. Each work item is a point of the outer axes and a chunk of the innermost one."""
-    *outer, inner = segment.axes or [None]
+    outer, inner = segment.axes[:-1], segment.axes[-1] if segment.axes else None
     writer = kernel.writer
     scalars = Scalars(kernel, (s.value for s in segment.stores))
     with writer.block():
-        _print_work(kernel, segment, tuple(outer), inner)
+        _print_work(kernel, segment, outer, inner)
         with writer.block("for (long item = range.begin; item < range.end; item++)"), scalars.scope(outer):
             if inner is not None:
                 if outer:
@@ -28,7 +28,7 @@ def print_loops(kernel: KernelContext, segment: Segment) -> None:
                 writer.line(f"const long end = std::min<long>(begin + chunk, {print_index(inner.extent)});")
             elif outer:
                 writer.line("long rest = item;")
-            print_point(kernel, tuple(outer), "rest")
+            print_point(kernel, outer, "rest")
             scalars.hoist(s.value for s in segment.stores)
             if inner is None:
                 print_stores(scalars, segment)
