@@ -10,6 +10,7 @@ from torch import Tensor
 from tilewright.ir.program import (
     Buffer,
     BufferKind,
+    DType,
     Program,
     Step,
     Value,
@@ -49,6 +50,16 @@ class Memory:
         if buffer.kind is BufferKind.arena:
             return self.arena.data_ptr() + buffer.offset
         return self.named[buffer.kind][buffer.name].data_ptr()
+
+    def pointer(self, number: int, value: Value) -> Tensor:
+        """A tensor that starts at a buffer's first byte, in ``value``'s dtype; bool as bytes."""
+        buffer = self.program.buffers[number]
+        dtype = torch.uint8 if value.dtype is DType.bool else value.dtype.torch
+        if buffer.kind is BufferKind.arena:
+            whole = self.arena[buffer.offset : buffer.offset + max(buffer.nbytes, dtype.itemsize)]
+            return whole.view(dtype)
+        tensor = self.named[buffer.kind][buffer.name]
+        return tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
 
     def tensor(self, number: int, value: Value, dims: Mapping[str, int]) -> Tensor:
         """A buffer as a tensor of ``value``'s logical shape and dtype."""

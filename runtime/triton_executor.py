@@ -19,20 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tilewright.ir.program import (
-    Buffer,
-    BufferKind,
-    DeviceError,
-    KernelBuildError,
-    Program,
-    Step,
-    Value,
-    concrete,
-    physical_shape,
-    run_torch_call,
-)
+from tilewright.ir.program import BufferKind, DeviceError, KernelBuildError, Program, Step
 
 from .kv_state import RequestState
+from .memory import Memory
 
 Launch = Callable[[list[Tensor], Mapping[str, int]], None]
 
@@ -143,15 +133,17 @@ class TritonExecutor:
         """Compute ``outputs`` in place; see ``runtime.executor.Executor``."""
         bound = self._bound(state)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            memory = Memory(self.program, self.weights, bound.arena, inputs, state, outputs)
             if not self._static or state is None:
-                memory = _Memory(self, bound.arena, inputs, state, outputs)
                 for step, reads, writes in self.program.trace():
-                    memory.run(step, reads, writes, dims)
+                    if step.op.opcode == "kernel":
+                        self._launchers[step.name](_pointers(memory, step, reads, writes), dims)
+                    else:
+                        memory.run_torch(step, reads, writes, dims)
                 return
             if bound.version != state.version:
-                memory = _Memory(self, bound.arena, inputs, state, outputs)
                 bound.launches = tuple(
-                    (self._launchers[step.name], memory.pointers(step, reads, writes))
+                    (self._launchers[step.name], _pointers(memory, step, reads, writes))
                     for step, reads, writes in self.program.trace()
                 )
                 bound.version = state.version
@@ -168,63 +160,7 @@ class TritonExecutor:
         return bound
 
 
-class _Memory:
-    """Where each buffer of the program lies during one call."""
-
-    def __init__(
-        self,
-        executor: TritonExecutor,
-        arena: Tensor,
-        inputs: Mapping[str, Tensor],
-        state: RequestState | None,
-        outputs: Mapping[str, Tensor],
-    ) -> None:
-        self.executor, self.program, self.arena = executor, executor.program, arena
-        self.named: dict[BufferKind, Mapping[str, Tensor]] = {
-            BufferKind.input: inputs,
-            BufferKind.output: outputs,
-            BufferKind.param: executor.weights,
-            BufferKind.state: state.buffers if state is not None else {},
-        }
-
-    def run(
-        self, step: Step, reads: tuple[int, ...], writes: tuple[int, ...], dims: Mapping[str, int]
-    ) -> None:
-        """Launch a kernel, or let PyTorch run an op that has none."""
-        if step.op.opcode == "kernel":
-            self.executor._launchers[step.name](self.pointers(step, reads, writes), dims)
-            return
-        args = [self._shaped(n, v, dims) for n, v in zip(reads, step.op.operands, strict=True)]
-        results = run_torch_call(step.op.attr("target"), step.op.attr("template"), args)
-        for n, v, result in zip(writes, step.op.results, results, strict=True):
-            self._shaped(n, v, dims).copy_(result)
-
-    def pointers(self, step: Step, reads: tuple[int, ...], writes: tuple[int, ...]) -> list[Tensor]:
-        """A kernel's tensor arguments; only their addresses and element types count."""
-        values = (*step.op.operands, *step.op.results)
-        return [
-            self._pointer(self.program.buffers[n], v) for n, v in zip((*reads, *writes), values, strict=True)
-        ]
-
-    def _pointer(self, buffer: Buffer, value: Value) -> Tensor:
-        dtype = value.dtype.torch
-        if buffer.kind is BufferKind.arena:
-            # Kernels see bool as bytes, as the key mask is kept.
-            whole = self.arena[buffer.offset : buffer.offset + max(buffer.nbytes, dtype.itemsize)]
-            return whole if dtype is torch.bool else whole.view(dtype)
-        tensor = self.named[buffer.kind][buffer.name]
-        return tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
-
-    def _shaped(self, number: int, value: Value, dims: Mapping[str, int]) -> Tensor:
-        """A buffer as a tensor of its logical shape, for PyTorch."""
-        buffer = self.program.buffers[number]
-        shape = concrete(physical_shape(value.type, self.program.capacity), dims)
-        tensor = self._pointer(buffer, value)
-        if buffer.kind is BufferKind.arena:
-            tensor = tensor[: torch.Size(shape).numel()]
-        if value.dtype.torch is torch.bool:
-            tensor = tensor.view(torch.bool)
-        logical = concrete(value.shape, dims)
-        if buffer.kind is BufferKind.state or logical != shape:
-            return tensor[tuple(slice(0, n) for n in logical)]
-        return tensor.view(shape)
+def _pointers(memory: Memory, step: Step, reads: tuple[int, ...], writes: tuple[int, ...]) -> list[Tensor]:
+    """A kernel's tensor arguments; only their addresses and element types count."""
+    values = (*step.op.operands, *step.op.results)
+    return [memory.pointer(n, v) for n, v in zip((*reads, *writes), values, strict=True)]
