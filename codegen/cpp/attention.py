@@ -21,6 +21,9 @@ def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
     """Print the body of an attention kernel. Raises VerifyError for layouts that the primitives cannot write."""
     op, writer = form.op, kernel.writer
     q, k, v, *mask = op.operands
+    for target, _ in form.stores:
+        if not any(sympy.expand(target.type.numel - r.type.numel) == 0 for r in op.results):
+            raise VerifyError(f"{op.opcode}: only a part of its result is stored, which has no C++ form")
     split = op.opcode == "attention_split"
     writer.line("tw::AttentionShape shape{};")
     sizes = {"batch": q.shape[0], "heads": q.shape[1], "groups": k.shape[1], "queries": q.shape[2], "keys": k.shape[2]}
