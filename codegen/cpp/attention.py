@@ -26,7 +26,13 @@ def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
             raise VerifyError(f"{op.opcode}: only a part of its result is stored, which has no C++ form")
     split = op.opcode == "attention_split"
     writer.line("tw::AttentionShape shape{};")
-    sizes = {"batch": q.shape[0], "heads": q.shape[1], "groups": k.shape[1], "queries": q.shape[2], "keys": k.shape[2]}
+    sizes = {
+        "batch": q.shape[0],
+        "heads": q.shape[1],
+        "groups": k.shape[1],
+        "queries": q.shape[2],
+        "keys": k.shape[2],
+    }
     for name, size in sizes.items():
         writer.line(f"shape.{name} = {print_index(size)};")
     for name, value in (("q", q), ("k", k), ("v", v)):
@@ -69,7 +75,9 @@ def _print_whole(
         batch, heads, queries = (print_index(n) for n in form.op.operands[0].shape[:3])
         parts = f"tw::attention_parts_floats({batch}, {heads}, {queries}, {sizes[1]}, threads)"
         kernel.workspace.shared.append(f"tw::bytes<float>({parts})")
-        kernel.workspace.private.append(f"tw::bytes<float>(tw::attention_scratch_floats({sizes[0]}, {sizes[1]}))")
+        kernel.workspace.private.append(
+            f"tw::bytes<float>(tw::attention_scratch_floats({sizes[0]}, {sizes[1]}))"
+        )
 
 
 def _print_split(kernel: KernelContext, form: AttentionForm, kind: str, tensors: str) -> None:
@@ -94,7 +102,9 @@ def _strides(kernel: KernelContext, value: Value, index: tuple[Expr, ...], where
     offset = kernel.offset(value, index, {})
     found = strides(offset, symbols, where)
     if sympy.expand(offset.xreplace(dict.fromkeys(symbols, Integer(0)))) != 0:
-        raise VerifyError(f"attention {where}: the stored result does not start at its tensor's first element")
+        raise VerifyError(
+            f"attention {where}: the stored result does not start at its tensor's first element"
+        )
     inner = found[sym("d")]
     if where != "result" and inner not in (0, 1):
         raise VerifyError(f"attention {where}: its last axis is not contiguous")

@@ -32,7 +32,9 @@ def print_kernel(step: Step, capacity: int, dims: tuple[str, ...]) -> PrintedKer
     name = identifier(step.name)
     _comment(writer, step.op)
     arguments = "const tw::Worker& worker, const long* dims, void* const* slot, char* shared, char* own"
-    with writer.block(f"static void {name}([[maybe_unused]] {arguments.replace(', ', ', [[maybe_unused]] ')})"):
+    with writer.block(
+        f"static void {name}([[maybe_unused]] {arguments.replace(', ', ', [[maybe_unused]] ')})"
+    ):
         kernel.print_dims()
         kernel.declare()
         form = attention_form(step.op)

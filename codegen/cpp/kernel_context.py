@@ -50,7 +50,9 @@ class KernelContext:
             self.names[value] = f"p_{identifier(value.name)}"
             const = "" if value in op.results else "const "
             kind = f"{const}{STORAGE[value.dtype]}*"
-            self.writer.line(f"{kind} {self.names[value]} = static_cast<{kind}>(slot[{slot}]);  // {value.type}")
+            self.writer.line(
+                f"{kind} {self.names[value]} = static_cast<{kind}>(slot[{slot}]);  // {value.type}"
+            )
 
     def offset(self, value: Value, index: tuple[Expr, ...], ranges: Mapping[sympy.Symbol, Expr]) -> Expr:
         """Elements from a tensor's start to ``index``."""

@@ -107,7 +107,9 @@ class _Printer:
         self.few = group.few_rows
         self.values = group.row_values
         self.direct = _direct_rows(kernel, group)
-        self.scalars = Scalars(kernel, [group.forms[0].a, *(s.value for g in group.segments for s in g.stores)])
+        self.scalars = Scalars(
+            kernel, [group.forms[0].a, *(s.value for g in group.segments for s in g.stores)]
+        )
         self.scalars.hide(d for f in group.forms for d in f.dots)
         # Weights that are computed are packed as floats, so their activations are floats too.
         self.weight = "float" if group.weight is None else STORAGE[group.weight]
@@ -119,7 +121,9 @@ class _Printer:
         writer.line(f"using W = {self.weight};")
         writer.line("using A = tw::activation_t<W>;")
         writer.line(f"const long k = {print_index(group.depth)}, rows = {print_index(group.row_count)};")
-        writer.line("const long lda = " + (print_index(self.direct[1]) if self.direct else "tw::padded<W>(k)") + ";")
+        writer.line(
+            "const long lda = " + (print_index(self.direct[1]) if self.direct else "tw::padded<W>(k)") + ";"
+        )
 
     def reserve(self) -> None:
         """Say how much scratch the kernel needs for this group."""
@@ -201,7 +205,9 @@ class _Printer:
         writer = self.writer
         with writer.block("const auto pack = [&](int d, long first, int count, float* panel)", "};"):
             if self.group.weight is not None:
-                writer.line("tw::pack_panel<W>(panel, count, k, [&](int j) { return weight_row(d, first + j); });")
+                writer.line(
+                    "tw::pack_panel<W>(panel, count, k, [&](int j) { return weight_row(d, first + j); });"
+                )
                 return
             with writer.block(f"for (long {form.k.symbol} = 0; {form.k.symbol} < k; {form.k.symbol}++)"):
                 writer.line(f"float* to = panel + {form.k.symbol} * tw::PANEL;")
@@ -211,7 +217,10 @@ class _Printer:
                     writer.line("const long column = first + j;")
                     self._column_symbols(form)
                     for n, dot in enumerate(form.dots):
-                        with writer.block(f"if (d == {n})"), self.scalars.scope((*form.columns, form.k), simd=True):
+                        with (
+                            writer.block(f"if (d == {n})"),
+                            self.scalars.scope((*form.columns, form.k), simd=True),
+                        ):
                             writer.line(f"to[j] = float({self.scalars.text(dot.b)});")
 
     def epilogue(self, form: MatmulForm, segment: Segment, base: str) -> None:
@@ -252,7 +261,10 @@ class _Printer:
                 writer.line(f"const float* dot{n} = tile + {n} * per_dot + i * per_row + j;")
             scalars.hoist(s.value for s in segment.stores)
             writer.pragma("omp simd")
-            with writer.block("for (int q = 0; q < run; q++)"), scalars.scope([inner] if inner else [], simd=True):
+            with (
+                writer.block("for (int q = 0; q < run; q++)"),
+                scalars.scope([inner] if inner else [], simd=True),
+            ):
                 if inner is not None:
                     writer.line(f"[[maybe_unused]] const long {inner.symbol} = start + q;")
                 for n, dot in enumerate(form.dots):
@@ -346,4 +358,3 @@ def _print_product(printer: _Printer, form: MatmulForm, segment: Segment) -> Non
     writer.line(
         f"tw::gemm<W, {len(form.dots)}>(worker, height, {extent}, k, a, lda, panels, pack, epilogue);"
     )
-

@@ -43,7 +43,9 @@ def _print_work(kernel: KernelContext, segment: Segment, outer: tuple[Axis, ...]
     if inner is not None:
         extent = print_index(inner.extent)
         # What is reduced once per row would be reduced again for every chunk of the row.
-        rows = any(isinstance(n, Dot | Reduce) and inner.symbol not in free_symbols(n) for n in segment.nodes())
+        rows = any(
+            isinstance(n, Dot | Reduce) and inner.symbol not in free_symbols(n) for n in segment.nodes()
+        )
         writer.line(f"const long chunk = {extent if rows else CHUNK};")
         writer.line(f"const long chunks = ({extent} + chunk - 1) / chunk;")
         items += " * chunks"

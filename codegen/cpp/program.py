@@ -78,7 +78,9 @@ def _print_workspace(writer: Writer, kernels: list[PrintedKernel], dims: tuple[s
     """Scratch is laid out as the largest shared part, then one private part per thread."""
     writer.line("namespace {")
     for part in ("shared", "private"):
-        with writer.block(f"long {part}_bytes([[maybe_unused]] const long* dims, [[maybe_unused]] int threads)"):
+        with writer.block(
+            f"long {part}_bytes([[maybe_unused]] const long* dims, [[maybe_unused]] int threads)"
+        ):
             for n, name in enumerate(dims):
                 writer.line(f"[[maybe_unused]] const long {name} = dims[{n}];")
             writer.line("long most = 0;")
@@ -93,7 +95,7 @@ def _print_workspace(writer: Writer, kernels: list[PrintedKernel], dims: tuple[s
 def _print_run(writer: Writer, program: Program, kernels: list[PrintedKernel]) -> None:
     slots = max((len(c.buffers) for c in program.calls), default=0) or 1
     writer.line(
-        f'''extern "C" void tw_run(void* const* buffers, const long* dims, void* workspace, int threads, long first,
+        f"""extern "C" void tw_run(void* const* buffers, const long* dims, void* workspace, int threads, long first,
                        long last) {{
     char* const shared = static_cast<char*>(workspace);
     const long private_size = private_bytes(dims, threads);
@@ -115,5 +117,5 @@ def _print_run(writer: Writer, program: Program, kernels: list[PrintedKernel]) -
             number = next;
         }}
     }});
-}}'''
+}}"""
     )

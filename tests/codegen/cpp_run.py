@@ -45,9 +45,7 @@ def program_of_cases(cases: Mapping[str, Case]) -> Program:
         buffers += [Buffer(f"{name}.{v.name}", BufferKind.input, v.type) for v in slots]
         calls.append(Call(len(routines) - 1, tuple(range(first, len(buffers)))))
     symbols = tuple((name, *RANGES[name]) for name in sorted(RANGES))
-    return Program(
-        "cases", "forward", 0, symbols, CAPACITY, tuple(buffers), tuple(routines), tuple(calls), 0
-    )
+    return Program("cases", "forward", 0, symbols, CAPACITY, tuple(buffers), tuple(routines), tuple(calls), 0)
 
 
 @lru_cache(maxsize=1)
@@ -87,14 +85,13 @@ def run_case(name: str, folder: Path, threads: int = THREADS) -> tuple[Tensor, .
     for value, buffer in zip(program.routines[number].slots, program.calls[number].buffers, strict=True):
         addresses[buffer] = tensors[value].data_ptr()
     _run(library, addresses, [dims[symbol] for symbol in library.symbols], threads, number)
-    return tuple(
-        tensors[v][tuple(slice(0, n) for n in concrete(v.shape, dims))] for v in case.kernel.results
-    )
+    return tuple(tensors[v][tuple(slice(0, n) for n in concrete(v.shape, dims))] for v in case.kernel.results)
 
 
-def _run(library: NativeLibrary, addresses: Sequence[int], sizes: Sequence[int], threads: int, step: int) -> None:
+def _run(
+    library: NativeLibrary, addresses: Sequence[int], sizes: Sequence[int], threads: int, step: int
+) -> None:
     dims = library.dims(sizes)
     workspace = torch.empty(library.workspace_bytes(dims, threads) + 64, dtype=torch.uint8)
     start = -(-workspace.data_ptr() // 64) * 64
     library.run(pointer_table(addresses), dims, start, threads, step, step + 1)
-

@@ -1,0 +1,112 @@
+"""The hand-written elementary functions and conversions, against float64 and torch over wide ranges."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tilewright.codegen.cpp.build import build_libraries
+
+FUNCTIONS = ("exp", "log", "tanh", "erf", "sigmoid", "sin", "cos", "rsqrt")
+SOURCE = """
+#include <cstdint>
+#include "tilewright/math.h"
+#include "tilewright/types.h"
+{functions}
+extern "C" __attribute__((visibility("default"))) void narrow(const float* x, uint16_t* bf, uint16_t* half, long n) {{
+#pragma omp simd
+    for (long i = 0; i < n; i++) {{ bf[i] = tw::to_bf16(x[i]).bits; half[i] = tw::to_f16(x[i]).bits; }}
+}}
+extern "C" __attribute__((visibility("default"))) void widen(const uint16_t* x, float* bf, float* half, long n) {{
+#pragma omp simd
+    for (long i = 0; i < n; i++) {{ bf[i] = tw::to_f32(tw::bf16{{x[i]}}); half[i] = tw::to_f32(tw::f16{{x[i]}}); }}
+}}
+"""
+ONE = """
+extern "C" __attribute__((visibility("default"))) void f_{name}(const float* x, float* y, long n) {{
+#pragma omp simd
+    for (long i = 0; i < n; i++) y[i] = tw::{name}(x[i]);
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("math")
+    folder.chmod(0o700)
+    source = SOURCE.format(functions="".join(ONE.format(name=name) for name in FUNCTIONS))
+    return ctypes.CDLL(str(build_libraries({"math": source}, folder)["math"].path))
+
+
+def _call(function: Callable[..., None], *tensors: Tensor) -> None:
+    function(*(ctypes.c_void_p(t.data_ptr()) for t in tensors), ctypes.c_long(tensors[0].numel()))
+
+
+def _ulps(found: Tensor, truth: Tensor) -> Tensor:
+    """Errors in units of the last place of a float32 of the true value's size."""
+    _, exponent = torch.frexp(truth)
+    unit = torch.ldexp(torch.ones_like(truth), exponent.clamp(min=-125) - 24)
+    return (found.double() - truth).abs() / unit
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "ulps"),
+    [
+        ("exp", -87, 88, 1.5),
+        ("exp", -1, 1, 1.0),
+        ("log", 1e-45, 1e-37, 1.0),
+        ("log", 0.1, 3, 1.0),
+        ("log", 1, 3e38, 1.0),
+        ("tanh", -12, 12, 2.0),
+        ("erf", -5, 5, 2.0),
+        ("sigmoid", -80, 80, 3.0),
+        ("sin", -10, 10, 2.0),
+        ("sin", -1e5, 1e5, 2.0),
+        ("cos", -1e5, 1e5, 2.0),
+        ("rsqrt", 1e-30, 1e30, 1.5),
+    ],
+)
+def test_accuracy(library: ctypes.CDLL, name: str, low: float, high: float, ulps: float) -> None:
+    x = torch.linspace(low, high, 1_000_003, dtype=torch.float64).float()
+    y = torch.empty_like(x)
+    _call(getattr(library, f"f_{name}"), x, y)
+    truth = getattr(torch, name)(x.double())
+    assert _ulps(y, truth).max() <= ulps
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_special_values(library: ctypes.CDLL, name: str) -> None:
+    """Infinities, zeros and NaN give what torch gives; a NaN never becomes a number."""
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 1e30, -1e30] * 8)
+    if name in ("sin", "cos"):
+        x = x[x.abs() < 1e5]
+    y = torch.empty_like(x)
+    _call(getattr(library, f"f_{name}"), x, y)
+    torch.testing.assert_close(y, getattr(torch, name)(x), equal_nan=True)
+
+
+def test_half_precision_conversions(library: ctypes.CDLL) -> None:
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.uint16)
+    bf, half = torch.empty(65536), torch.empty(65536)
+    _call(library.widen, bits, bf, half)
+    assert torch.equal(bf.nan_to_num(7.5), bits.view(torch.bfloat16).float().nan_to_num(7.5))
+    assert torch.equal(half.nan_to_num(7.5), bits.view(torch.float16).float().nan_to_num(7.5))
+
+    patterns = torch.randint(-(2**31), 2**31, (1_000_000,), dtype=torch.int64).to(torch.int32)
+    near = torch.randn(1_000_000) * torch.logspace(-9, 6, 1_000_000)
+    x = torch.cat(
+        [patterns.view(torch.float32), near, torch.tensor([65504.0, 65519.9, 65520.0, 2**-25, 3 * 2**-26])]
+    )
+    bf_bits, half_bits = torch.empty(len(x), dtype=torch.uint16), torch.empty(len(x), dtype=torch.uint16)
+    _call(library.narrow, x, bf_bits, half_bits)
+    for found, dtype in (
+        (bf_bits.view(torch.bfloat16), torch.bfloat16),
+        (half_bits.view(torch.float16), torch.float16),
+    ):
+        assert torch.equal(found.isnan(), x.isnan())
+        numbers = ~x.isnan()
+        assert torch.equal(found[numbers], x.to(dtype)[numbers])
