@@ -1,153 +1,145 @@
-"""The cache of compiled kernels: trusted only when whole and ours, never in the way when it is not."""
+"""The cache of compiled kernels: found again, never trusted blindly, and never the reason for a failure."""
 
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
-from tilewright.codegen.cpp import build as build_module
-from tilewright.codegen.cpp.build import Library, build_libraries
-from tilewright.errors import CompilerNotFoundError, KernelBuildError
+from tilewright.codegen.cpp.build import build_libraries, key_of
+from tilewright.ir.errors import CompilerNotFoundError, KernelBuildError
 
-SOURCE = 'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "kernels"
-    path.mkdir(mode=0o700)
-    return path
+SOURCE = 'extern "C" int answer() { return 42; }\n'
+SLOW = "#include <regex>\n#include <map>\n#include <iostream>\n" + SOURCE
 
 
-def build(folder: Path, source: str = SOURCE, compiler: str | None = None) -> Library:
-    return build_libraries({"it": source}, folder, compiler)["it"]
+def _answer(path: Path) -> int:
+    return int(ctypes.CDLL(str(path)).answer())
 
 
-def answer(library: Library) -> int:
-    return int(ctypes.CDLL(str(library.path)).answer())
+def _build(folder: Path, source: str = SOURCE, compiler: str | None = None) -> tuple[Path, bool]:
+    library = build_libraries({"program": source}, folder, compiler)["program"]
+    return library.path, library.from_cache
 
 
-def test_second_build_comes_from_the_cache(folder: Path) -> None:
-    first = build(folder)
-    assert not first.from_cache
-    again = build(folder)
-    assert again.from_cache
-    assert again.path == first.path
-    assert answer(again) == 42
+def test_a_library_is_built_once(tmp_path: Path) -> None:
+    """The second build must come from the folder, and run."""
+    path, cached = _build(tmp_path / "cache")
+    assert not cached
+    assert _answer(path) == 42
+    assert _build(tmp_path / "cache") == (path, True)
 
 
-def test_cached_library_needs_no_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build(folder)
-    monkeypatch.setenv("PATH", "")
-    assert build(folder).from_cache
+def test_a_cached_library_needs_no_compiler(tmp_path: Path) -> None:
+    """A process on a machine without a compiler starts from the cache."""
+    path, _ = _build(tmp_path)
+    assert _build(tmp_path, compiler="no-such-compiler") == (path, True)
 
 
-def test_no_compiler_names_the_remedy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
+def test_no_compiler_is_a_typed_error(tmp_path: Path) -> None:
+    """The error names the remedy."""
     with pytest.raises(CompilerNotFoundError, match="TILEWRIGHT_CXX"):
-        build(folder)
-    with pytest.raises(CompilerNotFoundError, match="no-such-compiler"):
-        build(folder, compiler="no-such-compiler")
+        _build(tmp_path, compiler="no-such-compiler")
 
 
-def test_source_that_does_not_compile(folder: Path) -> None:
+def test_source_that_does_not_compile(tmp_path: Path) -> None:
+    """The compiler's own words reach the user, and nothing stays behind."""
     with pytest.raises(KernelBuildError, match="nonsense"):
-        build(folder, "nonsense;")
-    assert list(folder.iterdir()) == []
+        _build(tmp_path, "nonsense;")
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "digest", "no digest"])
-def test_damaged_library_is_built_again(folder: Path, damage: str) -> None:
-    library = build(folder).path
-    digest = library.with_suffix(".sha256")
-    content = library.read_bytes()
-    if damage == "truncated":
-        library.write_bytes(content[: len(content) // 2])
-    elif damage == "flipped":
-        library.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
-    elif damage == "digest":
-        digest.write_bytes(b"\xff\x00 not a digest")
-    else:
-        digest.unlink()
-    again = build(folder)
-    assert not again.from_cache
-    assert answer(again) == 42
-    assert build(folder).from_cache
+@pytest.mark.parametrize("damage", ["truncated", "changed", "no hash", "empty hash"])
+def test_a_damaged_library_is_built_again(tmp_path: Path, damage: str) -> None:
+    """Bytes without their hash are never loaded."""
+    path, _ = _build(tmp_path)
+    digest = path.with_suffix(".sha256")
+    match damage:
+        case "truncated":
+            path.write_bytes(path.read_bytes()[:100])
+        case "changed":
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+        case "no hash":
+            digest.unlink()
+        case "empty hash":
+            digest.write_text("")
+    again, cached = _build(tmp_path)
+    assert not cached
+    assert _answer(again) == 42
 
 
-def test_folder_that_others_may_write_is_not_used(folder: Path) -> None:
-    build(folder)
-    folder.chmod(0o777)
-    with pytest.warns(UserWarning, match="TILEWRIGHT_CACHE"):
-        library = build(folder)
-    assert not library.from_cache
-    assert library.path.parent != folder
-    assert answer(library) == 42
+@pytest.mark.parametrize("which", ["folder", "library"])
+def test_what_others_may_write_is_not_loaded(tmp_path: Path, which: str) -> None:
+    """Somebody else could have put code there."""
+    path, _ = _build(tmp_path)
+    (tmp_path if which == "folder" else path).chmod(0o777)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again, cached = _build(tmp_path)
+    assert not cached
+    assert _answer(again) == 42
+    if which == "folder":
+        assert again.parent != tmp_path
+        assert "TILEWRIGHT_CACHE" in str(caught[0].message)
 
 
-def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    blocked = tmp_path / "a file"
-    blocked.write_text("in the way")
+def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    """A file where the folder should be: kernels are built in a private folder, with a warning."""
+    blocked = tmp_path / "file"
+    blocked.write_text("")
     with pytest.warns(UserWarning, match="not kept"):
-        library = build(blocked / "kernels")
-    assert answer(library) == 42
+        path, cached = _build(blocked)
+    assert not cached
+    assert _answer(path) == 42
 
 
-def test_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fills up while the library is written costs a warning, not the compilation."""
-    run = build_module._run_compiler
-
-    def full(command: list[str], where: Path) -> None:
-        if where == folder:
-            raise OSError(28, "No space left on device")
-        run(command, where)
-
-    monkeypatch.setattr(build_module, "_run_compiler", full)
-    with pytest.warns(UserWarning, match="No space left"):
-        library = build(folder)
-    assert answer(library) == 42
-    assert list(folder.iterdir()) == []
-
-
-def test_interrupted_compilation_leaves_nothing(folder: Path) -> None:
-    """Ctrl-C while the compiler runs: nothing half-written is there, and the next build is a whole one."""
-    slow = folder.parent / "slow-compiler"
-    slow.write_text("#!/bin/sh\nsleep 30\n")
-    slow.chmod(0o755)
-    code = (
-        "import sys; from pathlib import Path; from tilewright.codegen.cpp.build import build_libraries; "
-        "print('ready', flush=True); build_libraries({'it': sys.argv[1]}, Path(sys.argv[2]), sys.argv[3])"
+def test_a_full_disk(tmp_path: Path) -> None:
+    """A compiler that finds no space: kernels are built elsewhere, with a warning."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *{tmp_path / "cache"}*) echo "No space left on device" >&2; exit 1;; esac\n'
+        'exec g++ "$@"\n'
     )
-    command = [sys.executable, "-c", code, SOURCE, str(folder), str(slow)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    ) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        deadline = time.monotonic() + 20
-        while not any(folder.iterdir()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
-        process.communicate(timeout=20)
-    assert process.returncode != 0
-    assert [p.name for p in folder.iterdir() if p.suffix in (".so", ".sha256")] == []
-    assert not build(folder).from_cache
-    assert build(folder).from_cache
+    compiler.chmod(0o700)
+    with pytest.warns(UserWarning, match="no space left"):
+        path, _ = _build(tmp_path / "cache", compiler=str(compiler))
+    assert _answer(path) == 42
 
 
-def _build_in_process(folder: str) -> int:
-    return answer(build(Path(folder)))
+def _process(folder: Path) -> subprocess.Popen[bytes]:
+    code = (
+        "import sys; from pathlib import Path; from tilewright.codegen.cpp.build import build_libraries\n"
+        f"build_libraries({{'p': {SLOW!r}}}, Path({str(folder)!r}))"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
 
 
-def test_processes_may_build_at_once(folder: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        assert pool.map(_build_in_process, [str(folder)] * 3) == [42, 42, 42]
-    assert build(folder).from_cache
+def test_two_processes_at_once(tmp_path: Path) -> None:
+    """Both build the same program into one folder; what stays is whole."""
+    processes = [_process(tmp_path) for _ in range(2)]
+    assert [p.wait(timeout=120) for p in processes] == [0, 0]
+    path, cached = _build(tmp_path, SLOW)
+    assert cached
+    assert _answer(path) == 42
+
+
+def test_an_interruption_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """Ctrl-C while the compiler runs: no library and no draft under a name that is looked for."""
+    process = _process(tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".build-*/kernels.cpp")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    assert not (tmp_path / f"{key_of(SLOW)}.so").exists()
+    assert list(tmp_path.glob(".build-*")) == []
+    path, cached = _build(tmp_path, SLOW)
+    assert not cached
+    assert _answer(path) == 42
