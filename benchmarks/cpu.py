@@ -27,9 +27,13 @@ from tilewright.errors import OptionError
 from tilewright.progress import Advance, Progress
 
 console = Console()
+notes = Console(stderr=True)
 
 SETTLE = 0.05
 """Seconds of rest before each sample: threads of the side that ran before stop spinning."""
+
+BUSY = 0.5
+"""Load per core before a run above which its figures are in doubt."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,12 @@ def main(
     chosen = _known_dtypes(dtypes)
     lengths = _lengths(contexts)
     facts = machine.describe()
+    if facts["load"] > BUSY * facts["cores"]:
+        notes.print(
+            f"[yellow]busy machine[/yellow]: load {facts['load']} on {facts['cores']} cores; threads that wait for "
+            "each other suffer most from that, so neither rates nor ratios will be those of a quiet one",
+            highlight=False,
+        )
     measures: list[Measure] = []
     used: list[MemoryUse] = []
     with bandwidth_probe(threads, probe_bytes) as probe:

@@ -20,9 +20,9 @@ def block(found: Results) -> str:
     machine, versions = found.machine, found.versions
     extensions = ", ".join(machine["extensions"])
     parts.append(
-        f"{found.model}, batch 1, {found.settings['threads']} threads of {machine['cpu']} ({extensions}); medians, "
-        f"quartiles in parentheses. PyTorch {versions['torch']}, Transformers {versions['transformers']}, "
-        f"Python {versions['python']}; {found.date[:10]}; `{found.command}`."
+        f"{found.model}, batch 1, {found.settings['threads']} threads of {machine['cpu']} ({extensions}), load before "
+        f"the run {machine['load']}; medians, quartiles in parentheses. PyTorch {versions['torch']}, Transformers "
+        f"{versions['transformers']}, Python {versions['python']}; {found.date[:10]}; `{found.command}`."
     )
     return "\n\n".join(parts)
 

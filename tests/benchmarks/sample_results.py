@@ -13,7 +13,7 @@ def made_up(date: str = "2026-01-02T03:04:05+00:00", ours: float = 1.0) -> Resul
         date=date,
         command="python -m benchmarks.cpu --repeats 2",
         model="smollm2",
-        machine={"cpu": "Some CPU @ 3.00GHz", "cores": 2, "extensions": ["avx2"]},
+        machine={"cpu": "Some CPU @ 3.00GHz", "cores": 2, "extensions": ["avx2"], "load": 0.1},
         versions={"torch": "2.0", "transformers": "5.0", "python": "3.11.1"},
         settings={"threads": 2},
         measures=(
