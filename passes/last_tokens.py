@@ -48,9 +48,8 @@ def _slice(value: Value, rewriter: Rewriter, made: dict[Value, Op], done: dict[V
         type = _shorter(value.type)
         new = rewriter.add("view", value, type=type, map=IndexMap(value.type.rank, tuple(index)))
     else:
-        operands = [
-            _slice(v, rewriter, made, done) if _has_rows(v, value.type.rank) else v for v in op.operands
-        ]
+        rank = op.operands[0].type.rank if op.opcode == "reduce" else value.type.rank
+        operands = [_slice(v, rewriter, made, done) if _has_rows(v, rank) else v for v in op.operands]
         new = rewriter.add(op.opcode, *operands, loc=op.loc, type=_shorter(op.result.type), **dict(op.attrs))
     done[value] = new
     return new
