@@ -11,7 +11,8 @@ from tilewright.ir.program import Step
 from .attention import print_attention
 from .expression import print_index
 from .kernel_context import KernelContext, Workspace
-from .matmul import matmul_groups, print_matmuls
+from .matmul import print_matmuls
+from .matmul_group import matmul_groups
 from .pointwise import print_loops
 from .writer import Writer, identifier
 

@@ -48,15 +48,18 @@ def program_of_cases(cases: Mapping[str, Case]) -> Program:
     return Program("cases", "forward", 0, symbols, CAPACITY, tuple(buffers), tuple(routines), tuple(calls), 0)
 
 
-@lru_cache(maxsize=1)
-def _cases() -> tuple[dict[str, Case], Program]:
-    cases = {name: make() for name, make in CASES.items()}
+@lru_cache(maxsize=4)
+def _cases(names: tuple[str, ...]) -> tuple[dict[str, Case], Program]:
+    cases = {name: CASES[name]() for name in names}
     return cases, program_of_cases(cases)
 
 
-def case_of(name: str) -> Case:
+ALL = tuple(CASES)
+
+
+def case_of(name: str, among: tuple[str, ...] = ALL) -> Case:
     """The same case at every call: some draw their data when they are made."""
-    return _cases()[0][name]
+    return _cases(among)[0][name]
 
 
 def _buffer(value: Value, content: Tensor | None, dims: Mapping[str, int]) -> Tensor:
@@ -68,10 +71,12 @@ def _buffer(value: Value, content: Tensor | None, dims: Mapping[str, int]) -> Te
     return buffer
 
 
-def run_case(name: str, folder: Path, threads: int = THREADS) -> tuple[Tensor, ...]:
-    """The results of a case's kernel at their logical shapes."""
-    cases, program = _cases()
-    library, case = library_of(program, folder), case_of(name)
+def run_case(
+    name: str, folder: Path, threads: int = THREADS, among: tuple[str, ...] = ALL
+) -> tuple[Tensor, ...]:
+    """The results of a case's kernel at their logical shapes. ``among``: the cases to build with it."""
+    cases, program = _cases(among)
+    library, case = library_of(program, folder), cases[name]
     number = list(cases).index(name)
     dims = dict.fromkeys(RANGES, 1) | case.dims
     inputs, past = case.inputs(), case.past()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,18 @@ from torch import Tensor
 from tests.programs import fused, planned, run_program
 from tests.strategies import Case as Random
 from tests.strategies import examples, modules
+from tilewright.codegen.cpp import build
+from tilewright.codegen.cpp.expression import OPS
 from tilewright.codegen.cpp.program import print_program
 from tilewright.ir.index import sym
+from tilewright.ir.module import Loc, Op
+from tilewright.ir.pointwise import POINTWISE
 from tilewright.ir.program import Program
 from tilewright.ir.reference import evaluate
 from tilewright.ir.types import DType
 
-from .cpp_run import case_of, executor_of, program_of_cases, run_case
-from .triton_cases import CASES
+from .cpp_run import ALL, case_of, executor_of, program_of_cases, run_case
+from .triton_cases import CASES, Case
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +47,32 @@ def worst_excess(ours: Tensor, theirs: Tensor, truth: Tensor, dtype: torch.dtype
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_case(name: str, threads: int, folder: Path) -> None:
-    case = case_of(name)
-    found = run_case(name, folder, threads)
+    check_case(name, ALL, threads, folder)
+
+
+# One of each kind: other processors take other paths through the headers.
+SOME = tuple(
+    next(name for name in CASES if name.startswith(kind))
+    for kind in ("linear-f32", "linear-bf16", "linear-f16", "layer_norm-f32", "attention", "merge")
+)
+WITHOUT_BF16 = ("-mno-avx512bf16",)
+AVX2 = ("-mno-avx512f",)
+BASELINE = ("-march=x86-64",)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
+@pytest.mark.parametrize("flags", [WITHOUT_BF16, AVX2, BASELINE], ids=["avx512", "avx2", "baseline"])
+def test_older_processors(flags: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same kernels, compiled for less than this machine offers."""
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
+    for name in SOME:
+        check_case(name, SOME, 2, folder)
+
+
+def check_case(name: str, among: tuple[str, ...], threads: int, folder: Path) -> None:
+    """Run a case, built together with the cases ``among``, and compare it with float64."""
+    case = case_of(name, among)
+    found = run_case(name, folder, threads, among)
     plain = evaluate(case.module, case.inputs(), {}, case.dims, case.past())
     past = {slot: tensor.double() for slot, tensor in case.past().items()}
     exact = evaluate(case.module, case.inputs(), {}, case.dims, past, exact=True)
@@ -52,6 +82,24 @@ def test_case(name: str, threads: int, folder: Path) -> None:
             continue
         assert torch.isfinite(ours).all() or not torch.isfinite(truth).all(), value
         assert worst_excess(ours, theirs, truth, ours.dtype) <= 0, value
+
+
+def test_every_pointwise_op_is_printed() -> None:
+    assert set(OPS) == set(POINTWISE)
+
+
+def test_kernels_say_where_they_come_from() -> None:
+    """The comment above a kernel names its ops and the model's modules and source lines."""
+    case = CASES["linear-f32-many"]()
+    body = tuple(replace(op, loc=Loc("mlp.up", "model.py:7")) for op in case.kernel.body)
+    text = print_program(program_of_cases({"up": replace_kernel(case, replace(case.kernel, body=body))}))
+    assert "// up: matmul" in text
+    assert "mlp.up (model.py:7)" in text
+
+
+def replace_kernel(case: Case, kernel: Op) -> Case:
+    main = case.module.main.with_ops((kernel,))
+    return replace(case, module=case.module.with_functions((main,)))
 
 
 def test_source_is_deterministic() -> None:

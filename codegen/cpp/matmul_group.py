@@ -1,0 +1,116 @@
+"""Which segments of a kernel are matrix products together, and how their operands lie in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+from sympy import Expr, Integer
+
+from tilewright.ir.loops import Axis, Dot, Load, MatmulForm, Node, Reduce, Segment, free_symbols, matmul_form
+from tilewright.ir.types import DType
+
+from .expression import print_index
+from .kernel_context import KernelContext, coefficient, contains, product
+
+GEMV_MAX_ROWS = 8  # gemv.h says why
+_FLOATS = (DType.f32, DType.f16, DType.bf16)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrix products of one kernel with the same row operand."""
+
+    forms: tuple[MatmulForm, ...]
+    segments: tuple[Segment, ...]
+
+    @property
+    def rows(self) -> tuple[Axis, ...]:
+        return self.forms[0].rows
+
+    @property
+    def row_count(self) -> Expr:
+        return product([a.extent for a in self.rows])
+
+    @property
+    def depth(self) -> Expr:
+        return self.forms[0].k.extent
+
+    @property
+    def few_rows(self) -> bool:
+        """Whether the gemv path applies: a small constant number of rows, and weights that lie in memory by rows."""
+        count = self.row_count
+        return bool(count.is_Integer and count <= GEMV_MAX_ROWS and self.weight is not None)
+
+    @property
+    def weight(self) -> DType | None:
+        """The element type of the weights when all dots load them directly, k contiguous."""
+        loads = {_weight_type(d, f.k) for f in self.forms for d in f.dots}
+        return loads.pop() if len(loads) == 1 else None
+
+    @property
+    def row_values(self) -> tuple[Node, ...]:
+        """What the epilogues need that is reduced once per row, such as the scale of RMSNorm."""
+        symbols = {a.symbol for a in self.rows}
+        found: dict[Node, None] = {}
+
+        def visit(node: Node) -> None:
+            if isinstance(node, Dot):
+                return
+            if free_symbols(node) <= symbols and contains(node, (Reduce,)) and not contains(node, (Dot,)):
+                found[node] = None
+                return
+            for child in node.children:
+                visit(child)
+
+        for segment in self.segments:
+            for store in segment.stores:
+                visit(store.value)
+        return tuple(found)
+
+
+def _weight_type(dot: Dot, k: Axis) -> DType | None:
+    b = dot.b
+    if not isinstance(b, Load) or b.indirect or b.dtype not in _FLOATS or b.index[-1] != k.symbol:
+        return None
+    return None if any(k.symbol in e.free_symbols for e in b.index[:-1]) else b.dtype
+
+
+def matmul_groups(segments: tuple[Segment, ...]) -> tuple[list[Group], list[Segment]]:
+    """Matrix products by row operand, and the segments that are none (or are in float64, which the headers lack)."""
+    groups: dict[tuple[Node, tuple[Axis, ...]], list[tuple[MatmulForm, Segment]]] = {}
+    others: list[Segment] = []
+    for segment in segments:
+        form = matmul_form(segment)
+        if form is None or any(d.dtype not in _FLOATS for d in form.dots):
+            others.append(segment)
+        else:
+            groups.setdefault((form.a, form.rows), []).append((form, segment))
+    made = [Group(tuple(f for f, _ in pairs), tuple(s for _, s in pairs)) for pairs in groups.values()]
+    return made, others
+
+
+def direct_rows(kernel: KernelContext, group: Group) -> tuple[str, Expr] | None:
+    """Address of the first row and distance of rows, when the row operand lies in memory as the product reads it."""
+    a, k = group.forms[0].a, group.forms[0].k
+    if not isinstance(a, Load) or a.indirect or group.weight is None or a.dtype is not group.weight:
+        return None
+    if a.dtype is DType.f16 or not k.extent.is_Integer or k.extent % 32 != 0:
+        return None
+    ranges = {x.symbol: x.extent for x in (*group.rows, k)}
+    offset = kernel.offset(a.value, a.index, ranges)
+    if coefficient(offset, k.symbol) != 1:
+        return None
+    distance: Expr | None = None
+    inner: Expr = Integer(1)
+    for axis in reversed(group.rows):
+        step = coefficient(offset, axis.symbol)
+        if step is None:
+            return None
+        if distance is None:
+            distance = step
+        elif sympy.expand(step - distance * inner) != 0:
+            return None
+        inner *= axis.extent
+    start = offset.xreplace({s: Integer(0) for s in ranges})
+    return f"{kernel.names[a.value]} + {print_index(start)}", k.extent if distance is None else distance
