@@ -33,26 +33,29 @@ class BoundWeights:
     copied_bytes: int
 
 
-def bind_weights(modules: Iterable[Module], tensors: Mapping[str, Tensor], used: Iterable[str]) -> BoundWeights:
+def bind_weights(
+    modules: Iterable[Module], tensors: Mapping[str, Tensor], used: Iterable[str]
+) -> BoundWeights:
     """Compute prepared weights for every call scope of the modules; ``used`` are the names that programs read.
 
     The modules are phases of one model, so a prepared weight that several of them name is one weight. Parameters that
     go into a rearranged weight are re-pointed at it; their values do not change.
     """
     bound = dict(tensors)
+    wanted_names = frozenset(used)
     merged = copied = 0
     for module, function, scope, value in _prepared(modules):
         name = join_scope(scope, value.name)
         if name in bound:
             continue
-        buffer = _Rearrangement(function, bound, scope).build(value)
+        buffer = _Rearrangement(function, bound, scope, wanted_names).build(value)
         if buffer is None:
             buffer = Evaluation(module, bound, {}).call(_only(function, value), (), scope)[0].contiguous()
             copied += buffer.nbytes
         else:
             merged += buffer.nbytes
         bound[name] = buffer
-    wanted = {name: bound[name] for name in used}
+    wanted = {name: bound[name] for name in wanted_names}
     seen = {t.untyped_storage().data_ptr(): t.nbytes for name, t in wanted.items() if name in tensors}
     return BoundWeights(wanted, sum(seen.values()), merged, copied)
 
@@ -87,7 +90,10 @@ def _permutation(index_map: IndexMap, rank: int) -> tuple[int, ...] | None:
 class _Rearrangement:
     """Builds one prepared weight of one scope as a buffer of which its parameters become views."""
 
-    def __init__(self, function: Function, tensors: Mapping[str, Tensor], scope: str) -> None:
+    def __init__(
+        self, function: Function, tensors: Mapping[str, Tensor], scope: str, used: frozenset[str]
+    ) -> None:
+        self.used = used
         self.made = function.definitions()
         self.tensors = tensors
         self.scope = scope
@@ -106,6 +112,9 @@ class _Rearrangement:
         op = self.made[value]
         if op.opcode == "param":
             return [self.tensors[self._name(op)]]
+        below = self.made[op.operands[0]] if op.operands else op
+        if op.opcode == "view" and below.opcode == "param" and self._name(below) in self.used:
+            return None  # a transposed view of the buffer would not do for a kernel that reads the parameter itself
         simple = op.opcode == "concat" or (
             op.opcode == "view" and _permutation(op.attr("map"), op.result.type.rank) is not None
         )

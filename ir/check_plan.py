@@ -1,7 +1,9 @@
 """The independent checker of memory plans: it replays a program and watches every byte range.
 
-It shares nothing with the planner: no lifetimes, no interference graph. A buffer is *intact* from the step that
-writes it until another buffer that overlaps it is written; reading one that is not intact is an error.
+It shares no lifetimes and no interference graph with the planner, only the definition of which operand an elementwise
+kernel may overwrite (``loops.elementwise_inputs``, whose claim its own tests check by running in place). A buffer is
+*intact* from the step that writes it until another buffer that overlaps it is written; reading one that is not intact
+is an error.
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ def _reduce(op: Op, module: Module | None) -> Inferred:
     (x,) = op.operands
     axes = op.attr("axes")
     _need(op.attr("kind") in REDUCTIONS, op, f"unknown kind {op.attr('kind')!r}")
+    _need(op.attr("kind") not in ("any", "all") or x.dtype is DType.bool, op, "any and all take bool")
     _need(
         axes == tuple(sorted(set(axes))) and all(0 <= a < x.type.rank for a in axes), op, f"bad axes {axes}"
     )

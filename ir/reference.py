@@ -115,6 +115,14 @@ def join_scope(scope: str, name: str) -> str:
     return f"{scope}.{name}" if scope and name else scope or name
 
 
+def torch_op(target: str) -> Any:
+    """The PyTorch op of that name, such as "aten.linear.default"."""
+    function: Any = torch.ops
+    for part in target.split("."):
+        function = getattr(function, part)
+    return function
+
+
 def run_torch_call(target: str, template: str, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Run an ATen op. ``template`` is JSON ``[args, kwargs]`` in which ``{"t": n}`` stands for the n-th tensor
     and ``{"dtype": name}`` for a torch dtype."""
@@ -128,11 +136,8 @@ def run_torch_call(target: str, template: str, args: Sequence[Tensor]) -> tuple[
             return {k: fill(v) for k, v in node.items()}
         return [fill(n) for n in node] if isinstance(node, list) else node
 
-    function: Any = torch.ops
-    for part in target.split("."):
-        function = getattr(function, part)
     positional, named = json.loads(template)
-    result = function(*fill(positional), **{k: fill(v) for k, v in named.items()})
+    result = torch_op(target)(*fill(positional), **{k: fill(v) for k, v in named.items()})
     return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 

@@ -31,7 +31,9 @@ def _find(value: Value, made: dict[Value, Op]) -> list[Op] | None:
     if any(_is_row_factor(v, value) for v in op.operands):
         return [op]
     for operand in op.operands:
-        if operand.shape == value.shape and (rest := _find(operand, made)):
+        # A square, mul(a, a), holds the factor twice.
+        once = op.operands.count(operand) == 1
+        if once and operand.shape == value.shape and (rest := _find(operand, made)):
             return [op, *rest]
     return None
 

@@ -7,7 +7,10 @@ return %2
 
 from __future__ import annotations
 
+import torch
+
 from tilewright.ir.module import Function, Module, Op
+from tilewright.ir.reference import torch_op
 from tilewright.ir.types import Value
 
 from .base import PassOptions
@@ -29,7 +32,9 @@ def has_effect(op: Op) -> bool:
         case "attention":
             return bool(op.attr("slot"))
         case "call_torch":
-            return str(op.attr("target")).split(".")[-2].endswith("_")  # PyTorch's mark of an op that mutates
+            target = torch_op(op.attr("target"))
+            mutates = target._schema.is_mutable
+            return bool(mutates or torch.Tag.nondeterministic_seeded in target.tags)
         case "kernel":
             return any(has_effect(o) for o in op.body)
     return False

@@ -17,6 +17,7 @@ reads through them for free), except the operand that a matmul streams, whose me
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 from torch import Tensor
@@ -134,14 +135,26 @@ def _slice(value: Value, made: dict[Value, Op]) -> list[Op]:
 
 
 def _name(value: Value, made: dict[Value, Op], taken: set[str]) -> str:
-    """A telling name: the common stem of the weights that went in."""
+    """The weights that went in, and a digest of what is done with them: two phases of a model share the prepared
+    weights that bear one name, so equal names must mean equal expressions."""
     sources = [str(o.attr("name")) for o in _slice(value, made) if o.opcode == "param"]
-    stem = "prepared." + "+".join(dict.fromkeys(reversed(sources))).replace("+", "__")
+    stem = f"prepared.{'__'.join(dict.fromkeys(reversed(sources)))}.{_digest(value, made, {})[:6]}"
     name, n = stem, 1
     while name in taken:
         name, n = f"{stem}.{n}", n + 1
     taken.add(name)
     return name
+
+
+def _digest(value: Value, made: dict[Value, Op], known: dict[Value, str]) -> str:
+    """A digest of the expression behind a value, whatever its values are called."""
+    if value not in known:
+        op = made[value]
+        operands = [_digest(v, made, known) for v in op.operands]
+        attrs = [f"{key} = {attr}" for key, attr in op.attrs]
+        text = f"{op.opcode} {operands} {attrs} {value.type} {op.results.index(value)}"
+        known[value] = hashlib.sha256(text.encode()).hexdigest()
+    return known[value]
 
 
 def _append(

@@ -118,7 +118,9 @@ class _Planner:
         overwritable = [v for v in dying if (v, value) in pairs and v.type == value.type]
         for v in overwritable:
             home = plan.of.get(v)
-            if home is not None and home.last == n and not (home.returned is not None and value in returned):
+            # Another result of this op may have taken the operand's place already.
+            free = home is not None and home.members[-1] == v
+            if home is not None and free and not (home.returned is not None and value in returned):
                 home.members.append(value)
                 home.last = last.get(value, n)
                 home.returned = value if value in returned else home.returned

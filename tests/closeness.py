@@ -20,4 +20,6 @@ def assert_no_further(ours: Tensor, eager: Tensor, exact: Tensor, what: str = ""
         ("rms", mine.square().mean().sqrt().item(), theirs.square().mean().sqrt().item()),
         ("largest", mine.max().item(), theirs.max().item()),
     ):
-        assert error <= FACTOR * allowed + rounding, f"{what}: {name} error {error:.3g}, eager's is {allowed:.3g}"
+        assert error <= FACTOR * allowed + rounding, (
+            f"{what}: {name} error {error:.3g}, eager's is {allowed:.3g}"
+        )
