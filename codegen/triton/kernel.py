@@ -40,15 +40,15 @@ class Environment:
 
 @dataclass(frozen=True)
 class KernelSource:
-    """A generated kernel. ``pointers`` and ``dims`` are its arguments in order: (name, element type) and names."""
+    """A generated kernel. ``pointers`` and ``dims`` are its arguments in order: (name, element type) and names.
+    ``options`` are Triton's launch options."""
 
     name: str
     text: str
     pointers: tuple[tuple[str, str], ...]
     dims: tuple[str, ...]
     programs: Expr
-    num_warps: int
-    num_stages: int
+    options: tuple[tuple[str, int], ...]
     templates: tuple[str, ...]
 
 
@@ -71,18 +71,25 @@ def print_kernel(op: Op, env: Environment) -> KernelSource:
     parts = _print_parts(op, env, pointers, reserved)
     name = identifier(op.attr("name"))
     arguments = [names[v] for v in (*op.operands, *op.results)] + list(dims)
-    warps = max(p.tile.num_warps for p in parts)
-    stages = max(p.tile.num_stages for p in parts)
     return KernelSource(
         name,
         _functions(op, name, arguments, dims, parts),
         tuple((names[v], POINTER_TYPES[v.dtype]) for v in (*op.operands, *op.results)),
         dims,
         sympy.expand(sum((p.programs for p in parts), Integer(0))),
-        warps,
-        stages,
+        _options([p.tile for p in parts]),
         tuple(p.template for p in parts),
     )
+
+
+def _options(tiles: list[Tile]) -> tuple[tuple[str, int], ...]:
+    """Launch options that suit every segment. Contracting a * b + c to one rounding is wanted; Triton's default for it
+    changes between versions."""
+    options = {"num_warps": max(t.num_warps for t in tiles), "num_stages": max(t.num_stages for t in tiles)}
+    options["enable_fp_fusion"] = True
+    if registers := max(t.max_registers for t in tiles):
+        options["maxnreg"] = registers
+    return tuple(options.items())
 
 
 def _pointer_names(values: Iterable[Value]) -> dict[Value, str]:
@@ -152,9 +159,9 @@ def _print_segment(
 
 
 def _product_tile(product: Product, env: Environment) -> Tile:
-    form = product.form
+    form, sizes = product.form, {**env.largest, "L": 1}
     rows, columns, k = (
-        upper_bound(sympy.prod([a.extent for a in axes], start=Integer(1)), env.largest)
+        upper_bound(sympy.prod([a.extent for a in axes], start=Integer(1)), sizes)
         for axes in (form.rows, form.columns, (form.k,))
     )
     itemsize = form.dots[0].b.dtype.itemsize

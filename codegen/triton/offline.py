@@ -74,10 +74,11 @@ def _compile(function: Any, kernel: KernelSource, arch: int, folder: Path) -> Re
         )
     signature = {name: f"*{dtype}" for name, dtype in kernel.pointers} | dict.fromkeys(kernel.dims, "i32")
     aligned = {(n,): [["tt.divisibility", 16]] for n in range(len(kernel.pointers))}
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True}
     try:
         compiled = triton.compile(
-            ASTSource(function, signature, {}, aligned), target=GPUTarget("cuda", arch, 32), options=options
+            ASTSource(function, signature, {}, aligned),
+            target=GPUTarget("cuda", arch, 32),
+            options=dict(kernel.options),
         )
     except Exception as error:
         raise KernelBuildError(f"kernel {kernel.name} does not compile for sm_{arch}: {error}") from error

@@ -51,7 +51,6 @@ def _launcher(kernel: KernelSource) -> str:
     """A function that launches the kernel on tensors, given the sizes of the run-time dims."""
     read = [f'    {d} = dims["{d}"]' for d in kernel.dims]
     arguments = "".join(f", {d}" for d in kernel.dims)
-    # Contracting a * b + c to one rounding is wanted; Triton's default for it changes between versions.
-    options = f"num_warps={kernel.num_warps}, num_stages={kernel.num_stages}, enable_fp_fusion=True"
+    options = ", ".join(f"{name}={value}" for name, value in kernel.options)
     call = f"    {kernel.name}[({print_index(kernel.programs)},)](*pointers{arguments}, {options})"
     return "\n".join([f"def launch_{kernel.name}(pointers, dims):", *read, call])

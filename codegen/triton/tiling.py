@@ -4,6 +4,7 @@ What it aims at, per kind of kernel:
 
 * product with few rows (decode): bound by reading the weight, so enough programs to fill the GPU, and about 4096
   weight elements in flight per program;
+* product with few rows because only the last positions' logits are wanted: dim L counts as 1, as in generation;
 * product with many rows (prefill): 64 x 64 tiles, 128 x 128 once there are enough columns to fill the GPU with them,
   in half precision only, where tensor cores need them;
 * reductions: whole rows in registers up to 8192 elements, one row per program when it is long;
@@ -35,6 +36,8 @@ class Tile:
     block_k: int = 1
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int = 0
+    """Registers per thread that the assembler may use; 0 leaves it to its own (sometimes too thrifty) choice."""
 
     def tuned(self, changes: Mapping[str, int]) -> Tile:
         """With fields replaced. Raises OptionError for an unknown field or a size that is no power of two."""
@@ -42,7 +45,7 @@ class Tile:
         for name, value in changes.items():
             if name not in known:
                 raise OptionError(f"unknown tunable {name!r}; a kernel has {', '.join(sorted(known))}")
-            if value < 1 or (name != "num_stages" and value & (value - 1)):
+            if value < 1 or (name.startswith("block") and value & (value - 1)):
                 raise OptionError(f"tunable {name}={value} must be a power of two")
         return replace(self, **changes)
 
@@ -75,10 +78,16 @@ def product_tile(rows: int, columns: int, k: int, dots: int, itemsize: int, inte
             num_stages=4 if itemsize == 2 else 3,
         )
     if itemsize == 2 and columns >= 4096 and rows >= 128:
-        return Tile(128, 128 // dots, _block_k(k, 64), num_warps=8, num_stages=3)
-    return Tile(
-        64, 64 if dots == 1 else 32, _block_k(k, 64 if itemsize == 2 else 32), num_warps=4, num_stages=3
-    )
+        return Tile(128, _share(192, dots), _block_k(k, 64), num_warps=8, num_stages=3)
+    if itemsize > 2:
+        # In float32 products run on the plain units, and their operands need the registers of eight warps.
+        return Tile(64, _share(96, dots), _block_k(k, 16), num_warps=8, num_stages=2, max_registers=255)
+    return Tile(64, _share(96, dots), _block_k(k, 64), num_warps=4, num_stages=3)
+
+
+def _share(columns: int, dots: int) -> int:
+    """The largest power of two with which the tiles of all ``dots`` have at most ``columns`` columns together."""
+    return 1 << max(4, (columns // dots).bit_length() - 1)
 
 
 def _block_k(k: int, largest: int) -> int:
@@ -123,7 +132,9 @@ def attention_tile(queries: int, context: int, head_size: int, itemsize: int, in
         return Tile(
             min(128, max(16, next_power_of_two(queries))), min(512, max(16, next_power_of_two(context)))
         )
+    if itemsize == 2 and head_size * itemsize >= 256 and queries >= 128:
+        return Tile(128, 64 if head_size <= 128 else 32, num_warps=8, num_stages=2)
     block_m = min(64, max(16, next_power_of_two(queries)))
-    wide = head_size * itemsize > 256
-    block_n = 32 if wide or itemsize > 2 else 64
-    return Tile(block_m, block_n, num_warps=4, num_stages=2)
+    if itemsize > 2:
+        return Tile(block_m, 16 if block_m > 16 else 32, num_warps=4, num_stages=2)
+    return Tile(block_m, 64 if head_size <= 128 else 32, num_warps=4, num_stages=2)

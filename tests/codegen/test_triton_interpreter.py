@@ -1,4 +1,4 @@
-"""Every template of the Triton backend against the reference evaluator, on Triton's interpreter."""
+"""Every template of the Triton backend, and whole models, against the reference, on Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -32,6 +32,14 @@ def interpret() -> Iterator[Callable[[str], list[str]]]:
 
         yield run
         worker.stdin.close()
+
+
+@pytest.mark.parametrize(
+    "model", ["llama:float32", "llama:bfloat16", "opt:float32", "gpt2:float32", "bert:float32"]
+)
+def test_tiny_model_matches_reference(model: str, interpret: Callable[[str], list[str]]) -> None:
+    """Prefill in two pieces and decode, left-padded batch of three and batch of one."""
+    assert interpret(f"model:{model}") == []
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,4 +1,6 @@
-"""A process with Triton's interpreter: reads names of cases, a line each, and answers with what is wrong, as JSON.
+"""A process with Triton's interpreter: reads names, a line each, and answers with what is wrong, as JSON.
+
+A name is that of a case, or ``model:family:dtype``.
 
 The interpreter must be chosen before triton is imported, so it cannot share a process with tests that compile.
 """
@@ -18,13 +20,18 @@ os.environ["TRITON_INTERPRET"] = "1"
 def main() -> None:
     import torch
 
+    from .triton_models import model_errors
     from .triton_run import errors
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         for number, line in enumerate(sys.stdin):
             try:
-                answer = errors(line.strip(), True, "cpu", Path(folder) / f"case{number}.py")
+                kind, *rest = line.strip().split(":")
+                if kind == "model":
+                    answer = model_errors(rest[0], getattr(torch, rest[1]), Path(folder), "cpu", True)
+                else:
+                    answer = errors(kind, True, "cpu", Path(folder) / f"case{number}.py")
             except Exception:  # noqa: BLE001 - the parent test shows it
                 answer = [traceback.format_exc()]
             print(json.dumps(answer), flush=True)

@@ -1,0 +1,89 @@
+"""Every kernel of real model shapes compiled for GPUs that are not there: no spills, shared memory within the limit.
+
+The models have real widths and vocabularies, but one layer each, since all layers share their kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
+
+from tilewright.codegen.triton.offline import compile_program
+from tilewright.codegen.triton.program import emit_program
+
+from .triton_programs import plan
+
+
+def smollm2() -> PreTrainedModel:
+    """The shape of SmolLM2-135M."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=1,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            vocab_size=49152,
+            tie_word_embeddings=True,
+            max_position_embeddings=2048,
+        )
+    )
+
+
+def opt() -> PreTrainedModel:
+    """The shape of OPT-125M."""
+    return OPTForCausalLM(OPTConfig(num_hidden_layers=1))
+
+
+def gpt2() -> PreTrainedModel:
+    """The shape of GPT-2."""
+    return GPT2LMHeadModel(GPT2Config(n_layer=1))
+
+
+def minilm() -> PreTrainedModel:
+    """The shape of all-MiniLM-L6-v2."""
+    return BertModel(
+        BertConfig(hidden_size=384, num_hidden_layers=1, num_attention_heads=12, intermediate_size=1536)
+    )
+
+
+CASES: list[tuple[Callable[[], PreTrainedModel], torch.dtype, int]] = [
+    *((smollm2, dtype, arch) for dtype in (torch.bfloat16, torch.float32) for arch in (80, 90)),
+    *((opt, torch.float32, arch) for arch in (80, 90)),
+    *((minilm, torch.float32, arch) for arch in (80, 90)),
+    (gpt2, torch.bfloat16, 90),
+]
+
+
+@pytest.mark.parametrize(("build", "dtype", "arch"), CASES)
+def test_every_kernel_compiles_and_fits(
+    build: Callable[[], PreTrainedModel], dtype: torch.dtype, arch: int
+) -> None:
+    planned = plan(build().to(dtype).eval(), (1,), 512, splits=16)
+    found = [r for p in planned.programs.values() for r in compile_program(emit_program(p), arch)]
+    assert len(found) == sum(len(p.kernels()) for p in planned.programs.values())
+    assert [r for r in found if not r.fits] == []
+
+
+def test_a_decoder_layer_is_few_kernels_at_decode() -> None:
+    """Six for SmolLM2: QKV with RoPE and the append, split attention, its merge, output, gate and up, down."""
+    planned = plan(smollm2().eval(), (1,), 512, splits=16)
+    source = emit_program(planned.programs["decode_b1"])
+    layer = [k for k in source.kernels if k.name.startswith("layer0")]
+    templates = ["matmul", "attention", "reduction", "matmul", "matmul", "matmul"]
+    assert [k.templates[0] for k in layer] == templates
+    assert layer[0].templates == ("matmul",) * 3
+    assert source.text == emit_program(planned.programs["decode_b1"]).text
