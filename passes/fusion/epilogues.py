@@ -1,0 +1,61 @@
+"""Growing a kernel downwards from its anchor."""
+
+from __future__ import annotations
+
+from .groups import ATTENTION, Groups, is_loop
+
+
+def grow_epilogue(groups: Groups, group: int) -> None:
+    """Add the ops below the anchor that may run on its tile and make fewer bytes escape.
+
+    All of them if that is legal, else one by one.
+    """
+    grown = _closure(groups, group)
+    trimmed = _trim(groups, grown, groups.groups[group])
+    if trimmed != groups.groups[group] and groups.is_legal(trimmed):
+        groups.adopt(group, trimmed)
+        return
+    current = set(groups.groups[group])
+    for n in sorted(trimmed - current):
+        if _producers_ready(groups, n, current) and groups.is_legal(_trim(groups, current | {n}, current)):
+            current |= {n}
+    current = _trim(groups, current, groups.groups[group])
+    if groups.is_legal(current):
+        groups.adopt(group, current)
+
+
+def _producers_ready(groups: Groups, n: int, members: set[int]) -> bool:
+    return not groups.depends(groups.producers(n), members)
+
+
+def _closure(groups: Groups, group: int) -> set[int]:
+    """Every op below the anchor that could run in its epilogue."""
+    members = set(groups.groups[group])
+    attention = any(groups.ops[n].opcode in ATTENTION for n in members)
+    for n in range(min(members) + 1, len(groups.ops)):
+        op = groups.ops[n]
+        if n in groups.owner or not any(p in members for p in groups.producers(n)):
+            continue
+        fits = op.opcode == "view" if attention else is_loop(op) and op.opcode not in ("reduce", "gather")
+        if fits and _producers_ready(groups, n, members):
+            members.add(n)
+    return members
+
+
+def _trim(groups: Groups, members: set[int], core: set[int]) -> set[int]:
+    """Drop ops at the lower edge as long as that makes fewer bytes escape."""
+    members = set(members)
+
+    def cost(candidate: set[int]) -> int:
+        return sum(groups.nbytes(n) for n in groups.escaping(candidate))
+
+    changed = True
+    while changed:
+        changed = False
+        for n in sorted(members - core, reverse=True):
+            if groups.ops[n].opcode == "append" or any(u in members for u in groups.users[n]):
+                continue
+            if cost(members - {n}) < cost(members):
+                members.discard(n)
+                changed = True
+    return members

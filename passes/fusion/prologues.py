@@ -1,0 +1,58 @@
+"""Growing a matrix product's kernel upwards: what it may compute again instead of reading it from memory."""
+
+from __future__ import annotations
+
+import sympy
+
+from tilewright.ir.types import concrete
+
+from .groups import ATTENTION, COSTLY, SOURCES, Groups, is_loop
+
+
+def grow_prologue(groups: Groups, group: int) -> None:
+    """Add the ops above a product that are used in it alone, and keep those that save bytes between kernels."""
+    core = groups.groups[group]
+    if any(groups.ops[n].opcode in ATTENTION for n in core):
+        return
+    members = set(core)
+    for n in range(max(members), -1, -1):
+        if n not in groups.owner and _recomputable(groups, n, members) and groups.is_legal(members | {n}):
+            members.add(n)
+    for n in sorted(members - core, reverse=True):
+        without = _without(groups, n, members, core)
+        if _frontier_bytes(groups, without) < _frontier_bytes(groups, members) and groups.is_legal(without):
+            members = without
+    groups.adopt(group, members)
+
+
+def _without(groups: Groups, n: int, members: set[int], core: set[int]) -> set[int]:
+    """Members less op n and the prologue ops that served it alone."""
+    left = members - {n}
+    for p in sorted(members - core, reverse=True):
+        if p in left and not any(u in left for u in groups.users[p]):
+            left.discard(p)
+    return left
+
+
+def _frontier_bytes(groups: Groups, members: set[int]) -> int:
+    """Bytes that other kernels have to store only because this one reads them."""
+    read = {p for n in members for p in groups.producers(n)} - members - groups.owner.keys()
+    return sum(
+        groups.nbytes(p) for p in read if is_loop(groups.ops[p]) and groups.ops[p].opcode not in SOURCES
+    )
+
+
+def _recomputable(groups: Groups, n: int, members: set[int]) -> bool:
+    """True when op n is used in this kernel only and may be computed again in each of its tiles."""
+    op = groups.ops[n]
+    if not is_loop(op) or op.opcode in ("append", *SOURCES):
+        return False
+    if n in groups.returned or any(u not in members for u in groups.users[n]):
+        return False
+    return op.opcode not in (*COSTLY, "reduce") or groups.points([n]) <= _rows(groups, members)
+
+
+def _rows(groups: Groups, members: set[int]) -> int:
+    """Rows of the kernel's matrix product."""
+    product = next(groups.ops[n] for n in members if groups.ops[n].opcode == "matmul")
+    return concrete((sympy.prod(product.operands[0].shape[:-1], start=sympy.Integer(1)),), groups.highs)[0]
