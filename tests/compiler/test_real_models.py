@@ -73,7 +73,9 @@ def test_float32_greedy_tokens(smollm2: Any, fast: Any) -> None:
     """64 greedy tokens equal Hugging Face's."""
     model, tokenizer = smollm2
     chat = [{"role": "user", "content": QUESTIONS[0]}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
     assert torch.equal(fast.generate(**inputs, **options), model.generate(**inputs, **options))
 

@@ -31,7 +31,9 @@ def test_merged_matrices_are_held_once() -> None:
     model = tiny("llama")
     fast = tw.compile(model, max_length=64, backend="reference")
     attention: Any = model.model.layers[0].self_attn
-    storages = {p.weight.untyped_storage().data_ptr() for p in (attention.q_proj, attention.k_proj, attention.v_proj)}
+    storages = {
+        p.weight.untyped_storage().data_ptr() for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+    }
     assert len(storages) == 1
     assert fast.report().memory.prepared == 0
 
