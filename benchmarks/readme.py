@@ -14,8 +14,16 @@ README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 
 
+NOTHING = "No run is stored in `benchmarks/results` yet, so there are no figures to show."
+
+
+def current(folder: Path = results.FOLDER) -> str:
+    """What should stand between the markers now."""
+    return block(results.newest(folder)) if any(folder.rglob("*.json")) else NOTHING
+
+
 def block(found: Results) -> str:
-    """What stands between the markers: the tables, and what they were measured with."""
+    """The tables of a run, and what they were measured with."""
     parts = [rows.markdown() for rows in _tables(found) if rows.rows]
     machine, versions = found.machine, found.versions
     extensions = ", ".join(machine["extensions"])
@@ -46,7 +54,7 @@ def main(
 ) -> None:
     """Write the figures of the newest result file into the README."""
     old = README.read_text()
-    new = replaced(old, block(results.newest()))
+    new = replaced(old, current())
     if new == old:
         print("README.md is up to date")
     elif check:
