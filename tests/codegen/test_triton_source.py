@@ -11,9 +11,11 @@ from tilewright.codegen.triton.text import Names, Scope, print_index
 from tilewright.codegen.triton.tiling import Tile, product_tile
 from tilewright.ir.errors import OptionError
 from tilewright.ir.index import parse_expr
+from tilewright.ir.ops import Builder
 from tilewright.ir.pointwise import POINTWISE
+from tilewright.ir.types import tensor_type
 
-from .triton_cases import CAPACITY, CASES, RANGES
+from .triton_cases import CAPACITY, CASES, RANGES, finish
 from .triton_run import source_of
 
 TEMPLATES = {
@@ -77,6 +79,18 @@ def test_tunables_change_blocks_and_reject_nonsense() -> None:
         print_kernel(kernel, _environment({"fused": {"block_q": 1}}))
     with pytest.raises(OptionError, match="power of two"):
         Tile().tuned({"block_n": 48})
+
+
+def test_offsets_into_large_tensors_are_64_bits_wide() -> None:
+    b = Builder()
+    x = b.param_value("x", tensor_type("f16", ["B", "S", 16384]))
+    w = b.param_value("w", tensor_type("f16", [200_000, 16384]))
+    kernel = finish(b, b.add("matmul", x, w)).kernel
+    lines = print_kernel(kernel, _environment()).text.splitlines()
+    (weight,) = (line for line in lines if "tl.load(p_w" in line)
+    (row,) = (line for line in lines if "tl.load(p_x" in line)
+    assert "n.to(tl.int64) * 16384" in weight
+    assert "int64" not in row
 
 
 def _environment(tunables: dict[str, dict[str, int]] | None = None) -> Environment:

@@ -275,7 +275,7 @@ def rows_type(dtype: DType, rows: str, width: int) -> TensorType:
 ROWS = tuple((d, r) for (d,) in FLOATS for r in ("many", "one", "four"))
 
 
-@case("linear", *ROWS)
+@case("linear", *ROWS, (DType.f64, "many"))
 def linear(dtype: DType, rows: str) -> Case:
     """Bias, GELU and a residual in the epilogue; an odd K and N, so that every tail is masked."""
     b = Builder()
