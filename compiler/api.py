@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,6 +27,7 @@ from .backends import SPLITS, Built, build, measures
 from .capture import Captured, capture
 from .costs import eager_peak
 from .dump import Dump
+from .interface import index_bounds, require_decoder
 from .lower import lower
 from .options import Options, check_options
 from .progress import SILENT, Advance, Progress
@@ -34,7 +35,6 @@ from .report import Fallback, Memory, PhaseReport, Report
 from .tune import choice_key, measure, remember, remembered
 from .weights import BoundWeights, bind_weights
 
-_Item = TypeVar("_Item")
 _LAST = PassOptions(last_tokens=True)
 
 
@@ -57,8 +57,10 @@ def compile(
     batch_sizes: a program is built for each; a batch in between runs in the next one up. A batch counts beams and
     returned sequences. An encoder runs a larger batch in several goes.
     max_length: longest sequence, prompt and new tokens together; by default 2048 or what the model can.
-    autotune: "off" takes the cost model's first choice, "cached" measures what the cache does not know, "full" measures
-    everything again.
+    autotune: how prefill computes matrix products, by generated kernels or by the vendor's library. "full" builds both
+    and times them on a piece of prompt (up to 128 tokens, best of three runs); "cached" does so unless the cache folder
+    has the choice for this model on this machine; "off" takes generated kernels unmeasured. Nothing else is measured,
+    and backends whose times mean nothing (reference, Triton's interpreter) take generated kernels too.
     backend: "cpp", "triton" or "reference"; by default the one for the model's device.
     dump: folder for the IR after every pass, kernel sources, memory plans and the report.
     progress: ``Progress()`` shows a bar on stderr.
@@ -89,6 +91,7 @@ class _Compilation:
     seconds: dict[str, float] = field(default_factory=dict)
     stages: dict[str, Callable[[], str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def run(self, example_inputs: tuple[Any, ...] | dict[str, Any] | None) -> Any:
         dump = Dump(self.options.dump)
@@ -96,12 +99,15 @@ class _Compilation:
             captured = capture(self.model, example_inputs)
         with self._stage("lower"):
             lowered = lower(captured)
+            if captured.kind == "decoder":
+                require_decoder(type(self.model).__name__, lowered)
+            self.bounds = index_bounds(lowered)
         self.stages["lowered"] = partial(str, lowered)
         dump.lowered(lowered)
         phases = _phases(captured, lowered, self.options)
         with self._stage("passes"):
             modules = [self._optimise(lowered, phase, dump) for phase in phases]
-            phases, modules, open_choice = self._recall(phases, modules)
+            phases, modules = self._recall(phases, modules)
         with self._stage("plan"):
             programs = [
                 plan_memory(module, phase.name, phase.phase, phase.batch, self.options.max_length)
@@ -113,10 +119,12 @@ class _Compilation:
             dump.plan(program)
         with self._stage("kernels"):
             built = build(programs, bound.tensors, self.options)
-        if open_choice:
+        if len(rivals := _rivals(phases)) > 1:
             with self._stage("tune"):
-                chosen = self._choose(captured, modules, programs, built)
-                modules, programs, built = _keep(chosen, modules), _keep(chosen, programs), built.keep(chosen)
+                chosen = self._choose(captured, rivals, modules, programs, built)
+                kept = _without_losers(phases, chosen)
+                modules, programs = [modules[n] for n in kept], [programs[n] for n in kept]
+                built = built.only(kept)
         dump.sources(built.sources)
         self._name_stages(modules, programs, built)
         report = self._report(captured, lowered, programs, bound, built)
@@ -141,34 +149,37 @@ class _Compilation:
 
         return run_passes(lowered.with_symbols(**phase.ranges), phase.passes, hook=after)
 
-    def _recall(self, phases: list[_Phase], modules: list[Module]) -> tuple[list[_Phase], list[Module], bool]:
-        """Drop rivals where it is known which one wins. The last value is True when that has to be measured."""
-        rivals = [n for n, phase in enumerate(phases) if phase.phase == "prefill"]
-        if len(rivals) < 2:
-            return phases, modules, False
-        if self.options.autotune == "cached":
-            key = self._choice_key(modules)
-            chosen = remembered(key, len(rivals))
-            if chosen is not None:
-                return _keep(rivals[chosen], phases), _keep(rivals[chosen], modules), False
-        return phases, modules, True
+    def _recall(self, phases: list[_Phase], modules: list[Module]) -> tuple[list[_Phase], list[Module]]:
+        """Drop rivals where it is known which one wins; the others have to be measured."""
+        rivals = _rivals(phases)
+        if len(rivals) < 2 or self.options.autotune != "cached":
+            return phases, modules
+        chosen = remembered(self._choice_key(rivals, modules), len(rivals))
+        if chosen is None:
+            return phases, modules
+        kept = _without_losers(phases, rivals[chosen])
+        return [phases[n] for n in kept], [modules[n] for n in kept]
 
     def _choose(
-        self, captured: Captured, modules: list[Module], programs: list[Program], built: Built
+        self,
+        captured: Captured,
+        rivals: list[int],
+        modules: list[Module],
+        programs: list[Program],
+        built: Built,
     ) -> int:
-        """Measure the rival prefill programs, the last two; gives the number of the faster."""
-        first = len(programs) - 2
-        seconds = measure(built.executors[first:], self._spec(captured, programs[-1]))
+        """Measure the rival programs, given by number; gives the number of the fastest."""
+        seconds = measure([built.executors[n] for n in rivals], self._spec(captured, programs[rivals[0]]))
         chosen = seconds.index(min(seconds))
-        remember(self._choice_key(modules), chosen, seconds)
-        timed = zip(programs[first:], seconds, strict=True)
+        remember(self._choice_key(rivals, modules), chosen, seconds)
+        timed = zip((programs[n].name for n in rivals), seconds, strict=True)
         self.notes += (
-            f"measured on a short prompt: {', '.join(f'{p.name} {s * 1000:.0f} ms' for p, s in timed)}",
+            f"measured on a short prompt: {', '.join(f'{name} {s * 1000:.0f} ms' for name, s in timed)}",
         )
-        return first + chosen
+        return rivals[chosen]
 
-    def _choice_key(self, modules: list[Module]) -> str:
-        return choice_key(modules[-2:], self.options.backend, self.options.device)
+    def _choice_key(self, rivals: list[int], modules: list[Module]) -> str:
+        return choice_key([modules[n] for n in rivals], self.options.backend, self.options.device)
 
     def _name_stages(self, modules: list[Module], programs: list[Program], built: Built) -> None:
         """Plans and sources, then the names for what is asked for most: the last IR of each phase."""
@@ -192,6 +203,7 @@ class _Compilation:
             vocab_size=embeddings.weight.shape[0] if embeddings is not None else 0,
             chunk=self.options.chunk,
             positions=captured.position_rule,
+            bounds=self.bounds,
         )
 
     def _report(
@@ -255,9 +267,15 @@ def _phases(captured: Captured, lowered: Module, options: Options) -> list[_Phas
     return [*decode, ours, vendor]
 
 
-def _keep(chosen: int, items: list[_Item]) -> list[_Item]:
-    """The items without the last two, but for the chosen one of these."""
-    return [*items[:-2], items[chosen]]
+def _rivals(phases: list[_Phase]) -> list[int]:
+    """Numbers of the phases that are candidates for the prefill program, of which a model needs one."""
+    return [n for n, phase in enumerate(phases) if phase.phase == "prefill"]
+
+
+def _without_losers(phases: list[_Phase], chosen: int) -> list[int]:
+    """Numbers of the phases that stay when ``chosen`` has won among the rivals."""
+    rivals = _rivals(phases)
+    return [n for n in range(len(phases)) if n == chosen or n not in rivals]
 
 
 def _report_dims(program: Program, options: Options) -> dict[str, int]:
@@ -279,5 +297,6 @@ def _compiled(
         outputs=captured.outputs,
         output_class=captured.output_class,
         output_spec=captured.output_spec,
+        output_constants=captured.output_constants,
         stages=stages,
     )

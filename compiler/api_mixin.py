@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from tilewright.ir.errors import DeviceError, InputError, OptionError
-from tilewright.runtime.engine import Engine
+from tilewright.runtime.engine import Engine, require_tensor
 from tilewright.runtime.generate import generate
 
 from .cache import EngineCache
@@ -33,7 +33,7 @@ class Compiled:
     """What a compiled model needs at run time and for inspection.
 
     ``output_class`` and ``outputs`` name the ModelOutput and its tensors; ``output_spec`` is the pytree of a plain
-    module's result. ``stages`` maps the name of each stage to its text, printed on demand.
+    module's result, and ``output_constants`` its leaves, by position, that are no tensors. ``stages`` maps the name of each stage to its text, printed on demand.
     """
 
     engine: Engine
@@ -41,6 +41,7 @@ class Compiled:
     outputs: tuple[str, ...] = ("logits",)
     output_class: type | None = None
     output_spec: pytree.TreeSpec | None = None
+    output_constants: Mapping[int, Any] = field(default_factory=dict)
     stages: dict[str, Callable[[], str]] = field(default_factory=dict)
 
 
@@ -156,8 +157,13 @@ class DecoderMixin(CompiledMixin):
         if not isinstance(logits_to_keep, int):
             result = result[:, logits_to_keep]
         assert compiled.output_class is not None
-        kept = None if use_cache is False else cache
-        output = compiled.output_class(**{compiled.outputs[0]: result}, past_key_values=kept)
+        values: dict[str, Any] = {compiled.outputs[0]: result}
+        if (
+            use_cache is not False
+            and "past_key_values" in inspect.signature(compiled.output_class).parameters
+        ):
+            values["past_key_values"] = cache
+        output = compiled.output_class(**values)
         return output if return_dict is not False else output.to_tuple()
 
     @functools.wraps(GenerationMixin.generate)
@@ -169,6 +175,9 @@ class DecoderMixin(CompiledMixin):
             raise InputError("a compiled model keeps its own KV state; leave cache_implementation out")
         if ids is not None:
             self._tilewright.engine.check_prompt(ids)
+        for name in ("attention_mask", "position_ids"):
+            if kwargs.get(name) is not None:
+                require_tensor(name, kwargs[name])
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
@@ -272,15 +281,17 @@ class ModuleMixin(CompiledMixin):
             raise InputError(f"the arguments do not fit this module's forward: {error}") from error
         results = compiled.engine.forward(flat_tensors(dict(list(bound.items())[1:])))
         assert compiled.output_spec is not None
-        return pytree.tree_unflatten(list(results.values()), compiled.output_spec)
+        tensors, constants = iter(results.values()), compiled.output_constants
+        leaves = [
+            constants[n] if n in constants else next(tensors) for n in range(compiled.output_spec.num_leaves)
+        ]
+        return pytree.tree_unflatten(leaves, compiled.output_spec)
 
 
 def flat_tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors in a forward's arguments by the names that capture gives them: ``x``, ``pair_0``, ``batch_mask``."""
     flat: dict[str, Tensor] = {}
-    for name, value in arguments.items():
-        for key, leaf in zip(flat_names(name, value), pytree.tree_leaves(value), strict=True):
-            if not isinstance(leaf, Tensor):
-                raise InputError(f"{key} must be a tensor, got {type(leaf).__name__}")
-            flat[key] = leaf
+    for key, leaf in zip(flat_names(arguments), pytree.tree_leaves(list(arguments.values())), strict=True):
+        require_tensor(key, leaf)
+        flat[key] = leaf
     return flat

@@ -33,9 +33,9 @@ class Built:
     sources: Mapping[str, str]
     from_cache: bool | None = None
 
-    def keep(self, chosen: int) -> Built:
-        """Without the last two executors, but for the chosen one of these; every source stays for the dump."""
-        return replace(self, executors=(*self.executors[:-2], self.executors[chosen]))
+    def only(self, kept: Sequence[int]) -> Built:
+        """With the executors of these numbers alone; every source stays for the dump."""
+        return replace(self, executors=tuple(self.executors[n] for n in kept))
 
 
 def measures(options: Options) -> bool:

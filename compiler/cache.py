@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -30,6 +31,14 @@ class EngineCache(Cache):
 
     def __repr__(self) -> str:
         return f"EngineCache(batch={self.batch_size}, length={self.get_seq_length()})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineCache:
+        """A cache of the same model with a copy of the request, as for continuing one prefix in several ways."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.layers = []
+        twin.state = copy.deepcopy(self.state, memo)
+        return twin
 
     def state_for(self, batch: int) -> RequestState:
         """The request's state, made now for ``batch`` sequences when there is none."""

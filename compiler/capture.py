@@ -322,6 +322,9 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 # --- any other module ---------------------------------------------------------------------------------------------
 
 
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
 class _Plain(nn.Module):
     """A module as a function of (args, kwargs) that gives its flat tensor outputs; notes how they nest."""
 
@@ -333,13 +336,16 @@ class _Plain(nn.Module):
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         leaves, self.returned.spec = pytree.tree_flatten(self.model(*args, **kwargs))
         self.returned.constants = {n: leaf for n, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+        if any(isinstance(leaf, _SYMBOLIC) for leaf in leaves):
+            raise CaptureError(
+                f"{type(self.model).__name__} returns a number that follows from the batch size"
+            )
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _capture_module(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]) -> Captured:
     args = example_inputs if isinstance(example_inputs, tuple) else ()
     kwargs = example_inputs if isinstance(example_inputs, dict) else {}
-    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     leaves = pytree.tree_leaves((args, kwargs))
     if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
         raise CaptureError(
@@ -349,7 +355,7 @@ def _capture_module(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str
         raise CaptureError(f"{type(model).__name__}: example_inputs must be real tensors, not meta tensors")
     plain = _Plain(model)
     exported, ranges, notes = _export_dynamic_batch(plain, args, kwargs, leaves)
-    names = tuple(name for argument, value in bound.items() for name in flat_names(argument, value))
+    names = _input_names(model, args, kwargs)
     dims: list[tuple[str, ...]] = [("B",)] * len(leaves) if ranges else []
     main = _untied(_graph("main", exported, names, _symbol_names(exported, dims), prefix="model."), model)
     spec = plain.returned.spec
@@ -368,6 +374,16 @@ def _capture_module(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str
         position_rule="past",
         notes=notes,
     )
+
+
+def _input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """The name of each tensor in the order of export, which flattens keyword arguments as they were given."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    args, kwargs = pytree.tree_unflatten(list(range(len(leaves))), spec)
+    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    numbers = pytree.tree_leaves(list(arguments.values()))
+    names: dict[int, str] = dict(zip(numbers, flat_names(arguments), strict=True))
+    return tuple(names[n] for n in range(len(leaves)))
 
 
 def _export_dynamic_batch(

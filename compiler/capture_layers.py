@@ -11,7 +11,7 @@ import functools
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,14 +68,8 @@ class LayerRecord:
             leaves[position] = position
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         arguments = inspect.signature(self.layer.module.forward).bind(*args, **kwargs).arguments
-        flat: dict[int, str] = {}
-        for argument, value in arguments.items():
-            leaves = pytree.tree_leaves(value)
-            flat |= {
-                leaf: n
-                for n, leaf in zip(flat_names(argument, value), leaves, strict=True)
-                if leaf is not None
-            }
+        numbers = pytree.tree_leaves(list(arguments.values()))
+        flat = {n: name for n, name in zip(numbers, flat_names(arguments), strict=True) if n is not None}
         return tuple(flat[position] for position in self.positions)
 
     def signature(self) -> tuple[Any, ...]:
@@ -86,10 +80,20 @@ class LayerRecord:
         return self.static_signature, tuple(str(tuple(x.shape)) for x in self.inputs)
 
 
-def flat_names(name: str, value: Any) -> list[str]:
-    """Identifiers for the leaves of one argument: its own name, with keys and numbers of what it nests appended."""
-    paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(value)[0]]
-    return [re.sub(r"\W+", "_", name + path).rstrip("_") for path in paths]
+def flat_names(arguments: Mapping[str, Any]) -> list[str]:
+    """A distinct identifier for each leaf of a call's arguments, in the order of ``tree_leaves`` of their values.
+
+    It is the argument's own name, with keys and numbers of what it nests appended; a name that is taken already gets
+    further underscores.
+    """
+    names: dict[str, None] = {}
+    for argument, value in arguments.items():
+        for path, _ in pytree.tree_flatten_with_path(value)[0]:
+            name = re.sub(r"\W+", "_", argument + pytree.keystr(path)).rstrip("_")
+            while name in names:
+                name += "_"
+            names[name] = None
+    return list(names)
 
 
 @dataclass
@@ -218,9 +222,6 @@ def module_signature(layer: nn.Module) -> tuple[Any, ...]:
         hooks = tuple(freeze(h) for h in (module._forward_hooks, module._forward_pre_hooks) if h)
         parts.append((name, type(module), module.training, attributes, shapes, hooks))
     return tuple(parts)
-
-
-_PLAIN = (int, float, str, bytes, torch.dtype, torch.device, types.FunctionType)
 
 
 def freeze(value: Any) -> Any:

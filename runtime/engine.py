@@ -80,15 +80,16 @@ class Engine:
         self._check_mask(state, ids, attention_mask)
         if position_ids is not None:
             position_ids = self._check_positions(ids, position_ids)
-        self._write_mask(state, attention_mask, state.length + ids.shape[1])
-        positions = self._positions(state, ids) if position_ids is None else position_ids
-        keep = ids.shape[1] if keep == 0 else min(keep, ids.shape[1])
-        if ids.shape[1] > 1:
-            return self._prefill(state, ids, positions, keep)
-        state.ids[: state.batch] = ids
-        state.positions[: state.batch] = positions
-        self.advance(state)
-        return state.logits[: state.batch].clone()
+        with state.undone_on_failure():
+            self._write_mask(state, attention_mask, state.length + ids.shape[1])
+            positions = self._positions(state, ids) if position_ids is None else position_ids
+            keep = ids.shape[1] if keep == 0 else min(keep, ids.shape[1])
+            if ids.shape[1] > 1:
+                return self._prefill(state, ids, positions, keep)
+            state.ids[: state.batch] = ids
+            state.positions[: state.batch] = positions
+            self.advance(state)
+            return state.logits[: state.batch].clone()
 
     def advance(self, state: RequestState) -> None:
         """One decode step on ``state.ids`` and ``state.positions`` into ``state.logits``, without checks or allocation.
@@ -104,28 +105,22 @@ class Engine:
     def _prefill(self, state: RequestState, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
         """Run the prompt in chunks, so that the arena does not grow with it. Returns logits[B, keep, V]."""
         spec, batch, total = self.spec, state.batch, ids.shape[1]
-        name, first_kept, past = spec.outputs[0].name, total - keep, state.length
+        name, first_kept = spec.outputs[0].name, total - keep
         parts: list[Tensor] = []
-        try:
-            for start in range(0, total, spec.chunk):
-                stop = min(start + spec.chunk, total)
-                kept = max(1, stop - max(start, first_kept))
-                inputs = {
-                    "input_ids": ids[:, start:stop].contiguous(),
-                    "position_ids": positions[:, start:stop].contiguous(),
-                    "attention_mask": state.mask,
-                }
-                dims = {"B": batch, "S": stop - start, "T": state.length + stop - start, "L": kept}
-                logits = spec.outputs[0].empty(dims, spec.device)
-                self.prefill_executor.run(inputs, dims, state, {name: logits})
-                state.length += stop - start
-                if stop > first_kept:
-                    parts.append(logits)
-        except BaseException:
-            # An interrupted prompt leaves the request as long as it was before the call.
-            state.mask[:, past:] = True
-            state.length = past
-            raise
+        for start in range(0, total, spec.chunk):
+            stop = min(start + spec.chunk, total)
+            kept = max(1, stop - max(start, first_kept))
+            inputs = {
+                "input_ids": ids[:, start:stop].contiguous(),
+                "position_ids": positions[:, start:stop].contiguous(),
+                "attention_mask": state.mask,
+            }
+            dims = {"B": batch, "S": stop - start, "T": state.length + stop - start, "L": kept}
+            logits = spec.outputs[0].empty(dims, spec.device)
+            self.prefill_executor.run(inputs, dims, state, {name: logits})
+            state.length += stop - start
+            if stop > first_kept:
+                parts.append(logits)
         logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return logits[:, -keep:]  # a model without a head gives every position
 
@@ -180,6 +175,7 @@ class Engine:
         expected = (state.batch, state.length + ids.shape[1])
         if mask is None:
             return
+        require_tensor("attention_mask", mask)
         if mask.is_floating_point() or mask.is_complex():
             raise InputError(f"attention_mask must be of an integer or bool dtype, got {mask.dtype}")
         if tuple(mask.shape) != expected:
@@ -188,6 +184,7 @@ class Engine:
             )
 
     def _check_positions(self, ids: Tensor, positions: Tensor) -> Tensor:
+        require_tensor("position_ids", positions)
         if positions.dtype not in (torch.int64, torch.int32):
             raise InputError(f"position_ids must be of dtype int64, got {positions.dtype}")
         if (
@@ -204,6 +201,8 @@ class Engine:
             raise InputError(
                 f"position {high if low >= 0 else low} is outside of 0 to max_length - 1 = {self.spec.max_length - 1}"
             )
+        if (spec := self.spec.input("position_ids")) is not None:
+            _check_bounds(spec, positions)
         return positions.to(self.spec.device, torch.int64).expand(ids.shape[0], -1)
 
     # Encoders and plain modules
@@ -243,6 +242,7 @@ class Engine:
     def _check_input(self, spec: TensorSpec, value: Tensor | None, dims: dict[str, int]) -> Tensor:
         if value is None:
             raise InputError(f"input {spec.name!r} is missing")
+        require_tensor(spec.name, value)
         same_kind = value.is_floating_point() == spec.dtype.is_floating_point
         if not same_kind or (spec.dtype.is_floating_point and value.dtype != spec.dtype):
             raise InputError(f"{spec.name} must be of dtype {spec.dtype}, got {value.dtype}")
@@ -260,4 +260,38 @@ class Engine:
             self.check_prompt(value)
         if spec.dtype == torch.bool and value.dtype != torch.bool:
             value = value != 0
+        _check_integers(spec, value)
+        _check_bounds(spec, value)
         return value.to(self.spec.device, spec.dtype).contiguous()
+
+
+def require_tensor(name: str, value: object) -> None:
+    """Raise InputError for anything but a tensor."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def _check_integers(spec: TensorSpec, value: Tensor) -> None:
+    """Raise InputError when an integer of ``value`` does not fit the input's dtype."""
+    if value.dtype in (spec.dtype, torch.bool) or spec.dtype.is_floating_point:
+        return
+    limits = torch.iinfo(spec.dtype)
+    low, high = (int(v) for v in torch.aminmax(value.to(torch.int64)))
+    # What is beyond int64 became negative on the way.
+    beyond = value.dtype == torch.uint64 and low < 0
+    if beyond or low < limits.min or high > limits.max:
+        worst = "a value beyond int64" if beyond else low if low < limits.min else high
+        raise InputError(f"{spec.name} holds {worst}, which does not fit its dtype {spec.dtype}")
+
+
+def _check_bounds(spec: TensorSpec, value: Tensor) -> None:
+    """Raise InputError when an index is outside of the table that it picks rows of."""
+    if spec.bounds is None:
+        return
+    low, high = (int(v) for v in torch.aminmax(value))
+    least, most = spec.bounds
+    if low < least or high > most:
+        raise InputError(
+            f"{spec.name} holds {low if low < least else high}, but it indexes a table of {most + 1} entries: values "
+            f"from {least} to {most}"
+        )

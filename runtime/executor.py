@@ -19,8 +19,8 @@ Kind = Literal["decoder", "encoder", "module"]
 class Executor(Protocol):
     """Runs one program (one phase, one batch bucket) of a compiled model.
 
-    An executor is shared by all requests and threads; whatever belongs to one request (arena, pointer tables, a
-    captured CUDA graph) it keeps in ``state.scratch[self]``, which lives and dies with the request.
+    An executor is shared by all requests and threads; whatever belongs to one request (arena, pointer tables, bound
+    launches) it keeps in ``state.scratch[self]``, which lives and dies with the request.
     """
 
     @property
@@ -68,10 +68,14 @@ class StateSlot:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name and type of an input or output; dims are sizes or expressions over B, S, T and L."""
+    """Name and type of an input or output; dims are sizes or expressions over B, S, T and L.
+
+    bounds: least and largest value of an integer input that picks rows of a table; kernels do not check them.
+    """
 
     name: str
     type: TensorType
+    bounds: tuple[int, int] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,11 +114,14 @@ class EngineSpec:
         vocab_size: int = 0,
         chunk: int = 512,
         positions: Literal["past", "mask"] = "past",
+        bounds: Mapping[str, tuple[int, int]] | None = None,
     ) -> EngineSpec:
-        """The spec that a model's prefill or forward program implies."""
+        """The spec that a model's prefill or forward program implies; ``bounds`` are those of its inputs by name."""
 
         def specs(of_kind: BufferKind) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(b.name, b.type) for _, b in program.of_kind(of_kind))
+            return tuple(
+                TensorSpec(b.name, b.type, (bounds or {}).get(b.name)) for _, b in program.of_kind(of_kind)
+            )
 
         slots = tuple(
             StateSlot(s.name, int(s.type.shape[1]), int(s.type.shape[3]), s.dtype)
@@ -133,6 +140,10 @@ class EngineSpec:
             positions=positions,
         )
 
+    def input(self, name: str) -> TensorSpec | None:
+        """The input of that name, or None when the program reads none."""
+        return next((i for i in self.inputs if i.name == name), None)
+
     def has_input(self, name: str) -> bool:
         """True when the program reads an input of that name."""
-        return any(i.name == name for i in self.inputs)
+        return self.input(name) is not None

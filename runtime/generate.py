@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tilewright.ir.program import InputError
 
-from .engine import Engine
+from .engine import Engine, require_tensor
 from .kv_state import RequestState
 from .sampling import Sampling, sample
 
@@ -67,7 +67,10 @@ def generate(
     engine.check_length(state.length - held + options.max_length)
     fed = ids[:, held:]
     if position_ids is not None:
+        require_tensor("position_ids", position_ids)
         position_ids = position_ids[:, -fed.shape[1] :]
+        # Each new token but the last is run at the position after the one before it.
+        engine.check_length(int(position_ids.max()) + options.max_length - prompt)
     sequences = ids.new_empty(batch, options.max_length)
     sequences[:, :prompt] = ids
     logits = engine.step(state, fed, attention_mask, position_ids, keep=1)

@@ -6,6 +6,9 @@ it, so several threads may run one model as long as each has its own state.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,13 +53,44 @@ class RequestState:
             self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=spec.device)
             self.positions = torch.zeros(rows, 1, dtype=torch.int64, device=spec.device)
             self.logits = spec.outputs[0].empty({"B": rows, "S": 1, "L": 1}, spec.device)
+        self._bind()
+
+    def _bind(self) -> None:
+        """Name what a decode step reads and writes."""
         self.step_inputs = {
             "input_ids": self.ids,
             "position_ids": self.positions,
             "attention_mask": self.mask,
         }
-        self.step_outputs = {spec.outputs[0].name: self.logits}
-        self.step_dims = {"B": rows, "S": 1, "T": 1, "L": 1}
+        self.step_outputs = {self.spec.outputs[0].name: self.logits}
+        self.step_dims = {"B": self.rows, "S": 1, "T": 1, "L": 1}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RequestState:
+        """An independent request that goes on from the same past; executors bind it anew."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        with torch.inference_mode(False):
+            twin.buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+            twin.mask, twin.ids = self.mask.clone(), self.ids.clone()
+            twin.positions, twin.logits = self.positions.clone(), self.logits.clone()
+        twin.scratch = {}
+        twin._bind()
+        return twin
+
+    @contextmanager
+    def undone_on_failure(self) -> Iterator[None]:
+        """Leave the request as it was before the block when that raises, or is interrupted.
+
+        Keys and values that the block appended stay in their buffers, where nothing reads them.
+        """
+        past, padded, mask = self.length, self.padded, self.mask[:, : self.length].clone()
+        try:
+            yield
+        except BaseException:
+            self.mask[:, :past] = mask
+            self.mask[:, past:] = True
+            self.length, self.padded = past, padded
+            raise
 
     @property
     def max_length(self) -> int:

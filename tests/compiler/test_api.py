@@ -5,6 +5,7 @@ Each test runs on the mixin over Hugging Face's own kernels, which isolates the 
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -391,3 +392,17 @@ def test_compiled_models_stay_where_they_are(llama: tuple[PreTrainedModel, Any])
         fast.train()
     with pytest.raises(OptionError, match="no stage 'nonsense'"):
         fast.ir("nonsense")
+
+
+def test_a_prefix_cache_may_be_copied(llama: tuple[PreTrainedModel, Any]) -> None:
+    """One prefix, continued in two ways from deep copies of its cache."""
+    model, fast = llama
+    prefix = fast(PROMPT).past_key_values
+    for tail in (PROMPT[:, :3], PROMPT.flip(1)[:, :2]):
+        whole = torch.cat([PROMPT, tail], dim=1)
+        expected = model.generate(whole, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        twin = copy.deepcopy(prefix)
+        result = fast.generate(whole, past_key_values=twin, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        assert torch.equal(result, expected)
+        assert (prefix.get_seq_length(), twin.engine) == (7, prefix.engine)
+    assert copy.deepcopy(EngineCache(prefix.engine)).state is None

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from tilewright.ir.program import InputError
+from tilewright.ir.types import tensor_type
 from tilewright.runtime.engine import Engine
+from tilewright.runtime.executor import EngineSpec, TensorSpec
+from tilewright.runtime.kv_state import RequestState
 
 from .toy import VOCAB, ToyExecutor, scores, toy_engine
 
@@ -125,21 +132,117 @@ def test_select_changes_the_batch() -> None:
         state.select(torch.arange(3), 2)
 
 
-def test_a_failing_step_leaves_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("new", [1, 9])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_failing_step_leaves_the_state(monkeypatch: pytest.MonkeyPatch, new: int, padded: bool) -> None:
     engine = toy_engine()
     state = engine.new_state(2)
-    engine.step(state, IDS[:, :3])
+    mask = torch.ones_like(IDS)
+    mask[1, :2] = 0
+    engine.step(state, IDS[:, :3], mask[:, :3] if padded else None)
+    before = state.mask.clone()
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    for other in (torch.zeros_like(IDS)[:, : 3 + new], None):
+        with monkeypatch.context() as patch:
+            for executor in (engine.prefill_executor, *engine.decode_executors.values()):
+                patch.setattr(executor, "run", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                engine.step(state, IDS[:, 3 : 3 + new], other)
+        assert (state.length, state.padded) == (3, padded)
+        assert torch.equal(state.mask, before)
+    # The past is hidden as it was: a decode step writes no mask.
+    state.ids[:2], state.positions[:2] = IDS[:, 3:4], 3
+    engine.advance(state)
+    assert torch.equal(state.logits[:2], _expected(IDS, mask if padded else None)[:, 3:4])
+
+
+def test_an_interruption_between_chunks_leaves_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = toy_engine(chunk=5)
+    state = engine.new_state(2)
+    engine.step(state, IDS[:, :3])
+    run = engine.prefill_executor.run
+    calls = iter([run, None])
+
+    def second_fails(*arguments: Any) -> None:
+        next(calls)(*arguments)  # type: ignore[misc]
+
     with monkeypatch.context() as patch:
-        patch.setattr(engine.prefill_executor, "run", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            engine.step(state, IDS[:, 3:], torch.zeros_like(IDS))
+        patch.setattr(engine.prefill_executor, "run", second_fails)
+        with pytest.raises(TypeError):
+            engine.step(state, IDS[:, 3:])
     assert state.length == 3
-    assert bool(state.mask[:, 3:].all())
     assert torch.equal(engine.step(state, IDS[:, 3:]), _expected(IDS)[:, 3:])
+
+
+def test_a_deep_copy_goes_on_by_itself() -> None:
+    engine = toy_engine()
+    state = engine.new_state(2)
+    mask = torch.ones_like(IDS)
+    mask[1, :4] = 0
+    engine.step(state, IDS[:, :6], mask[:, :6])
+    state.scratch["arena"] = "addresses"
+    with torch.inference_mode():
+        twin = copy.deepcopy(state)
+    assert twin.scratch == {}
+    assert twin.spec is state.spec
+    other = IDS.flip(1)
+    engine.step(twin, other[:, :6], torch.cat([mask[:, :6], mask.new_ones(2, 6)], dim=1))
+    assert torch.equal(engine.step(state, IDS[:, 6:], mask), _expected(IDS, mask)[:, 6:])
+    branch = torch.cat([IDS[:, :6], other[:, :7]], dim=1)
+    wide = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+    assert torch.equal(engine.step(twin, branch[:, 12:], wide), _expected(branch, wide)[:, 12:])
+
+
+def _module_engine(dtype: str) -> Engine:
+    spec = EngineSpec(
+        kind="module",
+        device=torch.device("cpu"),
+        inputs=(TensorSpec("x", tensor_type(dtype, [3])),),
+        outputs=(TensorSpec("y", tensor_type(dtype, [3])),),
+    )
+
+    class Copies:
+        phase, batch = "forward", 0
+
+        def run(
+            self,
+            inputs: Mapping[str, Tensor],
+            dims: Mapping[str, int],
+            state: RequestState | None,
+            outputs: Mapping[str, Tensor],
+        ) -> None:
+            outputs["y"].copy_(inputs["x"])
+
+    return Engine([], Copies(), spec)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "good", "bad"),
+    [
+        ("u8", (0, 255), (-1, 256)),
+        ("i32", (-(2**31), 2**31 - 1), (-(2**31) - 1, 2**31)),
+        ("i8", (-128,), (128,)),
+    ],
+)
+def test_integers_that_do_not_fit_are_refused(
+    dtype: str, good: tuple[int, ...], bad: tuple[int, ...]
+) -> None:
+    engine = _module_engine(dtype)
+    for value in good:
+        assert engine.forward({"x": torch.tensor([0, value, 1])})["y"].tolist() == [0, value, 1]
+    for value in bad:
+        with pytest.raises(InputError, match=f"x holds {value}, which does not fit"):
+            engine.forward({"x": torch.tensor([0, value, 1])})
+
+
+def test_inputs_that_are_no_tensors_or_beyond_int64() -> None:
+    with pytest.raises(InputError, match="x must be a tensor, got list"):
+        _module_engine("i64").forward({"x": [1, 2, 3]})  # type: ignore[dict-item]
+    with pytest.raises(InputError, match="beyond int64"):
+        _module_engine("i64").forward({"x": torch.tensor([1, 2, 2**64 - 1], dtype=torch.uint64)})
 
 
 def test_states_survive_inference_mode() -> None:
