@@ -30,7 +30,8 @@ class BandwidthProbe:
         self._read.restype = ctypes.c_uint64
         self.threads = threads
         # ones, because pages that were never written all map to one page of zeros, which stays in cache
-        self._buffer = torch.ones(nbytes // 512 * 64, dtype=torch.int64)
+        grain = threads * 128  # whole pieces for every thread
+        self._buffer = torch.ones(nbytes // 8 // grain * grain, dtype=torch.int64)
 
     def __call__(self, rounds: int = 3, now: Callable[[], float] = time.perf_counter) -> float:
         """Bytes per second of ``rounds`` readings, by the clock ``now``. Raises RuntimeError when the sum is wrong."""
