@@ -1,0 +1,90 @@
+// Attention with an online softmax: softmax(q k^T * scale) v without a score matrix in memory (the method of
+// FlashAttention, Dao et al. 2022; over splits of the context, of Flash-Decoding, 2023).
+//
+// All query heads of a KV head are handled together, so keys and values are read once. Masks are index arithmetic:
+// query row i stands at context position keys - queries + i. A row without a valid key gives zeros.
+// This header holds what the forms for many and for few queries share.
+#pragma once
+
+#include "math.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace tw {
+
+constexpr float MASKED = -1e30f;  // finite, so that differences of masked scores are no NaN
+constexpr int KEY_TILE = 64;      // keys per step of the online softmax
+constexpr int QUERY_ROWS = 96;    // rows (positions x heads of a group) per work item of a prompt
+constexpr int FEW_ROWS = 16;      // up to this many rows, keys are used where they lie, not packed
+
+// Strides of a [batch, heads, positions, size] tensor, in elements; where none is said, the last axis is contiguous.
+// `part` is that of the splits of a partial result.
+struct Strides {
+    long batch, head, row, column = 1, part = 0;
+
+    long at(long b, long h, long s, long p = 0) const { return b * batch + h * head + s * row + p * part; }
+};
+
+struct AttentionShape {
+    long batch, heads, groups, queries, keys;
+    Strides q, k, v, out;
+    const uint8_t* mask;  // [batch, mask_row], non-zero where a key may be attended to; or null
+    long mask_row;
+    float scale, softcap;  // softcap 0: none
+    bool causal;
+    long window;       // keys further back than this are masked; 0: none
+    double scale_f64;  // scale in full, for float64
+
+    long heads_per_group() const { return heads / groups; }
+    // The keys that causality and window leave to a query.
+    Range visible(long query) const {
+        const long at = keys - queries + query;
+        const long begin = window > 0 && at - window + 1 > 0 ? at - window + 1 : 0;
+        return {begin < keys ? begin : keys, causal && at + 1 < keys ? at + 1 : keys};
+    }
+};
+
+// Soft cap and masks, in place, of the scores of one query row with keys [first, first + count).
+static inline void mask_scores(const AttentionShape& s, long batch, long query, long first, int count, float* scores) {
+    if (s.softcap > 0.0f) {
+        const float inverse = 1.0f / s.softcap;
+#pragma omp simd
+        for (int j = 0; j < count; j++) scores[j] = s.softcap * tw::tanh(scores[j] * inverse);
+    }
+    const Range visible = s.visible(query);
+    if (visible.begin > first || visible.end < first + count) {
+        for (int j = 0; j < count; j++) {
+            if (first + j < visible.begin || first + j >= visible.end) scores[j] = MASKED;
+        }
+    }
+    if (s.mask != nullptr) {
+        const uint8_t* valid = s.mask + batch * s.mask_row + first;
+#pragma omp simd
+        for (int j = 0; j < count; j++) scores[j] = valid[j] != 0 ? scores[j] : MASKED;
+    }
+}
+
+// The running maximum and sum of one row's softmax.
+struct SoftmaxRow {
+    float top = MASKED, total = 0.0f;
+
+    // Turn scores into weights relative to the new maximum; gives the factor for what was accumulated before.
+    float update(float* scores, int count) {
+        float highest = top;
+#pragma omp simd reduction(max : highest)
+        for (int j = 0; j < count; j++) highest = scores[j] > highest ? scores[j] : highest;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int j = 0; j < count; j++) {
+            const float score = scores[j], weight = tw::exp(score - highest);
+            scores[j] = score > 0.5f * MASKED ? weight : 0.0f;
+            sum += scores[j];
+        }
+        const float factor = tw::exp(top - highest);
+        total = total * factor + sum;
+        top = highest;
+        return factor;
+    }
+};
+
+}  // namespace tw
