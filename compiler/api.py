@@ -32,7 +32,7 @@ from .lower import lower
 from .options import Options, check_options
 from .progress import SILENT, Advance, Progress
 from .report import Fallback, Memory, PhaseReport, Report
-from .tune import choice_key, measure, remember, remembered
+from .tune import best, choice_key, measure, remember, remembered
 from .weights import BoundWeights, bind_weights
 
 _LAST = PassOptions(last_tokens=True)
@@ -168,9 +168,9 @@ class _Compilation:
         programs: list[Program],
         built: Built,
     ) -> int:
-        """Measure the rival programs, given by number; gives the number of the fastest."""
+        """Measure the rival programs, given by number; gives the number of the best."""
         seconds = measure([built.executors[n] for n in rivals], self._spec(captured, programs[rivals[0]]))
-        chosen = seconds.index(min(seconds))
+        chosen = best([programs[n].arena_bytes for n in rivals], seconds)
         remember(self._choice_key(rivals, modules), chosen, seconds)
         timed = zip((programs[n].name for n in rivals), seconds, strict=True)
         self.notes += (

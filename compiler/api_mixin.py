@@ -33,7 +33,8 @@ class Compiled:
     """What a compiled model needs at run time and for inspection.
 
     ``output_class`` and ``outputs`` name the ModelOutput and its tensors; ``output_spec`` is the pytree of a plain
-    module's result, and ``output_constants`` its leaves, by position, that are no tensors. ``stages`` maps the name of each stage to its text, printed on demand.
+    module's result, and ``output_constants`` its leaves, by position, that are no tensors. ``stages`` maps the name of
+    each stage to its text, printed on demand.
     """
 
     engine: Engine

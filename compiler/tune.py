@@ -10,15 +10,17 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
+from tilewright import codegen
 from tilewright.ir.module import Module
 from tilewright.runtime.executor import EngineSpec, Executor
+from tilewright.runtime.files import write_atomically
 from tilewright.runtime.kv_state import RequestState
 
 from .settings import cache_dir
@@ -26,24 +28,43 @@ from .settings import cache_dir
 _RUNS = 3
 _TOKENS = 128  # enough rows that products are bound by arithmetic, as those of a full chunk are
 _BEHIND = 1.5
+_EARNED = 1.5
 
 
 def choice_key(modules: Sequence[Module], backend: str, device: torch.device) -> str:
-    """Names everything that a choice depends on: the candidates' IR, device, threads and library versions."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    """Names everything that a choice depends on: the candidates' IR, how kernels are printed, device, threads and
+    library versions."""
     parts = (
         backend,
-        name,
+        torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         str(os.cpu_count()),
         str(torch.get_num_threads()),
         torch.__version__,
+        _printers(),
         *map(str, modules),
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """The CPU's model name; where Linux does not tell it, what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = {line for line in lines if line.startswith(("model name", "CPU implementer", "CPU part"))}
+    return " ".join((platform.machine(), *sorted(names or {platform.processor()})))
+
+
+@lru_cache(maxsize=1)
+def _printers() -> str:
+    """A hash of the code that prints kernels, which is a quarter of a megabyte at most."""
+    digest = hashlib.sha256()
+    for folder in codegen.__path__:
+        for path in sorted(p for p in Path(folder).rglob("*") if p.suffix in (".py", ".h")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def remembered(key: str, candidates: int) -> int | None:
@@ -57,17 +78,9 @@ def remembered(key: str, candidates: int) -> int | None:
 
 def remember(key: str, chosen: int, seconds: Sequence[float]) -> bool:
     """Record a choice and what was measured. False when the cache folder cannot be written; the choice still stands."""
-    path = _path(key)
+    record = json.dumps({"chosen": chosen, "seconds": list(seconds)})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, draft = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump({"chosen": chosen, "seconds": list(seconds)}, file)
-            Path(draft).replace(path)
-        except BaseException:
-            Path(draft).unlink(missing_ok=True)
-            raise
+        write_atomically(_path(key), record)
     except OSError:
         return False
     return True
@@ -101,6 +114,16 @@ def measure(executors: Sequence[Executor], spec: EngineSpec) -> list[float]:
             _wait(spec.device)
             best[n] = min(best[n], time.perf_counter() - start)
     return best
+
+
+def best(arenas: Sequence[int], seconds: Sequence[float]) -> int:
+    """The number of the candidate to take: the fastest; one that needs clearly more memory has to be clearly faster.
+
+    Between the vendor's products lie tensors that the generated kernels keep in registers.
+    """
+    least = min(arenas)
+    weighed = [s * (_EARNED if a > 1.1 * least else 1.0) for a, s in zip(arenas, seconds, strict=True)]
+    return weighed.index(min(weighed))
 
 
 def _rows(spec: EngineSpec) -> int:

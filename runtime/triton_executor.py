@@ -7,20 +7,24 @@ per request.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib.util
-import os
+import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tilewright.ir.program import BufferKind, DeviceError, KernelBuildError, Program, Step
+from tilewright.ir.program import BufferKind, CacheError, DeviceError, KernelBuildError, Program, Step
 
+from .files import require_private, write_atomically
 from .kv_state import RequestState
 from .memory import Memory
 
@@ -46,31 +50,38 @@ def require_device(device: torch.device) -> None:
 
 
 def write_module(folder: Path, text: str) -> Path:
-    """The path of a file that holds exactly ``text``: in ``folder``, or in a temporary one where that is not writable.
+    """The path of a file that holds exactly ``text``, to be imported: in ``folder``, or, with a warning, in a private
+    temporary one where that cannot be written, or is not the user's alone.
 
     The name follows from the content; a file that was damaged is replaced, and none is ever seen half-written.
     """
     name = f"kernels_{hashlib.sha256(text.encode()).hexdigest()[:24]}.py"
     try:
-        return _write(folder, name, text)
-    except OSError:
+        return _write(folder / name, text)
+    except (OSError, CacheError) as error:
+        warnings.warn(
+            f"generated kernels are not kept: {error}; fix the folder, or set TILEWRIGHT_CACHE to another one",
+            stacklevel=2,
+        )
         # Triton reads a kernel's source from its file, so there must be one somewhere.
-        return _write(Path(tempfile.mkdtemp(prefix="tilewright-")), name, text)
+        return _write(_private_folder() / name, text)
 
 
-def _write(folder: Path, name: str, text: str) -> Path:
-    path = folder / name
+@lru_cache(maxsize=1)
+def _private_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="tilewright-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _write(path: Path, text: str) -> Path:
+    """Raises OSError, or CacheError when somebody else could change what is going to be imported."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    require_private(path.parent)
     if path.is_file() and path.read_bytes() == text.encode():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor, draft = tempfile.mkstemp(dir=folder, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(draft).replace(path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+        require_private(path)
+    else:
+        write_atomically(path, text)
     return path
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import tilewright as tw
 from tests.compiler.hf_engine import eager_decoder
 from tests.compiler.models import tiny
+from tilewright import api, options, tune
 from tilewright.ir.module import Function, Module
 from tilewright.runtime.kv_state import RequestState
 from tilewright.tune import choice_key, measure, remember, remembered
@@ -83,3 +87,32 @@ def test_keys_name_what_matters() -> None:
     }
     assert len(keys) == 3
     assert choice_key(list(modules), "cpp", CPU) in keys
+
+
+def test_keys_name_the_processor_and_the_printers(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = [Module((Function("main", (), (), ()),))]
+    before = choice_key(modules, "cpp", CPU)
+    for part in ("_processor", "_printers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(tune, part, lambda: "another")
+            assert choice_key(modules, "cpp", CPU) != before
+    assert len(tune._processor()) > len(platform.machine())
+    assert tune._printers() != hashlib.sha256().hexdigest()
+
+
+def test_the_prefill_of_the_vendor_runs_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of several chunks through PyTorch's products, then decode steps: as the model itself."""
+    monkeypatch.setattr(options, "CHUNK", 8)
+    monkeypatch.setattr(api, "measure", lambda executors, spec: [2.0, 1.0])
+    model = tiny("llama")
+    fast = tw.compile(model, batch_sizes=(2,), max_length=64, backend="cpp")
+    assert [p.name for p in fast.report().phases] == ["decode_b2", "prefill_vendor"]
+    assert "aten.linear" in fast.ir("prefill")
+    ids = torch.randint(1, 128, (2, 21))
+    mask = torch.ones_like(ids)
+    mask[1, :10] = 0
+    given = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(fast.generate(ids, **given), model.generate(ids, **given))
+    with torch.no_grad():
+        expected = model(ids).logits
+    torch.testing.assert_close(fast(ids).logits, expected, rtol=1e-4, atol=1e-4)
