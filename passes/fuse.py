@@ -28,11 +28,12 @@ from tilewright.ir.types import Value
 from .base import PassOptions
 from .fusion.emit import emit
 from .fusion.epilogues import grow_epilogue
-from .fusion.groups import ANCHORS, SOURCES, Groups
+from .fusion.groups import ANCHORS, ATTENTION, SOURCES, Groups
 from .fusion.loops import group_loops
 from .fusion.prologues import grow_prologue
 
 _FREE = (*SOURCES, "view", "cast")
+_READS_MEMORY = ("call", "call_torch", *ATTENTION)  # what these read is stored once, however many they are
 
 
 def fuse(module: Module, options: PassOptions) -> Module:
@@ -60,7 +61,7 @@ def _copy_returns(function: Function) -> Function:
 
 
 def _copy_free_ops(function: Function) -> Function:
-    """Give every use of a view, cast or constant its own copy."""
+    """Give every use of a view, cast or constant inside a kernel its own copy."""
     names = Names.of(function)
     made = function.definitions()
     used: set[Value] = set(function.returns)
@@ -78,6 +79,10 @@ def _copy_free_ops(function: Function) -> Function:
 
     for op in function.ops:
         before: list[Op] = []
+        if op.opcode in _READS_MEMORY:
+            used.update(op.operands)
+            out.append(op)
+            continue
         table = {v: copy(v) for v in dict.fromkeys(op.operands)}
         out += [*before, op.with_operands(table)]
     return function.with_ops(out)
