@@ -45,17 +45,31 @@ def _closure(groups: Groups, group: int) -> set[int]:
 def _trim(groups: Groups, members: set[int], core: set[int]) -> set[int]:
     """Drop ops at the lower edge as long as that makes fewer bytes escape."""
     members = set(members)
-
-    def cost(candidate: set[int]) -> int:
-        return sum(groups.nbytes(n) for n in groups.escaping(candidate))
-
-    changed = True
-    while changed:
-        changed = False
-        for n in sorted(members - core, reverse=True):
-            if groups.ops[n].opcode == "append" or any(u in members for u in groups.users[n]):
-                continue
-            if cost(members - {n}) < cost(members):
-                members.discard(n)
-                changed = True
+    while (dropped := _droppable(groups, members, core)) is not None:
+        members -= dropped
     return members
+
+
+def _droppable(groups: Groups, members: set[int], core: set[int]) -> set[int] | None:
+    """Ops at the lower edge, one or a chain of them, without which fewer bytes escape."""
+    cost = _escaping_bytes(groups, members)
+    for n in sorted(members - core, reverse=True):
+        chain: set[int] = set()
+        edge = [n]
+        while edge:
+            chain |= {m for m in edge if _at_edge(groups, m, members - chain)}
+            if not set(edge) <= chain:
+                break
+            if _escaping_bytes(groups, members - chain) < cost:
+                return chain
+            edge = [p for m in edge for p in groups.producers(m) if p in members - core]
+    return None
+
+
+def _at_edge(groups: Groups, n: int, members: set[int]) -> bool:
+    """True when no member uses op n, so that it may be left out."""
+    return groups.ops[n].opcode != "append" and not any(u in members for u in groups.users[n])
+
+
+def _escaping_bytes(groups: Groups, members: set[int]) -> int:
+    return sum(groups.nbytes(n) for n in groups.escaping(members))
