@@ -79,10 +79,10 @@ def readable_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except TilewrightError as error:
+            text = "\n".join([str(error), *getattr(error, "__notes__", [])])
             notes.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
-            notes.print(
-                "\n".join([str(error), *getattr(error, "__notes__", [])]), markup=False, highlight=False
-            )
+            # A terminal wraps by itself; in a log, a message in one piece can be searched.
+            notes.print(text, markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
 
     return run
@@ -147,7 +147,9 @@ def generate(
     width = inputs["input_ids"].shape[1]
     for question, answer in zip(prompt, tokens[:, width:], strict=True):
         console.rule(question, align="left")
-        console.print(tokenizer.decode(answer, skip_special_tokens=True), markup=False, highlight=False)
+        console.print(
+            tokenizer.decode(answer, skip_special_tokens=True), markup=False, highlight=False, soft_wrap=True
+        )
     count = tokens[:, width:].numel()
     notes.print(f"[dim]{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s together[/dim]")
 

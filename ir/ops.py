@@ -207,6 +207,7 @@ def _append(op: Op, module: Module | None) -> Inferred:
 
 def _attention_split(op: Op, module: Module | None) -> Inferred:
     q, _, v = _attention_operands(op)
+    _need(q.dtype is not DType.f64, op, "its parts are f32; f64 is not split")
     partial = (*q.shape[:3], sympy.Integer(op.attr("splits")))
     row = TensorType(DType.f32, partial)
     return TensorType(DType.f32, (*partial, v.shape[3])), row, row

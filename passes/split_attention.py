@@ -7,7 +7,7 @@ ordinary ops, so it fuses like any other code:
 
     weight = exp(top - max_p(top));  result = sum_p(weight * acc) / max(sum_p(weight * total), tiny)
 
-A row without a valid position has total 0 and gives 0.
+A row without a valid position has total 0 and gives 0. The parts are float32, so float64 attention stays whole.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def split_attention(module: Module, options: PassOptions) -> Module:
 def _function(function: Function, splits: int) -> Function:
     rewriter = Rewriter(function)
     for op in rewriter:
-        if op.opcode == "attention" and not op.attr("slot"):
+        if op.opcode == "attention" and not op.attr("slot") and op.result.dtype is not DType.f64:
             rewriter.replace(op.result, _split(rewriter, op, splits))
         else:
             rewriter.keep(op)

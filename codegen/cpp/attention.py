@@ -21,9 +21,6 @@ def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
     """Print the body of an attention kernel. Raises VerifyError for layouts that the primitives cannot write."""
     op, writer = form.op, kernel.writer
     q, k, v, *mask = op.operands
-    for target, _ in form.stores:
-        if not any(sympy.expand(target.type.numel - r.type.numel) == 0 for r in op.results):
-            raise VerifyError(f"{op.opcode}: only a part of its result is stored, which has no C++ form")
     split = op.opcode == "attention_split"
     writer.line("tw::AttentionShape shape{};")
     sizes = {
@@ -59,16 +56,13 @@ def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
 def _print_whole(
     kernel: KernelContext, form: AttentionForm, kind: str, tensors: str, sizes: tuple[Expr, Expr]
 ) -> None:
-    """The result once per view of it that is stored; nearly always there is one."""
     writer, f64 = kernel.writer, form.op.operands[0].dtype is DType.f64
-    for n, (target, index) in enumerate(form.stores):
-        writer.line(f"shape.out = {_strides(kernel, target, index, 'result')};")
-        result = kernel.names[target]
-        if f64:
-            writer.line(f"tw::attend_f64<{kind}>(worker, shape, {tensors}, {result});")
-            continue
-        if n > 0:
-            writer.line("worker.barrier();  // the scratch is shared")
+    ((target, index),) = form.stores
+    writer.line(f"shape.out = {_strides(kernel, target, index, 'result')};")
+    result = kernel.names[target]
+    if f64:
+        writer.line(f"tw::attend_f64<{kind}>(worker, shape, {tensors}, {result});")
+    else:
         scratch = "reinterpret_cast<float*>(own), reinterpret_cast<float*>(shared)"
         writer.line(f"tw::attend<{kind}>(worker, shape, {tensors}, {result}, {scratch});")
     if not f64:
@@ -82,14 +76,11 @@ def _print_whole(
 
 def _print_split(kernel: KernelContext, form: AttentionForm, kind: str, tensors: str) -> None:
     writer = kernel.writer
-    if len(form.stores) != 3:
-        raise VerifyError("attention_split: every one of its results must be stored")
     writer.line("tw::Partials partials{};")
     for name, (target, index) in zip(("acc", "top", "total"), form.stores, strict=True):
         writer.line(f"partials.{name} = {kernel.names[target]};")
         writer.line(f"partials.{name}_strides = {_strides(kernel, target, index, name)};")
-    name = "attend_split_f64" if form.op.operands[0].dtype is DType.f64 else "attend_split"
-    writer.line(f"tw::{name}<{kind}>(worker, shape, {form.op.attr('splits')}, {tensors}, partials);")
+    writer.line(f"tw::attend_split<{kind}>(worker, shape, {form.op.attr('splits')}, {tensors}, partials);")
 
 
 def _symbols(names: str) -> tuple[Expr, ...]:

@@ -17,7 +17,7 @@ from .writer import Writer, identifier
 
 _INCLUDES = {
     "attention.h": ("tw::attend",),
-    "attention_f64.h": ("tw::attend_f64", "tw::attend_split_f64"),
+    "attention_f64.h": ("tw::attend_f64",),
     "gemm.h": ("tw::gemm<",),
     "gemv.h": ("tw::gemv<",),
     "math.h": (),

@@ -21,6 +21,7 @@ from tilewright.ir.module import Op
 from tilewright.ir.types import DType, Value
 
 from .expression import Block, Context, Operand
+from .pointwise_ops import TRITON, TRITON_TYPES, compute_dtype
 from .text import Scope, ceil_div, next_power_of_two, print_index
 from .tiling import Tile
 
@@ -72,6 +73,7 @@ class _Attention:
         self.sizes, self.interpret = _Sizes.of(form.op), interpret
         self.context, self.base = context, context.base
         self.dtype = form.op.operands[0].dtype
+        self.float = TRITON_TYPES[compute_dtype(self.dtype)]
         self.q, self.k, self.v = form.op.operands[:3]
 
     def emit(self) -> Expr:
@@ -91,9 +93,9 @@ class _Attention:
         low, high = self._range(tile_index, query)
         q = self._load_query()
         names = {n: base.names.fresh(n) for n in ("acc", "top", "total")}
-        base.line(f"{names['acc']} = tl.zeros([{self.block_m}, {self.block_v}], tl.float32)")
-        base.line(f"{names['top']} = tl.full([{self.block_m}, 1], {MASKED}, tl.float32)")
-        base.line(f"{names['total']} = tl.zeros([{self.block_m}, 1], tl.float32)")
+        base.line(f"{names['acc']} = tl.zeros([{self.block_m}, {self.block_v}], {self.float})")
+        base.line(f"{names['top']} = tl.full([{self.block_m}, 1], {MASKED}, {self.float})")
+        base.line(f"{names['total']} = tl.zeros([{self.block_m}, 1], {self.float})")
         self._loop(low, high, q, query, names)
         self._store(names)
         return sympy.expand(sizes.batch * sizes.groups * tiles * max(1, sizes.splits))
@@ -180,7 +182,8 @@ class _Attention:
         k = scope.bind(f"tl.load({address}, mask={k_mask}, other=0.0)", "k")
         scores = scope.bind(f"{self._dot(q, k)} * {float(op.attr('scale'))!r}", "scores")
         if cap := op.attr("softcap"):
-            scores = scope.bind(f"tanh({scores} * {1.0 / float(cap)!r}) * {float(cap)!r}", "scores")
+            bounded = TRITON["tanh"]((f"{scores} * {1.0 / float(cap)!r}",), compute_dtype(self.dtype))
+            scores = scope.bind(f"{bounded} * {float(cap)!r}", "scores")
         seen = self._condition(scope, row, query, high)
         scores = scope.bind(f"tl.where({seen}, {scores}, {MASKED})", "scores")
         top = scope.bind(f"tl.maximum({names['top']}, tl.max({scores}, axis=1, keep_dims=True))", "new_top")
@@ -189,7 +192,7 @@ class _Attention:
         address = self._address(self.v, (BATCH, GROUP, KEY, COLUMN), {KEY: column, COLUMN: e})
         v = scope.bind(f"tl.load({address}, mask={v_mask}, other=0.0)", "v")
         scope.line(f"{names['total']} = {names['total']} * {decay} + tl.sum({p}, axis=1, keep_dims=True)")
-        weights = p if self.dtype is DType.f32 else scope.bind(f"{p}.to({v}.dtype)", "weights")
+        weights = p if self.dtype in (DType.f32, DType.f64) else scope.bind(f"{p}.to({v}.dtype)", "weights")
         scope.line(f"{names['acc']} = {names['acc']} * {decay} + {self._dot(weights, v)}")
         scope.line(f"{names['top']} = {top}")
         base.close(scope)
@@ -212,8 +215,10 @@ class _Attention:
         if self.dtype is DType.bf16 and self.interpret:
             # The interpreter keeps bfloat16 as raw bits and would multiply those; a float32 product is the same number.
             return f'tl.dot({a}.to(tl.float32), {b}.to(tl.float32), input_precision="ieee")'
-        precise = ', input_precision="ieee"' if self.dtype is DType.f32 else ""
-        return f"tl.dot({a}, {b}{precise})"
+        more = {DType.f32: ', input_precision="ieee"', DType.f64: ", out_dtype=tl.float64"}.get(
+            self.dtype, ""
+        )
+        return f"tl.dot({a}, {b}{more})"
 
     def _store(self, names: dict[str, str]) -> None:
         """Store the result, or the partial one, through the views that follow the op."""

@@ -23,7 +23,7 @@ from sympy import Expr
 
 from tilewright.ir.errors import VerifyError
 from tilewright.ir.index import FloorDiv, Mod, linear_index, simplify, sym
-from tilewright.ir.loops import Apply, Axis, Const, Dot, Index, Load, Node, Reduce, Store
+from tilewright.ir.loops import Apply, Axis, Const, Dot, Index, Load, Node, Reduce, Store, free_symbols
 from tilewright.ir.program import physical_shape
 from tilewright.ir.types import DType, Value
 
@@ -195,6 +195,19 @@ class Context:
             return value
         return Operand(value.scope.bind(f"{value.text}.to({TRITON_TYPES[dtype]})"), value.scope)
 
+    def varies(self, node: Node) -> set[sympy.Symbol]:
+        """The block symbols that shape a node's value."""
+        return {s for axis in free_symbols(node) for s in self._symbols(axis)}
+
+    def shaped(
+        self, value: Operand, node: Node, lanes: Sequence[sympy.Symbol], shape: str, hint: str = "t"
+    ) -> Operand:
+        """``value``, that of ``node``, with every one of ``lanes``: repeated along those it does not vary with."""
+        if set(lanes) <= self.varies(node):
+            return value
+        scope = deepest([value.scope, *(self.blocks[s].scope for s in lanes)])
+        return Operand(scope.bind(f"tl.broadcast_to({value.text}, {shape})", hint), scope)
+
     def store(self, store: Store, scope: Scope, lanes: Iterable[sympy.Symbol] = ()) -> None:
         """Write a store into ``scope``. ``lanes`` are the blocks that shape the value; the address need not mention
         those of extent 1."""
@@ -235,7 +248,8 @@ class Context:
     ) -> tuple[str, Scope]:
         """Text and scope of an index expression over axes, dims and ``indirect`` symbols."""
         indirect = indirect or {}
-        extents = {s: b.extent for s, b in self.blocks.items()}
+        # A block of extent 1 is kept in the address, which thus has the shape that masks and other operands have.
+        extents = {s: b.extent for s, b in self.blocks.items() if b.extent != 1}
         over_blocks = simplify(sympy.expand(expr.xreplace(self.axes)), extents)
         used = over_blocks.free_symbols
         scopes = [self.base, *(b.scope for s, b in self.blocks.items() if s in used)]

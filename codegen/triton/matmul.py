@@ -8,6 +8,7 @@ operands share (a batched product) are spread over the programs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -121,11 +122,12 @@ class _Printer:
             self.base.line(f"{names[dot]} = tl.zeros({shape}, {self.accumulator})")
         return names
 
-    def row_operand(self, scope: Scope, row: Context) -> Operand:
+    def row_operand(self, scope: Scope, row: Context, lanes: Sequence[sympy.Symbol], shape: str) -> Operand:
         """The a tile, rounded to the operand dtype and zero beyond K."""
-        value = row.operand(self.form.a, self.operand)
+        a = self.form.a
+        value = row.shaped(row.operand(a, self.operand), a, lanes, shape, "a")
         mask = row.blocks[K].mask
-        if not mask or isinstance(self.form.a, Load):
+        if not mask or (isinstance(a, Load) and K in row.varies(a)):
             return value
         return Operand(
             scope.bind(f"tl.where({mask}, {value.text}, 0.0).to({TRITON_TYPES[self.operand]})", "a"), scope
@@ -169,12 +171,11 @@ class _TilePrinter(_Printer):
 
     def _multiply(self, scope: Scope, row: Context, down: Block, names: dict[Dot, str]) -> None:
         column = self.context.extended({**self.column_axes, self.form.k.symbol: K}, {N: self.n, K: down})
-        a = self.row_operand(scope, row).text
+        a = self.row_operand(scope, row, (M, K), f"[{self.block_m}, {self.block_k}]").text
         for dot, name in names.items():
-            b = column.operand(dot.b, self.operand).text
-            if not self.form.columns:
-                b = scope.bind(f"tl.broadcast_to({b}, [{self.block_k}, {self.block_n}])", "b")
-            scope.line(f"{name} = {self._dot(a, b, name)}")
+            b = column.operand(dot.b, self.operand)
+            b = column.shaped(b, dot.b, (K, N), f"[{self.block_k}, {self.block_n}]", "b")
+            scope.line(f"{name} = {self._dot(a, b.text, name)}")
 
     def _dot(self, a: str, b: str, name: str) -> str:
         precise = ', input_precision="ieee"' if self.operand is DType.f32 else ""
@@ -216,11 +217,12 @@ class _VectorPrinter(_Printer):
     def _multiply(self, scope: Scope, row: Context, across: Block, names: dict[Dot, str]) -> dict[Dot, str]:
         """Products of this block of k: added to the accumulators in a loop, else as they are."""
         column = self.context.extended({**self.column_axes, self.form.k.symbol: K}, {N: self.down, K: across})
-        value = self.row_operand(scope, row)
+        value = self.row_operand(scope, row, (K,), f"[{self.block_k}]")
         a = value.scope.bind(f"{value.text}.to({self.accumulator})[None, :]", "a")
         products = {}
         for dot in self.form.dots:
             b = column.operand(dot.b, self.operand)
+            b = column.shaped(b, dot.b, (N, K), f"[{self.block_n}, {self.block_k}]", "b")
             product = f"{a} * {b.text}.to({self.accumulator})"
             if dot in names:
                 scope.line(f"{names[dot]} += {product}")

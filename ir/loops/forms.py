@@ -58,8 +58,9 @@ def matmul_form(segment: Segment) -> MatmulForm | None:
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """A kernel around one attention op. For each of the op's results: the value stored for it and the store index as
-    a function of ``b, h, s, d`` (or ``b, h, s, p, d`` for the split form), ops.py's index of that result."""
+    """A kernel around one attention op. For each of the op's results, in order: the value that all of it is stored as,
+    and the store index as a function of ``b, h, s, d`` (or ``b, h, s, p, d`` for the split form), ops.py's index of
+    that result."""
 
     op: Op
     stores: tuple[tuple[Value, tuple[Expr, ...]], ...]
@@ -67,7 +68,8 @@ class AttentionForm:
 
 @lru_cache(maxsize=1024)
 def attention_form(kernel: Op) -> AttentionForm | None:
-    """The kernel as an attention whose results pass through views only, or None when it is no such kernel.
+    """The kernel as an attention whose results pass through views only, or None when it is no such kernel: also when a
+    result is stored several times, in part, or not at all.
 
     Raises VerifyError when a view cannot be inverted.
     """
@@ -76,7 +78,7 @@ def attention_form(kernel: Op) -> AttentionForm | None:
         return None
     (anchor,) = anchors
     views = Scalarizer(op for op in kernel.body if op is not anchor)
-    stores = []
+    stores: list[tuple[int, tuple[Value, tuple[Expr, ...]]]] = []
     for result in kernel.results:
         _, piece, _ = stored_space(result, {})
         while True:
@@ -97,7 +99,12 @@ def attention_form(kernel: Op) -> AttentionForm | None:
                 f"kernel {kernel.attr('name')}: the views after {anchor.opcode} cannot be inverted"
             )
         stores.append((number, (result, tuple(e.xreplace(table) for e in piece.index))))
-    return AttentionForm(anchor, tuple(store for _, store in sorted(stores, key=lambda item: item[0])))
+    stores.sort(key=lambda item: item[0])
+    if [number for number, _ in stores] != list(range(len(anchor.results))):
+        return None
+    if any(sympy.expand(v.type.numel - anchor.results[n].type.numel) != 0 for n, (v, _) in stores):
+        return None
+    return AttentionForm(anchor, tuple(store for _, store in stores))
 
 
 def _tiling(index: tuple[Expr, ...]) -> NeedSplit | None:

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given
-from torch import Tensor
+from hypothesis import given
 
-from tests.programs import fused, planned, run_program
 from tests.strategies import Case as Random
 from tests.strategies import examples, modules
 from tilewright.codegen.cpp import build
 from tilewright.codegen.cpp.expression import OPS
 from tilewright.codegen.cpp.program import print_program
-from tilewright.ir.index import sym
 from tilewright.ir.module import Loc, Op
 from tilewright.ir.pointwise import POINTWISE
-from tilewright.ir.program import Program
 from tilewright.ir.reference import evaluate
-from tilewright.ir.types import DType
 
 from .cpp_run import ALL, case_of, executor_of, program_of_cases, run_case
+from .random_programs import check_random, worst_excess
 from .triton_cases import CASES, Case
 
 
@@ -35,13 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("kernels")
     path.chmod(0o700)
     return path
-
-
-def worst_excess(ours: Tensor, theirs: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
-    """By how much an error exceeds 1.5 times eager's plus rounding; negative when it does not."""
-    size = truth.abs().nan_to_num().max().item() if truth.numel() else 0.0
-    allowed = 1.5 * (theirs.double() - truth).abs().max().item() + 2 * torch.finfo(dtype).eps * size
-    return (ours.double() - truth).abs().max().item() - allowed
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -111,30 +99,4 @@ def test_source_is_deterministic() -> None:
 @given(case=modules())
 def test_random_program_keeps_its_meaning(case: Random, folder: Path) -> None:
     """A random module through the whole pipeline and C++ equals the reference evaluator."""
-    check_random(case, folder)
-
-
-def check_random(case: Random, folder: Path) -> None:
-    """Compare results and KV state of a random module with float64."""
-    module = fused(case)
-    # A program's results do not grow with the context; what does lies in states and masks, at their capacity.
-    assume(not any(d.has(sym("T")) for v in module.main.returns for d in v.shape))
-
-    def make(program: Program, weights: Mapping[str, Tensor]) -> object:
-        return executor_of(program, weights, folder)
-
-    found, state = run_program(case, module, planned(module), make)  # type: ignore[arg-type]
-    plain_state, exact_state = dict(case.state), {k: v.double() for k, v in case.state.items()}
-    plain = case.run(state=plain_state)
-    exact = case.run(exact=True, state=exact_state)
-    pairs = [*zip(found, plain, exact, strict=True)]
-    pairs += [(state[slot], plain_state[slot], exact_state[slot]) for slot in sorted(state)]
-    # Where a module mixes precisions, a result is as exact as the coarsest value that it may depend on.
-    dtypes = {v.dtype for f in case.module.functions for op in f.ops for v in op.results if v.dtype.is_float}
-    eps = max(torch.finfo(d.torch).eps for d in dtypes | {DType.f64})
-    for ours, theirs, truth in pairs:
-        if not ours.dtype.is_floating_point:
-            assert torch.equal(ours, theirs)
-        else:
-            excess = worst_excess(ours, theirs, truth, ours.dtype)
-            assert excess <= 64 * eps * (1 + truth.abs().max().item())
+    check_random(case, lambda program, weights: executor_of(program, weights, folder))

@@ -42,6 +42,11 @@ def test_tiny_model_matches_reference(model: str, interpret: Callable[[str], lis
     assert interpret(f"model:{model}") == []
 
 
+def test_random_modules_keep_their_meaning(interpret: Callable[[str], list[str]]) -> None:
+    """Shapes and combinations of ops that no case above thought of, through the whole pipeline."""
+    assert interpret("random:120") == []
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_matches_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
     assert interpret(name) == []

@@ -403,14 +403,14 @@ def attend(opcode: str, dtype: DType, size: int, **attrs: object) -> Case:
     return Case(made.module, made.dims, {"mask": valid} if masked else {})
 
 
-@case("attention", *FLOATS)
+@case("attention", *FLOATS, (DType.f64,))
 def attention(dtype: DType) -> Case:
     return attend("attention", dtype, 16, slot="", mask=True)
 
 
-@case("attention_window")
-def attention_window() -> Case:
-    return attend("attention", DType.f32, 20, slot="", window=7, softcap=5.0)
+@case("attention_window", (DType.f32,), (DType.f64,))
+def attention_window(dtype: DType) -> Case:
+    return attend("attention", dtype, 20, slot="", window=7, softcap=5.0)
 
 
 @case("attention_encoder", (DType.f32,), (DType.bf16,))

@@ -1,6 +1,6 @@
 """A process with Triton's interpreter: reads names, a line each, and answers with what is wrong, as JSON.
 
-A name is that of a case, or ``model:family:dtype``.
+A name is that of a case, ``model:family:dtype``, or ``random:count``: so many random modules.
 
 The interpreter must be chosen before triton is imported, so it cannot share a process with tests that compile.
 """
@@ -21,6 +21,7 @@ def main() -> None:
     import torch
 
     from .triton_models import model_errors
+    from .triton_random import run_random
     from .triton_run import errors
 
     torch.set_num_threads(1)
@@ -30,6 +31,9 @@ def main() -> None:
                 kind, *rest = line.strip().split(":")
                 if kind == "model":
                     answer = model_errors(rest[0], getattr(torch, rest[1]), Path(folder), "cpu", True)
+                elif kind == "random":
+                    run_random(int(rest[0]), Path(folder))
+                    answer = []
                 else:
                     answer = errors(kind, True, "cpu", Path(folder) / f"case{number}.py")
             except Exception:  # noqa: BLE001 - the parent test shows it
