@@ -23,7 +23,7 @@ from tilewright.runtime.engine import Engine
 from tilewright.runtime.executor import EngineSpec
 
 from .api_mixin import Compiled, attach
-from .backends import SPLITS, Built, build, measures
+from .backends import ACTIVATION_GROUP, ROW_BLOCK, SPLITS, Built, build, measures
 from .capture import Captured, capture
 from .costs import eager_peak
 from .dump import Dump
@@ -33,7 +33,7 @@ from .options import Options, check_options
 from .progress import SILENT, Advance, Progress
 from .report import Fallback, Memory, PhaseReport, Report
 from .tune import best, choice_key, measure, remember, remembered
-from .weights import BoundWeights, bind_weights
+from .weights import BoundWeights, bind_weights, not_quantizable
 
 _LAST = PassOptions(last_tokens=True)
 
@@ -57,6 +57,9 @@ def compile(
     batch_sizes: a program is built for each; a batch in between runs in the next one up. A batch counts beams and
     returned sequences. An encoder runs a larger batch in several goes.
     max_length: longest sequence, prompt and new tokens together; by default 2048 or what the model can.
+    weights: "int8" (one scale per output channel) or "int4" (scale and minimum per 32 columns) stores the weights of
+    matrix products in that form, the embedding's too where it is tied to the last product; None keeps their dtype. What
+    cannot be quantised stays as it is, and the report says so.
     autotune: how prefill computes matrix products, by generated kernels or by the vendor's library. "full" builds both
     and times them on a piece of prompt (up to 128 tokens, best of three runs); "cached" does so unless the cache folder
     has the choice for this model on this machine; "off" takes generated kernels unmeasured. Nothing else is measured,
@@ -105,6 +108,8 @@ class _Compilation:
         self.stages["lowered"] = partial(str, lowered)
         dump.lowered(lowered)
         phases = _phases(captured, lowered, self.options)
+        if self.options.weights:
+            phases = _quantized(phases, self.options, not_quantizable(captured.tensors))
         with self._stage("passes"):
             modules = [self._optimise(lowered, phase, dump) for phase in phases]
             phases, modules = self._recall(phases, modules)
@@ -262,9 +267,27 @@ def _phases(captured: Captured, lowered: Module, options: Options) -> list[_Phas
     wide = context | {"B": (1, options.max_batch), "S": (1, options.chunk)}
     ours = _Phase("prefill", "prefill", options.max_batch, _LAST, wide)
     vendor = replace(ours, name="prefill_vendor", passes=replace(ours.passes, vendor_matmul=True))
-    if options.autotune == "off" or not measures(options):
+    # The vendor's library knows no quantised weights.
+    if options.autotune == "off" or options.weights or not measures(options):
         return [*decode, ours]
     return [*decode, ours, vendor]
+
+
+def _quantized(phases: list[_Phase], options: Options, keep_wide: tuple[str, ...]) -> list[_Phase]:
+    """The phases with quantised weights. Where many rows share a weight, time goes into arithmetic on floats, so only
+    decode steps round their activations."""
+
+    def quantized(phase: _Phase) -> PassOptions:
+        group = ACTIVATION_GROUP[options.backend] if phase.phase == "decode" else 0
+        return replace(
+            phase.passes,
+            weights=options.weights,
+            row_block=ROW_BLOCK[options.backend],
+            activation_group=group,
+            keep_wide=keep_wide,
+        )
+
+    return [replace(phase, passes=quantized(phase)) for phase in phases]
 
 
 def _rivals(phases: list[_Phase]) -> list[int]:

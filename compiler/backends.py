@@ -23,6 +23,10 @@ from .settings import cache_dir, cxx
 # Chunks of the context that decode attention is split into by a pass. The C++ primitive splits it over its own team,
 # within one kernel.
 SPLITS = {"cpp": 0, "triton": 16, "reference": 4}
+# Rows of quantised weights that are interleaved in memory: the C++ kernels have a row per lane.
+ROW_BLOCK = {"cpp": 16, "triton": 1, "reference": 1}
+# Activations that share a scale where decode steps with quantised weights multiply integers; 0: they stay floats.
+ACTIVATION_GROUP = {"cpp": 32, "triton": 0, "reference": 0}
 
 
 @dataclass(frozen=True)

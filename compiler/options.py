@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from tilewright.errors import DeviceError, OptionError
+from tilewright.passes.quantize_weights import BITS
 from tilewright.runtime.triton_executor import require_device
 
 BACKENDS = ("triton", "cpp", "reference")
+WEIGHTS = tuple(BITS)
 AUTOTUNE = ("off", "cached", "full")
 DEFAULT_MAX_LENGTH = 2048
 CHUNK = 512
@@ -23,10 +25,12 @@ CHUNK = 512
 
 @dataclass(frozen=True)
 class Options:
-    """Options with every default filled in. ``max_length`` is 0 for a module that has no sequences."""
+    """Options with every default filled in. ``max_length`` is 0 for a module that has no sequences; ``weights`` is ""
+    for the model's own dtype."""
 
     batch_sizes: tuple[int, ...]
     max_length: int
+    weights: str
     autotune: str
     backend: str
     device: torch.device
@@ -54,9 +58,9 @@ def check_options(
     """Raise OptionError or DeviceError, naming the remedy, for options that cannot work with ``model``."""
     if not isinstance(model, nn.Module):
         raise OptionError(f"compile takes an nn.Module, got {type(model).__name__}")
-    if weights is not None:
+    if weights is not None and weights not in WEIGHTS:
         raise OptionError(
-            f"weights={weights!r} is not supported: leave weights out to run the model's own dtype"
+            f"weights={weights!r} is none of {', '.join(WEIGHTS)}; leave weights out to keep the model's own dtype"
         )
     if autotune not in AUTOTUNE:
         raise OptionError(f"autotune={autotune!r} is none of {', '.join(AUTOTUNE)}")
@@ -64,6 +68,7 @@ def check_options(
     return Options(
         batch_sizes=_batch_sizes(batch_sizes),
         max_length=_max_length(model, max_length),
+        weights=weights or "",
         autotune=autotune,
         backend=_backend(backend, device),
         device=device,

@@ -7,7 +7,7 @@ computed once and counted as a copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ from tilewright.ir.index import IndexMap
 from tilewright.ir.module import Function, Module, Op
 from tilewright.ir.reference import Evaluation, join_scope
 from tilewright.ir.types import Value, concrete
+
+LARGEST = 32000.0
+"""Largest weight that is quantised: the difference of two still fits f16."""
 
 
 @dataclass(frozen=True)
@@ -44,30 +47,60 @@ def bind_weights(
     bound = dict(tensors)
     wanted_names = frozenset(used)
     merged = copied = 0
-    for module, function, scope, value in _prepared(modules):
-        name = join_scope(scope, value.name)
-        if name in bound:
-            continue
-        buffer = _Rearrangement(function, bound, scope, wanted_names).build(value)
-        if buffer is None:
-            buffer = Evaluation(module, bound, {}).call(_only(function, value), (), scope)[0].contiguous()
-            copied += buffer.nbytes
-        else:
+    for module, function, scope in _prepared(modules):
+        computed = []
+        for value in function.returns:
+            if (name := join_scope(scope, value.name)) in bound:
+                continue
+            buffer = _Rearrangement(function, bound, scope, wanted_names).build(value)
+            if buffer is None:
+                computed.append(value)
+                continue
             merged += buffer.nbytes
-        bound[name] = buffer
+            bound[name] = buffer
+        for value, buffer in _compute(module, function, scope, computed, bound):
+            copied += buffer.nbytes
+            bound[join_scope(scope, value.name)] = buffer
     wanted = {name: bound[name] for name in wanted_names}
     seen = {t.untyped_storage().data_ptr(): t.nbytes for name, t in wanted.items() if name in tensors}
     return BoundWeights(wanted, sum(seen.values()), merged, copied)
 
 
-def _prepared(modules: Iterable[Module]) -> Iterator[tuple[Module, Function, str, Value]]:
-    """Every prepared weight, once per scope of the function that uses it."""
+def not_quantizable(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names of matrices that hold what no code stands for: NaN, infinity, or more than the range of the f16 scales."""
+    found = []
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2 and tensor.is_floating_point() and tensor.numel() > 0:
+            low, high = (x.item() for x in torch.aminmax(tensor.detach()))
+            if not (-LARGEST <= low <= high <= LARGEST):  # NaN compares false
+                found.append(name)
+    return tuple(found)
+
+
+def _prepared(modules: Iterable[Module]) -> Iterator[tuple[Module, Function, str]]:
+    """Every function that prepares weights, once per scope of the function that uses them."""
     for module in modules:
         for function in module.functions:
             if function.name.endswith(".weights"):
                 for scope in _scopes(module, function.name.removesuffix(".weights")):
-                    for value in function.returns:
-                        yield module, function, scope, value
+                    yield module, function, scope
+
+
+def _compute(
+    module: Module, function: Function, scope: str, values: Sequence[Value], bound: Mapping[str, Tensor]
+) -> list[tuple[Value, Tensor]]:
+    """Evaluate ``values`` of a ``.weights`` function, and no more than they need."""
+    if not values:
+        return []
+    needed, ops = set(values), []
+    for op in reversed(function.ops):
+        if needed & set(op.results):
+            needed |= set(op.operands)
+            ops.append(op)
+    pruned = function.with_ops(reversed(ops), values)
+    with torch.no_grad():
+        results = Evaluation(module, bound, {}).call(pruned, (), scope)
+    return [(v, t.contiguous()) for v, t in zip(values, results, strict=True)]
 
 
 def _scopes(module: Module, function: str) -> list[str]:
@@ -75,10 +108,6 @@ def _scopes(module: Module, function: str) -> list[str]:
         return [""]
     calls = (op for op in module.main.ops if op.opcode == "call" and op.attr("callee") == function)
     return list(dict.fromkeys(str(op.attr("scope")) for op in calls))
-
-
-def _only(function: Function, value: Value) -> Function:
-    return function.with_ops(function.ops, (value,))
 
 
 def _permutation(index_map: IndexMap, rank: int) -> tuple[int, ...] | None:

@@ -11,7 +11,9 @@
 | view | x -> result[i] = x[map(i)] | map (the result type gives the shape) |
 | concat | xs -> joined along ``axis`` | axis |
 | gather | table, index -> table with ``axis`` replaced by the index's shape | axis |
-| matmul | a[.., M, K], b[N, K] or b[.., N, K] -> [.., M, N]; float32 accumulation | |
+| matmul | a[.., M, K], b[N, K] or b[.., N, K] -> [.., M, N]; float32 accumulation | (activation_group) |
+| quantize | w[N, K] -> codes, scale (and, for 4 bits, minimum); weights only, once at load | bits, group |
+| dequantize | codes, scale (, minimum) -> float[N, K] | bits, group |
 | attention | q[B,H,S,D], k, v [B,G,S,D], optional mask bool[B,T] -> [B,H,S,Dv] | scale, causal, window, softcap, slot |
 | append | x[B,G,S,D] -> the slot's whole cache [B,G,T,D], ending in x | slot |
 | attention_split | q, k, v [B,G,T,D], mask -> acc f32[B,H,S,P,Dv], max, sum f32[B,H,S,P] | as attention; splits |
@@ -21,6 +23,8 @@
 
 ``attention`` with a non-empty ``slot`` owns the append of k and v to that slot of the request's KV state;
 with slot "" it attends over exactly the given k and v, whose length may exceed q's (q is then the last S of T).
+``matmul`` may carry ``activation_group``: runs of that many values of a's rows may then be rounded to int8, each run
+with a scale of its own, so that a kernel can multiply integers. Codes and scales are those of ``quantization``.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ Inferred = tuple[TensorType, ...] | None
 
 @dataclass(frozen=True)
 class OpSpec:
-    """Attributes (name -> kind, all required) and type inference of one op.
+    """Attributes (name -> kind), those that must be there, and type inference of one op.
 
     Kinds: int, float, bool, str, ints, number, expr, map. ``infer`` gives the result types, or None where the
     declared type is itself the information (param, cast, view, ...). It raises VerifyError on misuse.
@@ -49,6 +53,7 @@ class OpSpec:
 
     attrs: Mapping[str, str]
     infer: Callable[[Op, Module | None], Inferred]
+    optional: frozenset[str] = frozenset()
 
 
 def broadcast(shapes: Iterable[tuple[sympy.Expr, ...]]) -> tuple[sympy.Expr, ...]:
@@ -165,7 +170,40 @@ def _matmul(op: Op, module: Module | None) -> Inferred:
     )
     _need(a.shape[-1] == b.shape[-1], op, f"K differs: {a.type} and {b.type}")
     _need(b.type.rank == 2 or a.shape[:-2] == b.shape[:-2], op, f"batch dims differ: {a.type} and {b.type}")
+    group = op.attr("activation_group", 1)
+    _need(group >= 1 and a.shape[-1] % group == 0, op, f"K of {a.type} is no multiple of {group}")
     return (TensorType(a.dtype, (*a.shape[:-1], b.shape[-2])),)
+
+
+def _quantized(op: Op, rows: sympy.Expr, columns: sympy.Expr) -> tuple[TensorType, ...]:
+    """The types that codes, scale and minimum of a matrix have."""
+    bits, group = op.attr("bits"), op.attr("group")
+    _need(bits in (4, 8), op, f"has forms of 4 and 8 bits, not {bits}")
+    _need(group >= 1 and (bits == 8 or group % 8 == 0), op, f"bad group {group}")
+    _need(
+        rows.is_Integer and columns.is_Integer and columns % group == 0, op, "K must be a multiple of group"
+    )
+    scales = (rows, columns / group)
+    if bits == 8:
+        return TensorType(DType.i8, (rows, columns)), TensorType(DType.f32, scales)
+    return TensorType(DType.u8, (rows, columns / 2)), *(TensorType(DType.f16, scales),) * 2
+
+
+def _quantize(op: Op, module: Module | None) -> Inferred:
+    _arity(op, 1)
+    (w,) = op.operands
+    _need(w.type.rank == 2 and w.dtype.is_float, op, "takes a float matrix")
+    return _quantized(op, *w.shape)
+
+
+def _dequantize(op: Op, module: Module | None) -> Inferred:
+    result = op.result.type
+    _need(result.rank == 2 and result.dtype.is_float, op, "gives a float matrix")
+    expected = _quantized(op, *result.shape)
+    _arity(op, len(expected))
+    found = tuple(v.type for v in op.operands)
+    _need(found == expected, op, f"takes {', '.join(map(str, expected))}, not {', '.join(map(str, found))}")
+    return None
 
 
 def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
@@ -243,7 +281,9 @@ OPS: dict[str, OpSpec] = {
     "view": OpSpec({"map": "map"}, _view),
     "concat": OpSpec({"axis": "int"}, _concat),
     "gather": OpSpec({"axis": "int"}, _gather),
-    "matmul": OpSpec({}, _matmul),
+    "matmul": OpSpec({"activation_group": "int"}, _matmul, frozenset({"activation_group"})),
+    "quantize": OpSpec({"bits": "int", "group": "int"}, _quantize),
+    "dequantize": OpSpec({"bits": "int", "group": "int"}, _dequantize),
     "attention": OpSpec({**_ATTENTION, "slot": "str"}, _attention),
     "append": OpSpec({"slot": "str"}, _append),
     "attention_split": OpSpec({**_ATTENTION, "splits": "int"}, _attention_split),
@@ -262,7 +302,7 @@ def infer_types(op: Op, module: Module | None = None) -> Inferred:
     spec = OPS.get(op.opcode)
     if spec is None:
         raise VerifyError(f"unknown op {op.opcode!r}; the ops are {', '.join(sorted(OPS))}")
-    if missing := set(spec.attrs) - {name for name, _ in op.attrs}:
+    if missing := set(spec.attrs) - spec.optional - {name for name, _ in op.attrs}:
         raise VerifyError(f"{op.opcode}: missing attributes {sorted(missing)}")
     if unknown := {name for name, _ in op.attrs} - set(spec.attrs):
         raise VerifyError(f"{op.opcode}: unknown attributes {sorted(unknown)}")

@@ -65,6 +65,7 @@ _ROWS = (
     Pointwise("and", 2, "same", "int", torch.bitwise_and),
     Pointwise("or", 2, "same", "int", torch.bitwise_or),
     Pointwise("xor", 2, "same", "int", torch.bitwise_xor),
+    Pointwise("shr", 2, "same", "int", torch.bitwise_right_shift),
     Pointwise("not", 1, "same", "bool", torch.logical_not),
     Pointwise("where", 3, "select", "any", torch.where),
     # The evaluator converts to the declared result type; the table entry is the identity.

@@ -20,6 +20,7 @@ from .errors import VerifyError
 from .index import IndexMap, extents_of, linear_index, simplify, sym
 from .module import Function, Module, Op
 from .pointwise import POINTWISE
+from .quantization import dequantize, quantize, round_activations
 from .types import DType, Value, concrete
 
 MASKED = -1e30
@@ -72,6 +73,8 @@ class Evaluation:
             return self.call(callee, args, join_scope(scope, op.attr("scope")))
         if op.opcode == "call_torch":
             return run_torch_call(op.attr("target"), op.attr("template"), args)
+        if op.opcode == "quantize":
+            return quantize(args[0], op.attr("bits"), op.attr("group"))
         return (_RULES[op.opcode](self, op, args, scope),) if op.opcode in _RULES else self._split(op, args)
 
     def _split(self, op: Op, args: list[Tensor]) -> tuple[Tensor, ...]:
@@ -252,7 +255,17 @@ def _gather(run: Evaluation, op: Op, args: list[Tensor], scope: str) -> Tensor:
 
 
 def _matmul(run: Evaluation, op: Op, args: list[Tensor], scope: str) -> Tensor:
-    return args[0] @ args[1].transpose(-1, -2)
+    a, b = args
+    if group := op.attr("activation_group"):
+        a = round_activations(a, group)
+    return a @ b.transpose(-1, -2)
+
+
+def _dequantize(run: Evaluation, op: Op, args: list[Tensor], scope: str) -> Tensor:
+    dtype = run.dtype(op.result.dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    minimum = args[2] if len(args) == 3 else None
+    return dequantize(args[0], args[1], minimum, op.attr("bits"), op.attr("group"), wide).to(dtype)
 
 
 def _append(run: Evaluation, op: Op, args: list[Tensor], scope: str) -> Tensor:
@@ -297,4 +310,5 @@ def _scores(op: Op, args: list[Tensor]) -> tuple[Tensor, Tensor]:
 _RULES: dict[str, Rule] = {
     "param": _param, "const": _const, "iota": _iota, "dim": _dim, "reduce": _reduce, "view": _view,
     "concat": _concat, "gather": _gather, "matmul": _matmul, "append": _append, "attention": _attention,
+    "dequantize": _dequantize,
 }  # fmt: skip

@@ -16,13 +16,19 @@ class PassOptions:
 
     fixed: dims that are constants in it (decode: S=1, L=1). last_tokens: keep the logits of the last L positions.
     splits: chunks of the context in decode attention; 0 leaves attention whole. vendor_matmul: products with weights go
-    to the vendor's library.
+    to the vendor's library. weights: "int8" or "int4" for the weights of products, "" for their own dtype. row_block:
+    rows of such weights that are interleaved. activation_group: activations that share a scale where a product with
+    such weights rounds them to int8; 0 keeps them. keep_wide: full names of weights that cannot be quantised.
     """
 
     fixed: tuple[tuple[str, int], ...] = ()
     last_tokens: bool = False
     splits: int = 0
     vendor_matmul: bool = False
+    weights: str = ""
+    row_block: int = 1
+    activation_group: int = 0
+    keep_wide: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,13 @@ class Pass:
 
 
 def per_function(rewrite: Callable[[Function], Function]) -> Callable[[Module, PassOptions], Module]:
-    """A pass that treats every function by itself."""
+    """A pass that treats every function by itself. Those that prepare weights are left alone: they run once, and the
+    names of what they return are what they are called for."""
 
     def run(module: Module, options: PassOptions) -> Module:
-        return module.with_functions(rewrite(f) for f in module.functions)
+        return module.with_functions(
+            f if f.name.endswith(".weights") else rewrite(f) for f in module.functions
+        )
 
     return run
 

@@ -12,7 +12,8 @@ Four steps, none of which knows a model:
    cheap ones, or those with one value per row.
 3. *Loops*: what is left, bottom-up: an op joins the kernel of its consumers when they are one kernel.
 
-Before that, views, casts and constants, which cost nothing inside a kernel, are copied so that each has one user.
+Before that, views, casts, constants and quantised weights as floats, which cost little inside a kernel and much in
+memory, are copied so that each has one user.
 
 ``scalarize`` decides legality; see ``ir.loops``.
 """
@@ -32,7 +33,7 @@ from .fusion.groups import ANCHORS, ATTENTION, SOURCES, Groups
 from .fusion.loops import group_loops
 from .fusion.prologues import grow_prologue
 
-_FREE = (*SOURCES, "view", "cast")
+_FREE = (*SOURCES, "view", "cast", "dequantize")
 _READS_MEMORY = ("call", "call_torch", *ATTENTION)  # what these read is stored once, however many they are
 
 

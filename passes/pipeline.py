@@ -18,6 +18,7 @@ from .fold_constants import fold_constants
 from .fuse import fuse
 from .last_tokens import last_tokens
 from .merge_matmuls import merge_matmuls
+from .quantize_weights import quantize_weights
 from .specialize import specialize
 from .split_attention import split_attention
 from .vendor_matmul import vendor_matmul
@@ -32,6 +33,7 @@ PIPELINE: tuple[Pass, ...] = (
     Pass("commute_row_factors", commute_row_factors, "after merging; frees the matmul of its row statistics"),
     Pass("split_attention", split_attention, "before fusion, so that the merge fuses like any other code"),
     Pass("fold_constants", fold_constants, "after merging has made expressions over weights"),
+    Pass("quantize_weights", quantize_weights, "of the stacked weights, which products stream"),
     Pass("vendor_matmul", vendor_matmul, "once weights have the layout that a product streams"),
     Pass("canonicalize", canonicalize, "the rewrites above leave chains of views and casts"),
     Pass("cse", eliminate_common_subexpressions, "and duplicates"),

@@ -65,7 +65,7 @@ def print_op(op: str, result: DType, operand: DType, args: Args) -> str:
     return f"{scalar(result)}({text})" if small and op in _WRAPS else text
 
 
-_WRAPS = ("add", "sub", "mul", "neg", "and", "or", "xor")
+_WRAPS = ("add", "sub", "mul", "neg", "and", "or", "xor", "shr")
 
 
 def _binary(sign: str, on_bool: str = "") -> Callable[[DType, DType, Args], str]:
@@ -117,6 +117,7 @@ OPS: dict[str, Callable[[DType, DType, Args], str]] = {
     "sigmoid": _call("tw::sigmoid"), "floor": _call("std::floor"),
     "eq": _binary("=="), "ne": _binary("!="), "lt": _binary("<"), "le": _binary("<="), "gt": _binary(">"),
     "ge": _binary(">="), "and": _binary("&"), "or": _binary("|"), "xor": _binary("^"),
+    "shr": _binary(">>"),
     "not": lambda r, o, a: f"(!{a[0]})", "where": lambda r, o, a: f"({a[0]} ? {a[1]} : {a[2]})", "cast": _cast,
 }  # fmt: skip
 

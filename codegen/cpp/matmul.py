@@ -2,7 +2,8 @@
 
 Segments of a kernel that share their row operand share one prologue. With up to ``GEMV_MAX_ROWS`` rows (a decode step)
 every thread runs the prologue for itself, which is cheaper than a barrier, and streams its share of the weights
-(``gemv.h``); otherwise the team fills a block of rows together and multiplies it (``gemm.h``).
+(``gemv.h``, or ``quantized.h`` for weights that are stored as codes); otherwise the team fills a block of rows together
+and multiplies it (``gemm.h``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .expression import print_index
 from .kernel_context import KernelContext, product
 from .matmul_group import Group, direct_rows
 from .pointwise import print_point, print_stores
+from .quantized import StoredWeight
 from .scalars import Scalars
 
 ROW_BLOCK = 512  # rows of activations prepared at a time
@@ -53,6 +55,8 @@ class _Printer:
         space, weight = self.kernel.workspace, self.weight
         block = rows if self.few else f"std::min<long>({ROW_BLOCK}, {rows})"
         needed = []
+        if self.few and self.group.stored:
+            needed.append(f"{rows} * tw::byte_row_bytes({depth})")
         if self.direct is None:
             needed.append(f"tw::bytes<tw::activation_t<{weight}>>({block} * tw::padded<{weight}>({depth}))")
         if self.values:
@@ -73,6 +77,10 @@ class _Printer:
         for n, value in enumerate(self.values):
             kind = scalar(value.dtype)
             writer.line(f"{kind}* row{n} = tw::carve<{kind}>(scratch, {rows});")
+        if self.few and self.group.stored:
+            count = self.group.row_count
+            writer.line(f"tw::ByteRow byte_rows[{count}];")
+            writer.line("for (tw::ByteRow& row : byte_rows) row = tw::carve_byte_row(scratch, k);")
 
     # -- prologue ----------------------------------------------------------------------------------------------
 
@@ -121,6 +129,30 @@ class _Printer:
     def _column_symbols(self, form: MatmulForm) -> None:
         self.writer.line("long at = column;")
         print_point(self.kernel, form.columns, "at")
+
+    def weight_blocks(self, form: MatmulForm, weights: tuple[StoredWeight, ...]) -> None:
+        """A function from dot and column to the addresses of the block of codes that sixteen columns read."""
+        writer, kind = self.writer, weights[0].kind
+        ranges = {a.symbol: a.extent for a in form.columns}
+        with writer.block(f"const auto weight_block = [&](int d, long column) -> {kind}::Block", "};"):
+            self._column_symbols(form)
+            for n, weight in enumerate(weights):
+                places = []
+                for load in (weight.codes, weight.scale, weight.minimum):
+                    if load is not None:
+                        start = (weight.block, *(Integer(0),) * (load.value.type.rank - 1))
+                        offset = self.kernel.offset(load.value, start, ranges)
+                        places.append(f"{self.kernel.names[load.value]} + {print_index(offset)}")
+                test = f"if (d == {n}) " if n + 1 < len(weights) else ""
+                writer.line(f"{test}return {{{', '.join(places)}}};")
+
+    def pack_blocks(self, kind: str) -> None:
+        """A function that packs a panel of weights from blocks of codes."""
+        writer = self.writer
+        with writer.block("const auto pack = [&](int d, long first, int count, float* panel)", "};"):
+            writer.line(
+                f"tw::pack_blocks<{kind}>(panel, count, k, [&](int j) {{ return weight_block(d, first + j); }});"
+            )
 
     def pack(self, form: MatmulForm) -> None:
         """A function that packs a panel of weights, from rows in memory or element by element."""
@@ -215,11 +247,20 @@ def _print_few_rows(printer: _Printer) -> None:
     printer.prologue("0", "rows", "0")
     if printer.direct:
         writer.line(f"const A* a = {printer.direct[0]};")
-    for form, segment in zip(printer.group.forms, printer.group.segments, strict=True):
+    stored = printer.group.stored
+    if stored is not None:
+        writer.line("for (long row = 0; row < rows; row++) tw::round_row(a + row * lda, k, byte_rows[row]);")
+    for number, (form, segment) in enumerate(zip(printer.group.forms, printer.group.segments, strict=True)):
         with writer.block():
-            printer.weight_rows(form)
-            printer.epilogue(form, segment, "0")
             columns = print_index(product([a.extent for a in form.columns]))
+            printer.epilogue(form, segment, "0")
+            if stored is not None:
+                weights = stored[number]
+                printer.weight_blocks(form, weights)
+                call = f"tw::gemv_quantized<{weights[0].kind}, {printer.group.row_count}, {len(form.dots)}>"
+                writer.line(f"{call}(worker, {columns}, k, byte_rows, weight_block, epilogue);")
+                continue
+            printer.weight_rows(form)
             call = f"tw::gemv<W, {printer.group.row_count}, {len(form.dots)}>"
             writer.line(f"{call}(worker, {columns}, k, a, lda, weight_row, epilogue);")
 
@@ -236,18 +277,23 @@ def _print_blocks(printer: _Printer) -> None:
             writer.line("worker.barrier();")
         if printer.direct:
             writer.line(f"const A* a = {printer.direct[0]} + block * lda;")
-        for form, segment in zip(printer.group.forms, printer.group.segments, strict=True):
+        for number in range(len(printer.group.forms)):
             with writer.block():
-                _print_product(printer, form, segment)
+                _print_product(printer, number)
         if prepared:
             writer.line("if (block + height < rows) worker.barrier();")
 
 
-def _print_product(printer: _Printer, form: MatmulForm, segment: Segment) -> None:
-    writer = printer.writer
-    if printer.group.weight is not None:
-        printer.weight_rows(form)
-    printer.pack(form)
+def _print_product(printer: _Printer, number: int) -> None:
+    writer, group = printer.writer, printer.group
+    form, segment = group.forms[number], group.segments[number]
+    if group.stored is not None:
+        printer.weight_blocks(form, group.stored[number])
+        printer.pack_blocks(group.stored[number][0].kind)
+    else:
+        if group.weight is not None:
+            printer.weight_rows(form)
+        printer.pack(form)
     printer.epilogue(form, segment, "block")
     extent = print_index(product([a.extent for a in form.columns]))
     writer.line("float* panels = reinterpret_cast<float*>(own);")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import sympy
 from sympy import Expr, Integer
@@ -12,6 +13,7 @@ from tilewright.ir.types import DType
 
 from .expression import print_index
 from .kernel_context import KernelContext, coefficient, contains, product
+from .quantized import GROUP, MAX_ROWS, StoredWeight, stored_weights
 
 GEMV_MAX_ROWS = 8  # gemv.h says why
 _FLOATS = (DType.f32, DType.f16, DType.bf16)
@@ -38,9 +40,21 @@ class Group:
 
     @property
     def few_rows(self) -> bool:
-        """Whether the gemv path applies: a small constant number of rows, and weights that lie in memory by rows."""
+        """Whether a gemv applies: a small constant number of rows, and weights that lie in memory as it reads them."""
         count = self.row_count
-        return bool(count.is_Integer and count <= GEMV_MAX_ROWS and self.weight is not None)
+        if not count.is_Integer:
+            return False
+        if self.stored is not None:
+            rounded = all(d.activation_group == GROUP for f in self.forms for d in f.dots)
+            return bool(rounded and count <= MAX_ROWS)
+        return bool(count <= GEMV_MAX_ROWS and self.weight is not None)
+
+    @cached_property
+    def stored(self) -> tuple[tuple[StoredWeight, ...], ...] | None:
+        """The stored weights of each form's dots, when all are codes of one kind that lie in blocks."""
+        found = [stored_weights(f) for f in self.forms]
+        weights = tuple(w for w in found if w is not None)
+        return weights if len(weights) == len(found) and len({w[0].kind for w in weights}) == 1 else None
 
     @property
     def weight(self) -> DType | None:

@@ -20,6 +20,7 @@ _INCLUDES = {
     "attention_f64.h": ("tw::attend_f64",),
     "gemm.h": ("tw::gemm<",),
     "gemv.h": ("tw::gemv<",),
+    "quantized.h": ("tw::gemv_quantized<", "tw::pack_blocks<"),
     "math.h": (),
     "parallel.h": (),
 }  # header -> what of it kernels use; the large ones are parsed only where they are needed

@@ -155,6 +155,7 @@ TRITON: dict[str, Print] = {
     "and": _plain("{0} & {1}"),
     "or": _plain("{0} | {1}"),
     "xor": _plain("{0} ^ {1}"),
+    "shr": _plain("{0} >> {1}"),
     "not": _plain("{0} == 0"),
     "where": _plain("tl.where({0}, {1}, {2})"),
     "cast": _plain("{0}"),

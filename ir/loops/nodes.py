@@ -84,11 +84,14 @@ class Reduce(Node):
 
 @dataclass(frozen=True, eq=False)
 class Dot(Node):
-    """The sum over ``axis`` of ``a * b``, accumulated in float32 (float64 for f64)."""
+    """The sum over ``axis`` of ``a * b``, accumulated in float32 (float64 for f64).
+
+    ``activation_group`` (0: none): runs of so many values of ``a`` may be rounded to int8, each with its own scale."""
 
     a: Node
     b: Node
     axis: Axis
+    activation_group: int = 0
 
     @property
     def children(self) -> tuple[Node, ...]:

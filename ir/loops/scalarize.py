@@ -10,10 +10,10 @@ import sympy
 from sympy import Expr, Integer
 
 from ..errors import VerifyError
-from ..index import provably_less, provably_nonnegative, simplify, sym
+from ..index import FloorDiv, Mod, provably_less, provably_nonnegative, simplify, sym
 from ..module import Op
 from ..pointwise import POINTWISE
-from ..types import Value
+from ..types import DType, Value
 from .nodes import Apply, Axis, Const, Dot, Index, Load, Loops, Node, Reduce, Segment, Store
 from .pieces import NeedSplit, Piece, cut_for, stored_space
 
@@ -71,6 +71,8 @@ class Scalarizer:
                 return self._reduce(op, index, ranges, depth)
             case "matmul":
                 return self._matmul(op, index, ranges, depth)
+            case "dequantize":
+                return self._dequantize(op, index, ranges, depth)
         raise VerifyError(f"{op.opcode} has no loop form")
 
     def _concat(self, op: Op, index: tuple[Expr, ...], ranges: dict[sympy.Symbol, Expr], depth: int) -> Node:
@@ -92,10 +94,28 @@ class Scalarizer:
         rest = index[axis + ids.type.rank :]
         if isinstance(picked, Index):
             return self.node(table, (*index[:axis], picked.expr, *rest), ranges, depth)
-        if table in self.definitions:
-            raise VerifyError("gather from a value computed in the same kernel")
         symbol = sym(f"g{axis}")
-        return self.make(Load, table.dtype, table, (*index[:axis], symbol, *rest), ((symbol, picked),))
+        inner = ranges | {symbol: table.shape[axis]}
+        entry = self.node(table, (*index[:axis], symbol, *rest), inner, depth)
+        return self._picked(entry, symbol, picked)
+
+    def _picked(self, node: Node, symbol: sympy.Symbol, picked: Node) -> Node:
+        """``node`` with ``symbol`` bound to a computed integer in every load below."""
+        match node:
+            case Load(value=value, index=index, indirect=indirect):
+                if not any(symbol in e.free_symbols for e in index):
+                    return node
+                if indirect:
+                    raise VerifyError("a table that is gathered from is itself gathered")
+                return self.make(Load, node.dtype, value, index, (*indirect, (symbol, picked)))
+            case Apply(op=op, args=args):
+                bound = tuple(self._picked(a, symbol, picked) for a in args)
+                return self.make(Apply, node.dtype, op, bound)
+            case Const():
+                return node
+            case Index(expr=expr) if symbol not in expr.free_symbols:
+                return node
+        raise VerifyError("a table that is gathered from is computed by more than pointwise ops")
 
     def _reduce(self, op: Op, index: tuple[Expr, ...], ranges: dict[sympy.Symbol, Expr], depth: int) -> Node:
         (x,) = op.operands
@@ -122,7 +142,34 @@ class Scalarizer:
         left = self.node(a, (*index[:-1], axis.symbol), inner, depth + 1)
         batch = index[:-2] if b.type.rank > 2 else ()
         right = self.node(b, (*batch, index[-1], axis.symbol), inner, depth + 1)
-        return self.make(Dot, op.result.dtype, left, right, axis)
+        return self.make(Dot, op.result.dtype, left, right, axis, op.attr("activation_group", 0))
+
+    def _dequantize(
+        self, op: Op, index: tuple[Expr, ...], ranges: dict[sympy.Symbol, Expr], depth: int
+    ) -> Node:
+        """``scale * code + minimum``; see ``ir.quantization`` for where a code lies."""
+        codes, *factors = op.operands
+        row, column = index
+        place = (row, FloorDiv(column, Integer(op.attr("group"))))
+        if op.attr("bits") == 8:
+            code = self.node(codes, index, ranges, depth)
+        else:
+            byte = self.node(
+                codes, (row, 4 * FloorDiv(column, Integer(8)) + Mod(column, Integer(4))), ranges, depth
+            )
+            shift = simplify(4 * Mod(FloorDiv(column, Integer(4)), Integer(2)), ranges)
+            low = self.make(Apply, DType.u8, "shr", (byte, self.make(Index, DType.u8, shift)))
+            code = self.make(Apply, DType.u8, "and", (low, self.make(Const, DType.u8, 15)))
+        wide = DType.f64 if op.result.dtype is DType.f64 else DType.f32
+
+        def as_float(node: Node) -> Node:
+            return node if node.dtype is wide else self.make(Apply, wide, "cast", (node,))
+
+        scale, *minimum = (as_float(self.node(v, place, ranges, depth)) for v in factors)
+        value = self.make(Apply, wide, "mul", (as_float(code), scale))
+        if minimum:
+            value = self.make(Apply, wide, "add", (value, minimum[0]))
+        return value if op.result.dtype is wide else self.make(Apply, op.result.dtype, "cast", (value,))
 
 
 def _aligned(operand: Value, index: tuple[Expr, ...]) -> tuple[Expr, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from ..errors import VerifyError
 from ..index import format_expr
 from .nodes import Apply, Const, Dot, Index, Load, Loops, Node, Reduce
@@ -11,8 +13,10 @@ def print_node(node: Node) -> str:
     """Text of a scalar expression."""
     match node:
         case Load(value=value, index=index, indirect=indirect):
-            table = {symbol: print_node(n) for symbol, n in indirect}
-            parts = [table.get(e, format_expr(e)) if e.is_Symbol else format_expr(e) for e in index]
+            parts = [format_expr(e) for e in index]
+            for symbol, node_of in indirect:
+                picked = print_node(node_of).replace("\\", r"\\")
+                parts = [re.sub(rf"\b{symbol}\b", picked, part) for part in parts]
             return f"{value}[{', '.join(parts)}]"
         case Const(value=value):
             return repr(value)
@@ -22,8 +26,9 @@ def print_node(node: Node) -> str:
             return f"{op}{':' + node.dtype.value if op == 'cast' else ''}({', '.join(map(print_node, args))})"
         case Reduce(kind=kind, axes=axes, body=body):
             return f"{kind}({', '.join(f'{a.symbol} < {a.extent}' for a in axes)}: {print_node(body)})"
-        case Dot(a=a, b=b, axis=axis):
-            return f"dot({axis.symbol} < {axis.extent}: {print_node(a)}, {print_node(b)})"
+        case Dot(a=a, b=b, axis=axis, activation_group=group):
+            rounded = f", a in int8 by {group}" if group else ""
+            return f"dot({axis.symbol} < {axis.extent}: {print_node(a)}, {print_node(b)}{rounded})"
     raise VerifyError(f"unknown node {type(node).__name__}")
 
 

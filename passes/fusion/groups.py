@@ -15,12 +15,13 @@ from ..dce import has_effect
 ATTENTION = ("attention", "attention_split")
 ANCHORS = ("matmul", *ATTENTION)
 SOURCES = ("const", "iota", "dim")
+_LOOPS = ("view", "concat", "gather", "reduce", "append", "dequantize", *SOURCES)
 COSTLY = ("exp", "log", "sin", "cos", "tanh", "erf", "sigmoid", "pow")
 
 
 def is_loop(op: Op) -> bool:
     """True for an op that a loop can compute element by element."""
-    return op.opcode in POINTWISE or op.opcode in ("view", "concat", "gather", "reduce", "append", *SOURCES)
+    return op.opcode in POINTWISE or op.opcode in _LOOPS
 
 
 class Groups:

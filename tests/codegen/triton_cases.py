@@ -7,7 +7,7 @@ the GPU tests all run this list; the reference evaluator says what is right.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,14 @@ class Case:
     def kernel(self) -> Op:
         (op,) = self.module.main.ops
         return op
+
+    def meanings(self) -> tuple[Module, ...]:
+        """The modules of which a kernel may compute any: with activations rounded where it may, and without."""
+        body = tuple(op.with_attrs(activation_group=None) for op in self.kernel.body)
+        if body == self.kernel.body:
+            return (self.module,)
+        main = self.module.main.with_ops((replace(self.kernel, body=body),))
+        return self.module, self.module.with_functions((main,))
 
     def inputs(self) -> dict[str, Tensor]:
         """A tensor for every parameter; deterministic."""
@@ -439,3 +447,6 @@ def attention_own_heads(opcode: str) -> Case:
 def attention_empty_splits() -> Case:
     """More splits than positions are left by the window, and a chunk size that does not divide the context."""
     return attend("attention_split", DType.f32, 16, queries=1, splits=7, window=5)
+
+
+from . import quantized_cases  # noqa: E402, F401 - more of the list, with the helpers above

@@ -1,7 +1,7 @@
 """Each file in texts/ is a module before and after some passes, side by side.
 
     passes: canonicalize dce              names, in order
-    options: S=1 splits=2 last_tokens     optional, see ``PassOptions``
+    options: S=1 splits=2 weights=int8    optional, see ``PassOptions``
 
     input:
     func @main(...) ...
@@ -44,10 +44,10 @@ def read_case(path: Path) -> TextCase:
     parts = re.split(r"^(passes|options|input|expected):", path.read_text(), flags=re.MULTILINE)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
     words = sections.get("options", "").split("#")[0].split()
-    numbers = dict(w.split("=") for w in words if "=" in w)
+    given = dict(w.split("=") for w in words if "=" in w)
     flags = {w: True for w in words if "=" not in w}
-    fixed = tuple((name, int(n)) for name, n in numbers.items() if name[0].isupper())
-    counts = {name: int(n) for name, n in numbers.items() if not name[0].isupper()}
+    fixed = tuple((name, int(n)) for name, n in given.items() if name[0].isupper())
+    counts = {name: int(n) if n.isdecimal() else n for name, n in given.items() if not name[0].isupper()}
     options = PassOptions(fixed=fixed, **counts, **flags)  # type: ignore[arg-type]
     before, after = (parse_module(sections[s]) for s in ("input", "expected"))
     return TextCase(sections["passes"].split("#")[0].split(), options, before, after)

@@ -1,0 +1,123 @@
+"""Weights as small integers: what ``quantize``, ``dequantize`` and a matmul's ``activation_group`` mean, in torch.
+
+int8, symmetric:   w = scale * code              code in [-127, 127]; scale f32, one per ``group`` columns of a row
+int4, asymmetric:  w = scale * code + minimum    code in [0, 15]; scale and minimum f16, one pair per group
+
+A byte of int4 codes holds columns ``k`` (low bits) and ``k + 4`` (high bits) of each run of eight columns: the order in
+which a kernel meets them when it works on four columns at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INT8_LARGEST = 127
+INT4_LARGEST = 15
+_CHUNK = 1 << 20  # elements quantised at a time: the passes over them then run in cache
+_SHRINK = (0.96, 0.92, 0.88, 0.84)
+_EXACT = 2.0**-18  # relative to the step of the grid: a group this close to it lies on it
+
+
+def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, ...]:
+    """A matrix [N, K] as (codes, scale) for 8 bits or (codes, scale, minimum) for 4 bits.
+
+    codes: i8[N, K], or u8[N, K / 2]. scale and minimum: [N, K / group], f32 for 8 bits, f16 for 4. K must be a multiple
+    of ``group``, which for 4 bits is a multiple of 8. A group of equal values is exact.
+    """
+    rows, columns = weight.shape
+    step = max(1, _CHUNK // columns)
+    quantize_rows = _int8 if bits == 8 else _int4
+    parts = [quantize_rows(weight[n : n + step].float(), group) for n in range(0, rows, step)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def dequantize(
+    codes: Tensor, scale: Tensor, minimum: Tensor | None, bits: int, group: int, dtype: torch.dtype
+) -> Tensor:
+    """The matrix [N, K] that codes stand for, computed in ``dtype``."""
+    if bits == 4:
+        codes = _unpack(codes)
+    grouped = codes.view(codes.shape[0], -1, group).to(dtype) * scale.to(dtype)[..., None]
+    if minimum is not None:
+        grouped = grouped + minimum.to(dtype)[..., None]
+    return grouped.reshape(codes.shape)
+
+
+def round_activations(x: Tensor, group: int) -> Tensor:
+    """x[.., K] with each run of ``group`` values rounded to int8 multiples of its own scale, the largest at 127."""
+    grouped = x.unflatten(-1, (-1, group))
+    scale = grouped.abs().amax(-1, keepdim=True) / INT8_LARGEST
+    codes = torch.round(grouped / torch.where(scale > 0, scale, torch.ones_like(scale)))
+    return (codes * scale).flatten(-2)
+
+
+def _int8(weight: Tensor, group: int) -> tuple[Tensor, ...]:
+    grouped = weight.view(weight.shape[0], -1, group)
+    scale = grouped.abs().amax(-1, keepdim=True) / INT8_LARGEST
+    codes = torch.round(grouped / torch.where(scale > 0, scale, 1.0)).to(torch.int8)
+    return codes.view(weight.shape), scale.squeeze(-1)
+
+
+def _int4(weight: Tensor, group: int) -> tuple[Tensor, ...]:
+    """The grid from the smallest to the largest value of a group; where the group does not lie on it, the best of a few
+    narrower ones, each refitted to its codes by least squares."""
+    grouped = weight.view(-1, group)
+    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    scale, minimum = _as_f16((high - low) / INT4_LARGEST, low)
+    codes = _int4_codes(grouped, scale, minimum)
+    error = _error(grouped, codes, scale, minimum)
+    off = (error > group * (scale.abs() * _EXACT) ** 2).squeeze(-1).nonzero().squeeze(-1)
+    if off.numel():
+        best = (codes[off], scale[off], minimum[off], error[off])
+        codes[off], scale[off], minimum[off] = _search(grouped[off], low[off], high[off], best)
+    rows = weight.shape[0]
+    return _pack(codes.view(weight.shape)), scale.view(rows, -1).half(), minimum.view(rows, -1).half()
+
+
+def _search(
+    grouped: Tensor, low: Tensor, high: Tensor, best: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    for shrink in (1.0, *_SHRINK):
+        margin = (high - low) * (1 - shrink) / 2
+        scale, minimum = (high - low) * shrink / INT4_LARGEST, low + margin
+        codes = _int4_codes(grouped, *_as_f16(scale, minimum))
+        scale, minimum = _as_f16(*_least_squares(grouped, codes, scale, minimum))
+        codes = _int4_codes(grouped, scale, minimum)
+        found = (codes, scale, minimum, _error(grouped, codes, scale, minimum))
+        better = found[-1] < best[-1]
+        best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))
+    return best[0], best[1], best[2]
+
+
+def _least_squares(grouped: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and minimum that bring ``scale * codes + minimum`` closest; the given ones where all codes are equal."""
+    mean_code, mean = codes.mean(-1, keepdim=True), grouped.mean(-1, keepdim=True)
+    centred = codes - mean_code
+    spread = centred.square().sum(-1, keepdim=True)
+    fitted = (centred * grouped).sum(-1, keepdim=True) / spread.clamp(min=1e-12)
+    usable = (spread > 0) & (fitted > 0)
+    return torch.where(usable, fitted, scale), torch.where(usable, mean - fitted * mean_code, minimum)
+
+
+def _as_f16(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
+    return scale.half().float(), minimum.half().float()
+
+
+def _int4_codes(grouped: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    codes = torch.round((grouped - minimum) / torch.where(scale > 0, scale, 1.0))
+    return codes.clamp_(0, INT4_LARGEST)
+
+
+def _error(grouped: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    return (codes * scale + minimum - grouped).square().sum(-1, keepdim=True)
+
+
+def _pack(codes: Tensor) -> Tensor:
+    octets = codes.to(torch.uint8).view(codes.shape[0], -1, 2, 4)
+    return (octets[:, :, 0] | octets[:, :, 1] << 4).view(codes.shape[0], -1)
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    quads = packed.view(packed.shape[0], -1, 1, 4)
+    return torch.cat([quads & 15, quads >> 4], dim=2).view(packed.shape[0], -1)
