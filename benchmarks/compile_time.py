@@ -13,25 +13,24 @@ from pathlib import Path
 
 import torch
 
-import tilewright as tw
 from benchmarks import models
 from benchmarks.results import CompileTimes
 
 ROOT = Path(__file__).parent.parent
 
 
-def measure(model: str, dtype: str, backend: str | None, threads: int, repeats: int) -> CompileTimes:
+def measure(model: str, precision: str, backend: str | None, threads: int, repeats: int) -> CompileTimes:
     """Compiles ``repeats`` times with an empty cache folder, each followed by a second process with that folder."""
     cold, cached = [], []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
-            cold.append(_in_fresh_process(model, dtype, backend, threads, folder))
-            cached.append(_in_fresh_process(model, dtype, backend, threads, folder))
-    return CompileTimes(dtype, tuple(cold), tuple(cached))
+            cold.append(_in_fresh_process(model, precision, backend, threads, folder))
+            cached.append(_in_fresh_process(model, precision, backend, threads, folder))
+    return CompileTimes(precision, tuple(cold), tuple(cached))
 
 
-def _in_fresh_process(model: str, dtype: str, backend: str | None, threads: int, folder: str) -> float:
-    command = [sys.executable, "-m", "benchmarks.compile_time", "--model", model, "--dtype", dtype]
+def _in_fresh_process(model: str, precision: str, backend: str | None, threads: int, folder: str) -> float:
+    command = [sys.executable, "-m", "benchmarks.compile_time", "--model", model, "--precision", precision]
     command += ["--threads", str(threads), "--cache", folder]
     command += ["--backend", backend] if backend else []
     result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
@@ -40,17 +39,17 @@ def _in_fresh_process(model: str, dtype: str, backend: str | None, threads: int,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("--model", "--dtype", "--cache"):
+    for name in ("--model", "--precision", "--cache"):
         parser.add_argument(name, required=True)
     parser.add_argument("--backend")
     parser.add_argument("--threads", type=int, required=True)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     # The weights come from the usual cache folder: converting them is no part of compiling.
-    model = models.load(given.model, given.dtype)
+    model = models.load(given.model, given.precision)
     os.environ["TILEWRIGHT_CACHE"] = given.cache
     start = time.perf_counter()
-    fast = tw.compile(model, backend=given.backend)
+    fast = models.compiled(model, given.precision, backend=given.backend)
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "stages": dict(fast.report().seconds)}))
 

@@ -1,14 +1,10 @@
-"""One command that measures a model beside Hugging Face eager on a CPU: ``python -m benchmarks.cpu``."""
+"""One command that measures a model on a CPU, ours beside other systems: ``python -m benchmarks.cpu``."""
 
 from __future__ import annotations
 
 import datetime
-import shlex
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,35 +12,33 @@ import torch
 import typer
 from rich.console import Console
 
-import tilewright as tw
-from benchmarks import compile_time, machine, memory, models
+from benchmarks import build, compile_time, llama_context, machine, memory, models, picture, stored
+from benchmarks.build import Built, Plan
+from benchmarks.measure import Task, measure
+from benchmarks.options import SYSTEMS, command_line, known, lengths
 from benchmarks.probe import DEFAULT_BYTES, BandwidthProbe, bandwidth_probe
-from benchmarks.results import CompileTimes, Measure, MemoryUse, Results
-from benchmarks.subject import Subject
+from benchmarks.results import (
+    BATCHED,
+    DECODE,
+    EAGER,
+    FIRST_TOKEN,
+    LLAMA_CPP,
+    OURS,
+    PREFILL,
+    CompileTimes,
+    Measure,
+    MemoryUse,
+    Results,
+)
+from benchmarks.system import LeftOut, System
 from benchmarks.tables import tables
 from tilewright.cli import readable_errors
-from tilewright.errors import OptionError
-from tilewright.progress import Advance, Progress
+from tilewright.progress import Progress
 
 console = Console()
 notes = Console(stderr=True)
 
-SETTLE = 0.05
-"""Seconds of rest before each sample: threads of the side that ran before stop spinning."""
-
-BUSY = 0.5
-"""Load per core before a run above which its figures are in doubt."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What both sides do for one sample: ``run`` gives the seconds for ``tokens`` tokens."""
-
-    name: str
-    size: int
-    tokens: int
-    run: Callable[[Subject], float]
-    bytes_per_token: int = 0
+BATCHED_PRECISION = "bf16"
 
 
 @readable_errors
@@ -52,14 +46,23 @@ def main(
     model: Annotated[
         str, typer.Option(help="smollm2, tiny (random weights), or a Hugging Face folder.")
     ] = "smollm2",
-    dtypes: Annotated[str, typer.Option(help="Any of f32, bf16, separated by commas.")] = "f32,bf16",
+    precisions: Annotated[
+        str, typer.Option(help="Any of f32, bf16, int8, int4, separated by commas.")
+    ] = "f32,bf16,int8,int4",
+    systems: Annotated[
+        str, typer.Option(help="Any of tilewright, eager, torch.compile, llama.cpp, separated by commas.")
+    ] = ",".join(SYSTEMS),
     contexts: Annotated[str, typer.Option(help="Tokens before the decoding that is timed.")] = "64,1024",
     prefill: Annotated[int, typer.Option(min=2, help="Tokens of the prompt that is timed.")] = 512,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of one decoding sample.")] = 32,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of both sides and the probe.")] = 2,
-    repeats: Annotated[int, typer.Option(min=1, help="Samples of each side per task.")] = 7,
-    compiles: Annotated[int, typer.Option(min=0, help="Compilations in fresh processes; 0 for none.")] = 3,
-    backend: Annotated[str | None, typer.Option(help="cpp or reference; by default cpp.")] = None,
+    batch: Annotated[
+        int,
+        typer.Option(min=0, help=f"Sequences of the batched decoding, in {BATCHED_PRECISION}; 0 for none."),
+    ] = 8,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of every system and the probe.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Samples of each system per task.")] = 7,
+    compiles: Annotated[int, typer.Option(min=0, help="Compilations in fresh processes; 0 for none.")] = 1,
+    backend: Annotated[str | None, typer.Option(help="Ours: cpp or reference; by default cpp.")] = None,
     probe_bytes: Annotated[
         int, typer.Option(min=1 << 20, help="Size of the buffer that the probe reads.")
     ] = DEFAULT_BYTES,
@@ -67,108 +70,116 @@ def main(
         Path | None, typer.Option(help="Result file instead of one in benchmarks/results.")
     ] = None,
 ) -> None:
-    """Measure MODEL, ours and Hugging Face eager in turns, and store the samples."""
+    """Measure MODEL at each precision, run by all systems in turns, and store the samples and a picture of them."""
     torch.set_num_threads(threads)
-    chosen = _known_dtypes(dtypes)
-    lengths = _lengths(contexts)
+    chosen = known("--precisions", precisions, tuple(models.PRECISIONS))
+    names = [SYSTEMS[name] for name in known("--systems", systems, tuple(SYSTEMS))]
+    sizes = lengths("--contexts", contexts)
     facts = machine.describe()
-    if facts["load"] > BUSY * facts["cores"]:
-        notes.print(
-            f"[yellow]busy machine[/yellow]: load {facts['load']} on {facts['cores']} cores; threads that wait for "
-            "each other suffer most from that, so neither rates nor ratios will be those of a quiet one",
-            highlight=False,
-        )
-    measures: list[Measure] = []
-    used: list[MemoryUse] = []
+    machine.warn_if_busy(facts, notes)
+    plan = Plan(model, names, backend, threads, room=max(*sizes, prefill) + tokens + 1)
+    run = _Run(plan, sizes, prefill, tokens, repeats)
     with bandwidth_probe(threads, probe_bytes) as probe:
-        for dtype in chosen:
-            source, fast = _both(model, dtype, backend)
-            tasks = list(_tasks(source, lengths, prefill, tokens))
-            with Progress().step(f"Measuring {dtype}", total=len(tasks) * (repeats + 1) + 1) as advance:
-                sides = Subject(fast), Subject(source)
-                measures += [measure(task, dtype, *sides, probe, repeats, advance) for task in tasks]
-                advance("memory")
-                used.append(_memory(fast, source, dtype, prefill))
+        for precision in chosen:
+            run.side_by_side(precision, probe)
+            if batch and precision == BATCHED_PRECISION and OURS in names:
+                run.batched(precision, batch, probe)
+    compiled = [p for p in chosen if any(m.precision == p and m.of(OURS) for m in run.measures)]
+    found = {series.system for m in run.measures for series in m.series}
     results = Results(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=_command(),
-        model=type(source).__name__ if model == "tiny" else model,
+        command=command_line("benchmarks.cpu"),
+        model=model,
         machine=facts,
-        versions=machine.versions(),
-        settings={
-            "threads": threads,
-            "batch": 1,
-            "backend": fast.report().backend,
-            "kernels_per_layer": fast.report().kernels_per_layer,
-        },
-        measures=tuple(measures),
-        compile_times=_compile_times(model, chosen, backend, threads, compiles),
-        memory=tuple(used),
+        versions=machine.versions(*(["llama-cpp-python"] if LLAMA_CPP in found else [])),
+        settings={"threads": threads} | run.facts,
+        measures=tuple(run.measures),
+        compile_times=_compile_times(model, compiled, backend, threads, compiles),
+        memory=tuple(run.memory),
+        left_out=tuple(run.left_out),
     )
-    for table in tables(results):
-        console.print(table)
-    console.print(f"stored in {results.save(output)}", highlight=False)
+    for rows in tables(results):
+        console.print(rows.rich())
+    file = stored.save(results, output)
+    console.print(f"stored in {file}", highlight=False)
+    try:
+        console.print(f"picture in {picture.draw(results, file.with_suffix('.svg'))}", highlight=False)
+    except LeftOut as error:
+        notes.print(f"[yellow]no picture[/yellow] {error}", highlight=False)
 
 
-def measure(
-    task: Task,
-    dtype: str,
-    ours: Subject,
-    theirs: Subject,
-    probe: BandwidthProbe,
-    repeats: int,
-    advance: Advance,
-) -> Measure:
-    """Samples of a task, ours, Hugging Face's and the probe's in turns, after one untimed run of each side.
+@dataclass
+class _Run:
+    """Collects what is measured, one precision after the other: their models do not fit into memory together.
 
-    Which side begins changes from pair to pair, so that a steady drift of the machine favours neither.
+    facts: what the systems say of themselves, for the result file.
     """
-    advance(f"{task.name} {task.size}, warm-up")
-    for side in (ours, theirs):
-        task.run(side)
-    samples: dict[Subject, list[float]] = {ours: [], theirs: []}
-    bandwidth = []
-    for n in range(repeats):
-        advance(f"{task.name} {task.size}")
-        for side in (ours, theirs) if n % 2 == 0 else (theirs, ours):
-            time.sleep(SETTLE)
-            samples[side].append(task.run(side))
-        time.sleep(SETTLE)
-        bandwidth.append(probe())
-    return Measure(
-        task.name,
-        dtype,
-        task.size,
-        task.tokens,
-        tuple(samples[ours]),
-        tuple(samples[theirs]),
-        tuple(bandwidth),
-        task.bytes_per_token,
-    )
+
+    plan: Plan
+    contexts: list[int]
+    prefill: int
+    tokens: int
+    repeats: int
+    measures: list[Measure] = field(default_factory=list)
+    memory: list[MemoryUse] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def side_by_side(self, precision: str, probe: BandwidthProbe) -> None:
+        """All systems in turns, and then what their activations take."""
+        with build.built(self.plan, precision) as now:
+            for reason in now.left_out:
+                notes.print(f"[yellow]left out[/yellow] {reason}", highlight=False)
+            self.left_out += now.left_out
+            self._note(now)
+            self._measure(self._tasks(now.source), precision, now.systems, probe)
+            if now.fast is not None and EAGER in {s.name for s in now.systems}:
+                self.memory.append(_memory(now.fast, now.source, precision, self.prefill))
+
+    def batched(self, precision: str, batch: int, probe: BandwidthProbe) -> None:
+        """Ours with several sequences side by side, in turns with one."""
+        sides = build.batches(self.plan, precision, (1, batch))
+        context = min(self.contexts)
+        task = Task(BATCHED, context, self.tokens, models.prompt(sides[0].model, context))
+        self._measure([task], precision, sides, probe)
+
+    def _tasks(self, source: Any) -> list[Task]:
+        short = min(self.contexts)
+        return [
+            *(Task(DECODE, size, self.tokens, models.prompt(source, size)) for size in self.contexts),
+            Task(PREFILL, self.prefill, self.prefill, models.prompt(source, self.prefill)),
+            Task(FIRST_TOKEN, short, 1, models.prompt(source, short)),
+        ]
+
+    def _measure(
+        self, tasks: list[Task], precision: str, systems: Sequence[System], probe: BandwidthProbe
+    ) -> None:
+        """The tasks that at least one of the systems is measured in."""
+        able = {task: [s for s in systems if task.name in s.tasks] for task in tasks}
+        able = {task: found for task, found in able.items() if found}
+        total = sum(self.repeats + len(found) for found in able.values())
+        with Progress().step(f"Measuring {precision}", total=total) as advance:
+            for task, found in able.items():
+                self.measures.append(measure(task, precision, found, probe, self.repeats, advance))
+
+    def _note(self, now: Built) -> None:
+        if now.fast is not None:
+            report = now.fast.report()
+            self.facts |= {"backend": report.backend, "kernels_per_layer": report.kernels_per_layer}
+        if any(s.name == LLAMA_CPP for s in now.systems) and "llama_cpp" not in self.facts:
+            self.facts["llama_cpp"] = info = llama_context.system_info()
+            if unused := llama_context.unused_extensions(info, machine.describe()["extensions"]):
+                notes.print(
+                    f"[yellow]llama.cpp was built without {', '.join(unused)}[/yellow], which this machine has; for a "
+                    f"fair comparison run: {llama_context.INSTALL} --force-reinstall --no-cache-dir",
+                    highlight=False,
+                )
 
 
-def _both(model: str, dtype: str, backend: str | None) -> tuple[Any, Any]:
-    source = models.load(model, dtype, Progress())
-    return source, tw.compile(source, backend=backend, progress=Progress())
-
-
-def _tasks(source: Any, contexts: list[int], prefill: int, tokens: int) -> Iterator[Task]:
-    for context in contexts:
-        ids = models.prompt(source, context)
-        # The context grows while a sample runs; its middle says how many keys and values were read per token.
-        read = models.bytes_per_token(source, context + tokens // 2)
-        yield Task("decode", context, tokens, partial(Subject.decode, ids=ids, tokens=tokens), read)
-    prompt = models.prompt(source, prefill)
-    yield Task("prefill", prefill, prefill, partial(Subject.prefill, ids=prompt))
-    for length in sorted({min(contexts), prefill}):
-        ids = models.prompt(source, length)
-        yield Task("first token", length, 1, partial(Subject.first_token, ids=ids))
-
-
-def _memory(fast: Any, source: Any, dtype: str, prefill: int) -> MemoryUse:
+def _memory(fast: Any, source: Any, precision: str, prefill: int) -> MemoryUse:
     ids = models.prompt(source, prefill)
     return MemoryUse(
-        dtype=dtype,
+        precision=precision,
         prompt=prefill,
         arena_bytes=fast.report().phase("prefill").arena_bytes,
         our_peak_bytes=memory.our_peak(fast, ids),
@@ -178,37 +189,16 @@ def _memory(fast: Any, source: Any, dtype: str, prefill: int) -> MemoryUse:
 
 
 def _compile_times(
-    model: str, dtypes: list[str], backend: str | None, threads: int, repeats: int
+    model: str, precisions: list[str], backend: str | None, threads: int, repeats: int
 ) -> tuple[CompileTimes, ...]:
     if not repeats:
         return ()
-    with Progress().step("Compiling in fresh processes", total=len(dtypes)) as advance:
+    with Progress().step("Compiling in fresh processes", total=len(precisions)) as advance:
         times = []
-        for dtype in dtypes:
-            advance(dtype)
-            times.append(compile_time.measure(model, dtype, backend, threads, repeats))
+        for precision in precisions:
+            advance(precision)
+            times.append(compile_time.measure(model, precision, backend, threads, repeats))
     return tuple(times)
-
-
-def _known_dtypes(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in models.DTYPES]
-    if unknown:
-        raise OptionError(f"--dtypes: '{unknown[0]}' is none of {', '.join(models.DTYPES)}")
-    return names
-
-
-def _lengths(text: str) -> list[int]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(name.isdecimal() and int(name) > 1 for name in names):
-        raise OptionError(
-            f"--contexts: '{text}' is no list of lengths of 2 or more; write for example 64,1024"
-        )
-    return [int(name) for name in names]
-
-
-def _command() -> str:
-    return shlex.join(["python", "-m", "benchmarks.cpu", *sys.argv[1:]])
 
 
 def run() -> None:

@@ -19,7 +19,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-import tilewright as tw
 from benchmarks import models
 from benchmarks.probe import bandwidth_probe
 from tilewright.cli import readable_errors
@@ -66,7 +65,7 @@ class KernelTime:
 @readable_errors
 def main(
     model: Annotated[str, typer.Option(help="smollm2, tiny, or a Hugging Face folder.")] = "smollm2",
-    dtype: Annotated[str, typer.Option(help="f32 or bf16.")] = "f32",
+    precision: Annotated[str, typer.Option(help="f32, bf16, int8 or int4.")] = "f32",
     phase: Annotated[Phase, typer.Option(help="The program to take apart.")] = Phase.decode,
     size: Annotated[
         int, typer.Option(min=2, help="Context of a decode step, or tokens of a prompt (512 at most).")
@@ -77,14 +76,14 @@ def main(
 ) -> None:
     """Print how long each kernel takes beside the least that its bytes would take at the bandwidth of a probe."""
     torch.set_num_threads(threads)
-    source = models.load(model, dtype, Progress())
-    fast = tw.compile(source, backend="cpp", progress=Progress())
+    source = models.load(model, precision, Progress())
+    fast = models.compiled(source, precision, backend="cpp", progress=Progress())
     runs = prepare(fast, models.prompt(source, size), phase)
     whole = _best(lambda: runs.run(0, runs.count), repeats, clock)
     times = kernel_times(runs, repeats, clock)
     with bandwidth_probe(threads) as probe:
         bandwidth = max(probe(1, clock.now) for _ in range(repeats))
-    console.print(table(times, bandwidth, f"{model} {dtype}, {phase.value} {size}, {threads} threads"))
+    console.print(table(times, bandwidth, f"{model} {precision}, {phase.value} {size}, {threads} threads"))
     least = sum(t.cost.bytes * len(t.seconds) for t in times) / bandwidth
     console.print(
         f"whole step {whole * 1e3:.2f} ms, sum of kernels {sum(sum(t.seconds) for t in times) * 1e3:.2f} ms; "

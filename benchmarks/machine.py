@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 import tilewright as tw
 
 _WIDTHS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd")
+
+BUSY = 0.5
+"""Load per core before a run above which its figures are in doubt."""
 
 
 def describe() -> dict[str, Any]:
@@ -30,14 +34,24 @@ def describe() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of everything whose speed is compared, and the commit that was measured, if known."""
+def warn_if_busy(facts: dict[str, Any], notes: Console) -> None:
+    """Say so when the load before a run puts its figures in doubt; ``facts`` as ``describe`` gave them."""
+    if facts["load"] > BUSY * facts["cores"]:
+        notes.print(
+            f"[yellow]busy machine[/yellow]: load {facts['load']} on {facts['cores']} cores; threads that wait for "
+            "each other suffer most from that, so neither rates nor ratios will be those of a quiet one",
+            highlight=False,
+        )
+
+
+def versions(*extras: str) -> dict[str, str]:
+    """Versions of everything that is compared, ``extras`` (package names) too, and the commit, if known."""
     found = {
         "tilewright": tw.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-    }
+    } | {name: version(name) for name in extras}
     commit = _commit()
     return found | ({"commit": commit} if commit else {})
 

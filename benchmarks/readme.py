@@ -1,4 +1,4 @@
-"""Keeps the README's figures those of the newest stored run: ``python -m benchmarks.readme [--check]``."""
+"""Keeps the README's figures those of the newest stored runs: ``python -m benchmarks.readme [--check]``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import results, tables
-from benchmarks.results import Results
+from benchmarks import quality_results, results, stored, tables
+from benchmarks.quality_results import QualityResults
+from benchmarks.results import LLAMA_CPP, Results
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
@@ -17,26 +18,49 @@ BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 NOTHING = "No run is stored in `benchmarks/results` yet, so there are no figures to show."
 
 
-def current(folder: Path = results.FOLDER) -> str:
+def current(folder: Path = stored.FOLDER) -> str:
     """What should stand between the markers now."""
-    return block(results.newest(folder)) if any(folder.rglob("*.json")) else NOTHING
+    parts = []
+    if found := results.newest(folder):
+        parts.append(speed(found[1], found[0].with_suffix(".svg")))
+    if quality := quality_results.newest(folder):
+        parts.append(closeness(quality[1]))
+    return "\n\n".join(parts) or NOTHING
 
 
-def block(found: Results) -> str:
-    """The tables of a run, and what they were measured with."""
-    parts = [rows.markdown() for rows in _tables(found) if rows.rows]
-    machine, versions = found.machine, found.versions
-    extensions = ", ".join(machine["extensions"])
+def speed(found: Results, picture: Path) -> str:
+    """The picture, if it is there, the tables of a run, and what they were measured with."""
+    parts = [f"![Tokens per second by precision and system]({_link(picture)})"] if picture.exists() else []
+    parts += [rows.markdown() for rows in tables.tables(found)]
+    versions = found.versions
+    llama = f", llama-cpp-python {versions['llama-cpp-python']}" if "llama-cpp-python" in versions else ""
+    threads = f"{found.settings['threads']} threads"
     parts.append(
-        f"{found.model}, batch 1, {found.settings['threads']} threads of {machine['cpu']} ({extensions}), load before "
-        f"the run {machine['load']}; medians, quartiles in parentheses. PyTorch {versions['torch']}, Transformers "
-        f"{versions['transformers']}, Python {versions['python']}; {found.date[:10]}; `{found.command}`."
+        f"{found.model}, batch 1, {threads} of {_machine(found)}; medians, quartiles in parentheses. PyTorch "
+        f"{versions['torch']}, Transformers {versions['transformers']}{llama}, Python {versions['python']}; "
+        f"{found.date[:10]}; `{found.command}`."
     )
+    if LLAMA_CPP in {series.system for m in found.measures for series in m.series}:
+        parts[-1] += " llama.cpp's files: F32, BF16, Q8_0 (for int8) and Q4_0 (for int4), KV state in f16."
     return "\n\n".join(parts)
 
 
-def _tables(found: Results) -> list[tables.Rows]:
-    return [tables.speed(found), tables.bandwidth(found), tables.compile_times(found), tables.memory(found)]
+def closeness(found: QualityResults) -> str:
+    """What precision costs in quality."""
+    parts = [rows.markdown() for rows in quality_results.tables(found)]
+    parts.append(f"{_machine(found)}; {found.date[:10]}; `{found.command}`.")
+    return "\n\n".join(parts)
+
+
+def _machine(found: Results | QualityResults) -> str:
+    machine = found.machine
+    return f"{machine['cpu']} ({', '.join(machine['extensions'])}), load before the run {machine['load']}"
+
+
+def _link(picture: Path) -> str:
+    """Relative to the README where it can be."""
+    root = README.parent
+    return picture.relative_to(root).as_posix() if picture.is_relative_to(root) else picture.name
 
 
 def replaced(text: str, new: str) -> str:
@@ -52,7 +76,7 @@ def main(
         bool, typer.Option("--check", help="Change nothing; exit with 1 when it is out of date.")
     ] = False,
 ) -> None:
-    """Write the figures of the newest result file into the README."""
+    """Write the figures of the newest result files into the README."""
     old = README.read_text()
     new = replaced(old, current())
     if new == old:

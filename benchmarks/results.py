@@ -1,62 +1,86 @@
-"""What one run of the benchmark measured: raw samples, where and how; stored as JSON, read back to the same object."""
+"""What one run of the speed benchmark measured: raw samples, where and how; stored as JSON (``stored.py``)."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from benchmarks import stored
 from benchmarks.samples import Spread, pair_ratios
+from benchmarks.stored import records
 
-SCHEMA = 1
-FOLDER = Path(__file__).parent / "results"
+OURS = "tilewright"
+EAGER = "Hugging Face eager"
+TORCH_COMPILE = "torch.compile"
+LLAMA_CPP = "llama.cpp"
+SYSTEMS = (OURS, EAGER, TORCH_COMPILE, LLAMA_CPP)
+"""Names of everything that can be measured, in the order of tables."""
+
+DECODE, PREFILL, FIRST_TOKEN, BATCHED = "decode", "prefill", "first token", "batched decode"
+TASKS = (DECODE, PREFILL, FIRST_TOKEN, BATCHED)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One system's samples of a task.
+
+    seconds: of each sample. batch: sequences side by side. bytes_per_step: weights and KV state that the system has
+    to read for one decode step of the whole batch; 0 for other tasks.
+    """
+
+    system: str
+    seconds: tuple[float, ...]
+    batch: int = 1
+    bytes_per_step: int = 0
 
 
 @dataclass(frozen=True)
 class Measure:
-    """Samples of one task, ours and Hugging Face's taken in turns.
+    """Samples of one task at one precision, those of all systems taken in turns.
 
-    task: "decode" (``size`` is the context length), "prefill" or "first token" (``size`` is the prompt length).
-    tokens: tokens per sample. ours, theirs: seconds per sample. probe: read bandwidth of the machine beside each
-    pair, in bytes per second. bytes_per_token: weights and KV state that a decode step has to read; 0 for other tasks.
+    task: one of TASKS. size: the context of decoding, otherwise the length of the prompt. steps: tokens per sample and
+    sequence. probe: read bandwidth of the machine beside each round of samples, in bytes per second. series: systems
+    in the order of tables, each with a sample per round.
     """
 
     task: str
-    dtype: str
+    precision: str
     size: int
-    tokens: int
-    ours: tuple[float, ...]
-    theirs: tuple[float, ...]
+    steps: int
     probe: tuple[float, ...]
-    bytes_per_token: int = 0
+    series: tuple[Series, ...]
 
-    def rate(self, seconds: tuple[float, ...]) -> Spread:
-        """Tokens per second."""
-        return Spread.of([self.tokens / s for s in seconds])
+    def of(self, system: str) -> Series | None:
+        """The samples of a system, if it was measured."""
+        return next((s for s in self.series if s.system == system), None)
 
-    @property
-    def speedup(self) -> Spread:
-        """Hugging Face's time over ours, pair by pair."""
-        return Spread.of(pair_ratios(self.theirs, self.ours))
+    def rates(self, series: Series) -> tuple[float, ...]:
+        """Tokens per second of each sample, all sequences of the batch together."""
+        return tuple(self.steps * series.batch / s for s in series.seconds)
 
-    @property
-    def bandwidth(self) -> Spread:
-        """Bytes per second that our decoding read."""
-        return Spread.of([self.bytes_per_token * self.tokens / s for s in self.ours])
+    def bandwidths(self, series: Series) -> tuple[float, ...]:
+        """Bytes per second that decoding read in each sample."""
+        return tuple(series.bytes_per_step * self.steps / s for s in series.seconds)
 
-    @property
-    def share_of_probe(self) -> Spread:
-        """Our bandwidth over the probe's beside it."""
-        achieved = [self.bytes_per_token * self.tokens / s for s in self.ours]
-        return Spread.of(pair_ratios(achieved, self.probe))
+    def ratio(self, ours: Series, other: Series) -> Spread:
+        """How many times as many tokens per second ``ours`` gives, round by round."""
+        return Spread.of(pair_ratios(self.rates(ours), self.rates(other)))
+
+    def share_of_probe(self, series: Series) -> Spread:
+        """Bandwidth that decoding reached over the probe's beside it."""
+        return Spread.of(pair_ratios(self.bandwidths(series), self.probe))
+
+    def limits(self, series: Series) -> tuple[float, ...]:
+        """Tokens per second that reading the bytes of a step at the probe's bandwidth would leave room for."""
+        return tuple(series.batch * rate / series.bytes_per_step for rate in self.probe)
 
 
 @dataclass(frozen=True)
 class CompileTimes:
     """Seconds of ``tilewright.compile`` in fresh processes: with an empty cache folder, and with that folder again."""
 
-    dtype: str
+    precision: str
     cold: tuple[float, ...]
     cached: tuple[float, ...]
 
@@ -69,7 +93,7 @@ class MemoryUse:
     arena in it, scratch memory of kernels and copies of inputs. Weights and KV state are in none of these.
     """
 
-    dtype: str
+    precision: str
     prompt: int
     arena_bytes: int
     our_peak_bytes: int
@@ -79,7 +103,14 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class Results:
-    """One run. ``machine``, ``versions`` and ``settings`` are plain facts by name, for whoever reads the file."""
+    """One run. ``machine``, ``versions`` and ``settings`` are plain facts by name, for whoever reads the file.
+
+    left_out: what was asked for and could not be measured, with the reason.
+    """
+
+    KIND: ClassVar[str] = "speed"
+    SCHEMA: ClassVar[int] = 2
+    COMMAND: ClassVar[str] = "python -m benchmarks.cpu"
 
     date: str
     command: str
@@ -90,51 +121,23 @@ class Results:
     measures: tuple[Measure, ...]
     compile_times: tuple[CompileTimes, ...]
     memory: tuple[MemoryUse, ...]
+    left_out: tuple[str, ...] = ()
 
-    def to_json(self) -> str:
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n"
-
-    @staticmethod
-    def from_json(text: str) -> Results:
-        """Raises ValueError for another schema or missing fields."""
-        data = json.loads(text)
-        schema = data.pop("schema", None)
-        if schema != SCHEMA:
-            raise ValueError(f"schema {schema}, but this version reads {SCHEMA}; run the benchmark again")
-        try:
-            return Results(
-                **data
-                | {
-                    "measures": _records(Measure, data["measures"]),
-                    "compile_times": _records(CompileTimes, data["compile_times"]),
-                    "memory": _records(MemoryUse, data["memory"]),
-                }
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a result of this benchmark: {error}") from error
-
-    def save(self, file: Path | None = None) -> Path:
-        """Write to ``file``, by default ``results/<cpu>/<date>.json``; returns where."""
-        if file is None:
-            file = FOLDER / _slug(str(self.machine["cpu"])) / f"{self.date[:19].replace(':', '')}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(self.to_json())
-        return file
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Results:
+        """The run that plain data describes. Raises KeyError or TypeError where something is missing."""
+        measures = [row | {"series": records(Series, row["series"])} for row in data["measures"]]
+        return cls(
+            **data
+            | {
+                "measures": records(Measure, measures),
+                "compile_times": records(CompileTimes, data["compile_times"]),
+                "memory": records(MemoryUse, data["memory"]),
+                "left_out": tuple(data["left_out"]),
+            }
+        )
 
 
-def newest(folder: Path = FOLDER) -> Results:
-    """The latest stored run by its own date. Raises FileNotFoundError when there is none."""
-    found = [Results.from_json(file.read_text()) for file in folder.rglob("*.json")]
-    if not found:
-        raise FileNotFoundError(f"no results below {folder}; run: python -m benchmarks.cpu")
-    return max(found, key=lambda r: r.date)
-
-
-def _records(cls: type[Any], rows: list[dict[str, Any]]) -> tuple[Any, ...]:
-    return tuple(
-        cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}) for row in rows
-    )
-
-
-def _slug(name: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+def newest(folder: Path = stored.FOLDER) -> tuple[Path, Results] | None:
+    """The latest stored run and its file; None when there is none."""
+    return stored.newest(Results, folder)

@@ -1,32 +1,46 @@
-"""One side of the comparison. A compiled model has the interface of its original, so both sides run the same code."""
+"""A causal model with the interface of Hugging Face. A compiled model has it too, so both run the same code here."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.results import BATCHED, DECODE, FIRST_TOKEN, PREFILL
 from tilewright.timing import TimedStreamer
 
 
 class Subject:
-    """Times a causal language model, compiled or not, on batches of one."""
+    """A system (``system.py``) that is asked through ``forward`` and ``generate``.
 
-    def __init__(self, model: Any) -> None:
+    bytes_per_step: the bytes of a decode step at a context, of the whole batch.
+    """
+
+    tasks = frozenset({DECODE, PREFILL, FIRST_TOKEN, BATCHED})
+
+    def __init__(
+        self, name: str, model: Any, bytes_per_step: Callable[[int], int] = lambda _: 0, batch: int = 1
+    ) -> None:
+        self.name = name
         self.model = model
+        self.batch = batch
+        self._bytes_per_step = bytes_per_step
         self._caches: dict[int, Any] = {}
 
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> float:
         """Seconds to run a prompt i64[1, S] from an empty cache to the logits of its last token."""
+        ids = self._rows(ids)
         start = time.perf_counter()
         self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
         return time.perf_counter() - start
 
     def first_token(self, ids: Tensor) -> float:
         """Seconds until ``generate`` has the first token after a prompt i64[1, S]."""
+        ids = self._rows(ids)
         streamer = TimedStreamer()
         start = time.perf_counter()
         self._generate(ids, 1, streamer)
@@ -37,6 +51,7 @@ class Subject:
 
         The context is in the cache already, and the cache is cut back afterwards, so that every sample starts alike.
         """
+        ids = self._rows(ids)
         context = ids.shape[1]
         cache = self._context(ids)
         streamer = TimedStreamer()
@@ -44,6 +59,17 @@ class Subject:
         self._generate(ids, tokens + 1, streamer, past_key_values=cache)
         cache.crop(context - 1 - cache.get_seq_length())  # a negative count is removed from the end
         return streamer.timing(start).rest
+
+    def bytes_per_step(self, context: int) -> int:
+        """As the caller of ``__init__`` counted them."""
+        return self._bytes_per_step(context)
+
+    def close(self) -> None:
+        """Forget the cached contexts."""
+        self._caches.clear()
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        return ids.repeat(self.batch, 1)
 
     def _generate(self, ids: Tensor, tokens: int, streamer: TimedStreamer, **options: Any) -> None:
         self.model.generate(

@@ -1,8 +1,9 @@
 """Products whose weights are stored as codes: recognising them, and printing where their blocks lie (``quantized.h``).
 
 In loop form such a weight is ``scale[n] * codes[n // 16, k // 4, n % 16, k % 4]``, or for 4 bits a half of a byte,
-times ``scale``, plus ``minimum``. A run of sixteen columns then reads one block of interleaved rows, provided that it is
-aligned: what the epilogue does with the columns (RoPE's halves, a gate beside its up-projection) must keep runs whole.
+times ``scale``, plus ``minimum``. A run of sixteen columns then reads one block of interleaved rows, provided that
+it is aligned: what the epilogue does with the columns (RoPE's halves, a gate beside its up-projection) must keep runs
+whole.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def _parts(node: Node) -> tuple[Load, Load, Load | None] | None:
     node = _without_casts(node)
     minimum: Node | None = None
     if isinstance(node, Apply) and node.op == "add":
-        node, minimum = node.args[0], _without_casts(node.args[1])
+        minimum = _without_casts(node.args[1])
+        node = node.args[0]
     if not isinstance(node, Apply) or node.op != "mul":
         return None
     code, scale = (_without_casts(a) for a in node.args)

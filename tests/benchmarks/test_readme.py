@@ -1,17 +1,19 @@
-"""The README's figures: written between two markers, and those of the newest stored run."""
+"""The README's figures: written between two markers, and those of the newest stored runs."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks import readme
-from tests.benchmarks.sample_results import made_up
+from benchmarks import readme, stored
+from tests.benchmarks.sample_results import made_up, made_up_quality
 
 TEXT = f"# Title\n\n{readme.BEGIN}\nold\n{readme.END}\n\nEnd.\n"
+NO_PICTURE = Path("none.svg")
 
 
 def test_only_what_is_between_the_markers_changes() -> None:
@@ -29,30 +31,66 @@ def test_missing_or_doubled_markers_are_refused(text: str) -> None:
 
 
 def test_every_measure_has_its_row() -> None:
-    text = readme.block(made_up())
+    text = readme.speed(made_up(), NO_PICTURE)
     for row in (
-        "| decode at context 64, f32 | 7.50 tokens/s (6.25–8.75) | 2.50 tokens/s (2.08–2.92) | 3.00× (3.00–3.00) |",
-        "| prefill of 512, f32 | 512 tokens/s (512–512) | 256 tokens/s (256–256) | 2.00× (2.00–2.00) |",
-        "| first token after a prompt of 64, bf16 | 100 ms (100–100) | 200 ms (200–200) | 2.00× (2.00–2.00) |",
+        "|  | tilewright | Hugging Face eager | torch.compile | llama.cpp |",
+        "| decode at context 64, f32 | 7.50 (6.25–8.75) | 2.50 (2.08–2.92)<br>3.00× (3.00–3.00) "
+        "| 3.75 (3.12–4.38)<br>2.00× (2.00–2.00) | 6.00 (5.00–7.00)<br>1.25× (1.25–1.25) |",
+        "| decode at context 64, int8 | 15.0 (12.5–17.5) | – | – | 13.3 (10.0–16.7)<br>1.25× (1.12–1.38) |",
+        "| prefill of 512, f32 | 512 (512–512) | 256 (256–256)<br>2.00× (2.00–2.00) | – | – |",
+        "| first token after a prompt of 64, bf16 | 100 ms (100–100) | 200 ms (200–200)<br>2.00× (2.00–2.00) | – | – |",
+        "| decode at context 64, f32 | 200 MB | 1.50 GB/s (1.25–1.75) | 3.00 GB/s (2.50–3.50) | 50% | 17% | 25% | 40% |",
+        "| decode at context 64, int8 | 50 MB | 0.75 GB/s (0.62–0.88) | 3.00 GB/s (2.50–3.50) | 25% | – | – | 17% |",
+        "| batched decode at context 64, bf16, batch 8 | 10.0 tokens/s (10.0–10.0) | 40.0 tokens/s (40.0–40.0) "
+        "| 4.00× (4.00–4.00) | 5.00 |",
         "| f32 | 20.0 s | 2.0 s |",
         "| prompt of 512, f32 | 1.00 MiB | 2.00 MiB | 4.00 MiB | 0.25 | 0 |",
     ):
         assert row in text.splitlines()
     assert "2 threads of Some CPU @ 3.00GHz (avx2)" in text
+    assert "llama-cpp-python 0.3" in text
     assert "2026-01-02" in text
 
 
-def test_the_newest_stored_run_is_shown(tmp_path: Path) -> None:
+def test_precisions_of_a_task_stand_together() -> None:
+    lines = readme.speed(made_up(), NO_PICTURE).splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith("| decode at context 64, f32"))
+    assert lines[first + 1].startswith("| decode at context 64, int8")
+
+
+def test_other_systems_stand_alone_where_ours_is_missing() -> None:
+    int8 = made_up().measures[-1]
+    alone = replace(int8, series=int8.series[1:])
+    text = readme.speed(replace(made_up(), measures=(alone,)), NO_PICTURE)
+    assert "| decode at context 64, int8 | 13.3 (10.0–16.7) |" in text.splitlines()
+
+
+def test_quality_has_its_rows() -> None:
+    text = readme.closeness(made_up_quality())
+    for row in (
+        "| Hugging Face eager, f32 | 4.482 | 0 | 100% |",
+        "| tilewright, int8 | 7.389 | 0.02000 | 95.0% |",
+        "| tilewright, int8 | 0.99800 | 0.00200 | 0.01000 |",
+    ):
+        assert row in text.splitlines()
+    assert "200 tokens" in text
+
+
+def test_the_newest_stored_runs_are_shown(tmp_path: Path) -> None:
     assert readme.current(tmp_path) == readme.NOTHING
-    made_up().save(tmp_path / "cpu" / "run.json")
-    assert readme.current(tmp_path) == readme.block(made_up())
+    file = stored.save(made_up(), tmp_path / "cpu" / "run.json")
+    assert readme.current(tmp_path) == readme.speed(made_up(), NO_PICTURE)
+    file.with_suffix(".svg").write_text("<svg/>")
+    assert readme.current(tmp_path).startswith("![Tokens per second by precision and system](run.svg)\n")
+    stored.save(made_up_quality(), tmp_path / "quality.json")
+    assert readme.current(tmp_path).endswith(readme.closeness(made_up_quality()))
 
 
 def test_check_says_whether_the_readme_is_current(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "README.md"
     file.write_text(TEXT)
     monkeypatch.setattr(readme, "README", file)
-    monkeypatch.setattr(readme, "current", lambda: readme.block(made_up()))
+    monkeypatch.setattr(readme, "current", lambda: readme.speed(made_up(), NO_PICTURE))
     app = Typer()
     app.command()(readme.main)
 

@@ -8,52 +8,80 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.results import Results, newest
-from tests.benchmarks.sample_results import made_up
+from benchmarks import quality_results, results, stored
+from benchmarks.quality_results import QualityResults
+from benchmarks.results import Results
+from tests.benchmarks.sample_results import made_up, made_up_quality
 
 
 def test_json_round_trip() -> None:
-    results = made_up()
-    assert Results.from_json(results.to_json()) == results
+    for result in (made_up(), made_up_quality()):
+        assert stored.from_json(type(result), stored.to_json(result)) == result
 
 
 def test_another_schema_is_refused() -> None:
-    data = json.loads(made_up().to_json())
-    with pytest.raises(ValueError, match="schema 99"):
-        Results.from_json(json.dumps(data | {"schema": 99}))
+    data = json.loads(stored.to_json(made_up()))
+    with pytest.raises(ValueError, match=r"schema 99.*benchmarks\.cpu"):
+        stored.from_json(Results, json.dumps(data | {"schema": 99}))
+
+
+def test_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="kind speed"):
+        stored.from_json(QualityResults, stored.to_json(made_up()))
 
 
 @pytest.mark.parametrize("missing", ["measures", "date"])
 def test_a_file_with_something_missing_is_refused(missing: str) -> None:
-    data = json.loads(made_up().to_json())
+    data = json.loads(stored.to_json(made_up()))
     del data[missing]
     with pytest.raises(ValueError, match=missing):
-        Results.from_json(json.dumps(data))
+        stored.from_json(Results, json.dumps(data))
 
 
-def test_results_are_stored_by_cpu_and_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.results.FOLDER", tmp_path)
-    file = made_up().save()
-    assert file == tmp_path / "some-cpu-3-00ghz" / "2026-01-02T030405.json"
-    assert Results.from_json(file.read_text()) == made_up()
+def test_results_are_stored_by_cpu_date_and_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "FOLDER", tmp_path)
+    file = stored.save(made_up())
+    assert file == tmp_path / "some-cpu-3-00ghz" / "2026-01-02T030405-speed.json"
+    assert stored.save(made_up_quality()).name == "2026-01-02T030405-quality.json"
+    assert stored.from_json(Results, file.read_text()) == made_up()
 
 
-def test_the_newest_run_counts_whatever_its_file_is_called(tmp_path: Path) -> None:
+def test_the_newest_run_of_a_kind_counts_whatever_its_file_is_called(tmp_path: Path) -> None:
     later = made_up("2026-05-01T00:00:00+00:00")
-    later.save(tmp_path / "a.json")
-    made_up().save(tmp_path / "b" / "z.json")
-    assert newest(tmp_path) == later
+    file = stored.save(later, tmp_path / "a.json")
+    stored.save(made_up(), tmp_path / "b" / "z.json")
+    quality = made_up_quality("2026-06-01T00:00:00+00:00")
+    other = stored.save(quality, tmp_path / "c.json")
+    assert results.newest(tmp_path) == (file, later)
+    assert quality_results.newest(tmp_path) == (other, quality)
 
 
-def test_no_results_name_the_command(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"python -m benchmarks\.cpu"):
-        newest(tmp_path)
+def test_an_empty_folder_has_no_newest_run(tmp_path: Path) -> None:
+    assert results.newest(tmp_path) is None
 
 
 def test_figures_of_a_decode_measure() -> None:
     decode = made_up().measures[0]
-    assert decode.rate(decode.ours).median == pytest.approx(7.5)  # of 10 and 5 tokens/s
-    assert decode.speedup.median == 3.0
-    assert decode.bandwidth.high == pytest.approx(1.75e9)  # of 2 and 1 GB/s
-    assert decode.share_of_probe.median == pytest.approx(0.5)
-    assert replace(decode, tokens=20).rate(decode.ours).median == pytest.approx(15)
+    ours, eager = decode.of("tilewright"), decode.of("Hugging Face eager")
+    assert ours is not None
+    assert eager is not None
+    assert decode.rates(ours) == (10, 5)
+    assert decode.ratio(ours, eager).median == 3
+    assert decode.bandwidths(ours) == (2e9, 1e9)
+    assert decode.share_of_probe(ours).median == pytest.approx(0.5)
+    assert decode.limits(ours) == (20, 10)
+    assert replace(decode, steps=20).rates(ours) == (20, 10)
+    assert decode.of("another") is None
+
+
+def test_a_batch_counts_all_of_its_tokens() -> None:
+    batched = made_up().measures[3]
+    one, eight = batched.series
+    assert batched.rates(eight) == (40, 40)
+    assert batched.ratio(eight, one).median == 4
+    assert batched.limits(eight) == (160, 80)
+    assert batched.bandwidths(eight) == (1e9, 1e9)
+
+
+def test_perplexity_is_that_of_all_windows_together() -> None:
+    assert made_up_quality().closeness[0].perplexity == pytest.approx(2.718281828**1.5)
