@@ -19,6 +19,7 @@ from tilewright.passes.base import PassOptions
 from tilewright.passes.last_tokens import last_tokens
 from tilewright.passes.pipeline import run_passes
 from tilewright.passes.plan_memory import plan_memory
+from tilewright.passes.quantize_weights import kept_wide
 from tilewright.runtime.engine import Engine
 from tilewright.runtime.executor import EngineSpec
 
@@ -120,6 +121,9 @@ class _Compilation:
             ]
             used = {b.name for program in programs for _, b in program.of_kind(BufferKind.param)}
             bound = bind_weights(modules, captured.tensors, used)
+            if self.options.weights:
+                wide = (line for m, p in zip(modules, phases, strict=True) for line in kept_wide(m, p.passes))
+                self.notes += tuple(dict.fromkeys(wide))
         for program in programs:
             dump.plan(program)
         with self._stage("kernels"):

@@ -52,6 +52,12 @@ ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="smollm2, minilm, or a Hugging Face folder or locally cached id.")
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights and activations.")]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="int8 or int4 stores the weights of products in that form; by default they stay as they are."
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
 BackendOption = Annotated[
     str | None, typer.Option(help="cpp, triton or reference; by default the one that fits the device.")
@@ -104,6 +110,7 @@ def generate(
         bool, typer.Option("--raw", help="Continue the text as it is, without chat template.")
     ] = False,
     dtype: DtypeOption = Dtype.f32,
+    weights: WeightsOption = None,
     device: DeviceOption = "cpu",
     backend: BackendOption = None,
     threads: ThreadsOption = None,
@@ -123,6 +130,7 @@ def generate(
         source.to(device),
         batch_sizes=(len(prompt),),
         max_length=max_length,
+        weights=weights,
         autotune=autotune,
         backend=backend,
         dump=dump,
@@ -161,6 +169,7 @@ def report(
     ir: Annotated[str | None, typer.Option(help="Print the IR of this stage instead, e.g. decode.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to build for; repeatable.")] = None,
     dtype: DtypeOption = Dtype.f32,
+    weights: WeightsOption = None,
     device: DeviceOption = "cpu",
     backend: BackendOption = None,
     threads: ThreadsOption = None,
@@ -176,6 +185,7 @@ def report(
         source.to(device),
         batch_sizes=tuple(batch or (1,)),
         max_length=max_length,
+        weights=weights,
         autotune=autotune,
         backend=backend,
         dump=dump,
@@ -200,6 +210,7 @@ def opt(
     ] = None,
     last_tokens: Annotated[bool, typer.Option(help="Keep only the last L positions' logits.")] = False,
     splits: Annotated[int, typer.Option(min=0, help="Chunks of the context in decode attention.")] = 0,
+    weights: WeightsOption = None,
     show: Annotated[bool, typer.Option("--list", help="List the passes and stop.")] = False,
 ) -> None:
     """Read IR text, run the named passes, print the result: the compiler's middle, one step at a time."""
@@ -210,7 +221,9 @@ def opt(
         console.print(table)
         return
     steps = find_passes([name.strip() for name in passes.split(",") if name.strip()])
-    options = PassOptions(fixed=_dims(fix or []), last_tokens=last_tokens, splits=splits)
+    options = PassOptions(
+        fixed=_dims(fix or []), last_tokens=last_tokens, splits=splits, weights=weights or ""
+    )
     module = parse_module(sys.stdin.read() if file == "-" else _read(Path(file)))
     if verify:
         verify_module(module)

@@ -56,7 +56,28 @@ def _read_bytes(value: Value, body: tuple[Op, ...], dims: Dims) -> int:
     users = [o for o in body if value in o.operands]
     if users and all(o.opcode == "gather" and o.operands[1] != value for o in users):
         return sum(_nbytes(o.result, dims) for o in users)
+    if users and all(o.opcode in _TABLE_FORMS for o in users) and value.type.numel.is_Integer:
+        # A table in another form, as codes: of each of its parts, as large a share is read as of the whole.
+        reached = [u for o in users for u in _lookups(o.result, body)]
+        if reached and None not in reached:
+            share = sum(_nbytes(g.result, dims) / _nbytes(g.operands[0], dims) for g in reached if g)
+            return min(_nbytes(value, dims), math.ceil(_nbytes(value, dims) * share))
     return _nbytes(value, dims)
+
+
+_TABLE_FORMS = ("view", "dequantize")
+
+
+def _lookups(value: Value, body: tuple[Op, ...]) -> list[Op | None]:
+    """The gathers from a table that ``value`` is a form of; None among them for any other use."""
+    found: list[Op | None] = []
+    for op in body:
+        if value in op.operands:
+            if op.opcode == "gather" and op.operands[1] != value:
+                found.append(op)
+            else:
+                found += _lookups(op.result, body) if op.opcode in _TABLE_FORMS else [None]
+    return found
 
 
 def _flops(op: Op, dims: Dims) -> int:

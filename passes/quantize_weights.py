@@ -25,7 +25,7 @@ from dataclasses import replace
 from sympy import Expr, Integer
 
 from tilewright.ir.index import FloorDiv, IndexMap, Mod, index_symbols
-from tilewright.ir.module import Function, Module, Names, Op, make_attrs
+from tilewright.ir.module import Function, Module, Names, Op, make_attrs, walk
 from tilewright.ir.ops import infer_types
 from tilewright.ir.types import TensorType, Value
 
@@ -60,6 +60,20 @@ def quantizable(weight: Value, options: PassOptions) -> bool:
         return False
     rows, columns = map(int, shape)
     return rows % options.row_block == 0 and columns % GROUP == 0 and rows * columns >= SMALLEST
+
+
+def kept_wide(module: Module, options: PassOptions) -> tuple[str, ...]:
+    """What a person wants to know of weights that products still read as floats, a line each; of a fused module."""
+    lines: dict[str, None] = {}
+    for function in module.functions:
+        params = {op.result: str(op.attr("name")) for op in function.ops if op.opcode == "param"}
+        streamed = [o.operands[1] for o in walk(function.ops) if o.opcode == "matmul"]
+        for weight in (w for w in streamed if w in params and w.type.rank == 2):
+            why = "its sides or its size do not fit the layout"
+            if quantizable(weight, options):
+                why = "it holds NaN, infinity or values beyond the range of the codes"
+            lines[f"{params[weight]} stays {weight.type}: {why}"] = None
+    return tuple(lines)
 
 
 class _Quantizer:

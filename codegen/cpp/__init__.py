@@ -1,1 +1,1 @@
-"""The C++ printer: vectorised, OpenMP, one shared library per program."""
+"""The C++ printer: vectorised, on a team of threads, one shared library per program."""

@@ -27,7 +27,7 @@ from tilewright.ir.errors import CacheError, CompilerNotFoundError, KernelBuildE
 
 HEADERS = Path(__file__).parent / "include"
 FLAGS = (
-    "-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-w",
+    "-std=c++17", "-O3", "-fopenmp-simd", "-pthread", "-fPIC", "-shared", "-w",
     # Libraries stay on the machine that they are built on (the key names its processor), so all of it may be used.
     "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native",
     # Sums may be contracted to fused multiply-adds; nobody reads errno or floating-point traps. Infinities and NaNs
