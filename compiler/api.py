@@ -22,6 +22,7 @@ from tilewright.passes.plan_memory import plan_memory
 from tilewright.passes.quantize_weights import kept_wide
 from tilewright.runtime.engine import Engine
 from tilewright.runtime.executor import EngineSpec
+from tilewright.runtime.native_executor import NativeExecutor
 
 from .api_mixin import Compiled, attach
 from .backends import ACTIVATION_GROUP, ROW_BLOCK, SPLITS, Built, build, measures
@@ -34,6 +35,7 @@ from .options import Options, check_options
 from .progress import SILENT, Advance, Progress
 from .report import Fallback, Memory, PhaseReport, Report
 from .tune import best, choice_key, measure, remember, remembered
+from .tune_native import choose
 from .weights import BoundWeights, bind_weights, not_quantizable
 
 _LAST = PassOptions(last_tokens=True)
@@ -61,10 +63,11 @@ def compile(
     weights: "int8" (one scale per output channel) or "int4" (scale and minimum per 32 columns) stores the weights of
     matrix products in that form, the embedding's too where it is tied to the last product; None keeps their dtype. What
     cannot be quantised stays as it is, and the report says so.
-    autotune: how prefill computes matrix products, by generated kernels or by the vendor's library. "full" builds both
-    and times them on a piece of prompt (up to 128 tokens, best of three runs); "cached" does so unless the cache folder
-    has the choice for this model on this machine; "off" takes generated kernels unmeasured. Nothing else is measured,
-    and backends whose times mean nothing (reference, Triton's interpreter) take generated kernels too.
+    autotune: what is chosen by measurement: how prefill computes matrix products, by generated kernels or by the
+    vendor's library (timed on a piece of prompt of up to 128 tokens, best of three runs), and on a CPU, for each decode
+    program, how many threads run it and how far ahead weights are prefetched. "full" measures; "cached" does so unless
+    the cache folder has the choice for this model on this machine; "off" takes generated kernels and defaults. Backends
+    whose times mean nothing (reference, Triton's interpreter) measure nothing.
     backend: "cpp", "triton" or "reference"; by default the one for the model's device.
     dump: folder for the IR after every pass, kernel sources, memory plans and the report.
     progress: ``Progress()`` shows a bar on stderr.
@@ -134,6 +137,8 @@ class _Compilation:
                 kept = _without_losers(phases, chosen)
                 modules, programs = [modules[n] for n in kept], [programs[n] for n in kept]
                 built = built.only(kept)
+        if self.options.autotune != "off":
+            self._tune_steps(captured, modules, programs, built)
         dump.sources(built.sources)
         self._name_stages(modules, programs, built)
         report = self._report(captured, lowered, programs, bound, built)
@@ -186,6 +191,24 @@ class _Compilation:
             f"measured on a short prompt: {', '.join(f'{name} {s * 1000:.0f} ms' for name, s in timed)}",
         )
         return rivals[chosen]
+
+    def _tune_steps(
+        self, captured: Captured, modules: list[Module], programs: list[Program], built: Built
+    ) -> None:
+        """Choose how decode steps of the C++ backend run."""
+        steps = [
+            (module, executor)
+            for module, executor in zip(modules, built.executors, strict=True)
+            if isinstance(executor, NativeExecutor) and executor.phase == "decode"
+        ]
+        if not steps:
+            return
+        with self._stage("tune steps"):
+            spec = self._spec(captured, programs[-1])
+            for module, executor in steps:
+                key = choice_key([module], self.options.backend, self.options.device)
+                cached = self.options.autotune == "cached"
+                self.notes += (choose(executor, spec, key, cached),)
 
     def _choice_key(self, rivals: list[int], modules: list[Module]) -> str:
         return choice_key([modules[n] for n in rivals], self.options.backend, self.options.device)

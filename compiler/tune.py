@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -93,8 +93,7 @@ def _path(key: str) -> Path:
 def measure(executors: Sequence[Executor], spec: EngineSpec) -> list[float]:
     """Seconds that each prefill executor takes for a piece of prompt: the best of a few runs, taken in turns.
 
-    A candidate that is clearly behind after the first turn is not run again; its one time stands. The weights of a
-    model do not stay in cache from one run to the next, so these are the times of real prompts.
+    The weights of a model do not stay in cache from one run to the next, so these are the times of real prompts.
     """
     tokens = min(spec.chunk, spec.max_length, _TOKENS)
     dims = {"B": 1, "S": tokens, "T": tokens, "L": 1}
@@ -103,15 +102,30 @@ def measure(executors: Sequence[Executor], spec: EngineSpec) -> list[float]:
     positions = torch.arange(tokens, device=spec.device).unsqueeze(0)
     inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": state.mask}
     outputs = {o.name: o.empty(dims, spec.device) for o in spec.outputs}
-    best = [float("inf")] * len(executors)
-    for _ in range(_RUNS):
-        for n, executor in enumerate(executors):
-            if best[n] != float("inf") and best[n] > _BEHIND * min(best):
-                continue
-            _wait(spec.device)
-            start = time.perf_counter()
+
+    def running(executor: Executor) -> Callable[[], None]:
+        def run() -> None:
             executor.run(inputs, dims, state, outputs)
             _wait(spec.device)
+
+        return run
+
+    _wait(spec.device)
+    return time_in_turns([running(e) for e in executors], _RUNS)
+
+
+def time_in_turns(runs: Sequence[Callable[[], None]], rounds: int) -> list[float]:
+    """Seconds of each run, the best of several rounds in which all take turns, since a machine's speed drifts.
+
+    One that is clearly behind after its first turn is not run again; its one time stands.
+    """
+    best = [float("inf")] * len(runs)
+    for _ in range(rounds):
+        for n, run in enumerate(runs):
+            if best[n] != float("inf") and best[n] > _BEHIND * min(best):
+                continue
+            start = time.perf_counter()
+            run()
             best[n] = min(best[n], time.perf_counter() - start)
     return best
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright.ir.program import KernelBuildError
@@ -16,6 +17,15 @@ PointerTable = ctypes.Array[ctypes.c_void_p]
 def pointer_table(addresses: Sequence[int]) -> PointerTable:
     """A table that :meth:`NativeLibrary.run` takes; its entries may be set again before each run."""
     return (ctypes.c_void_p * max(len(addresses), 1))(*addresses)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a run may choose: how many threads (0: as many as PyTorch has), and how many bytes ahead of their use
+    weights are requested from memory."""
+
+    threads: int = 0
+    prefetch_bytes: int = 4096
 
 
 class NativeLibrary:
@@ -39,6 +49,7 @@ class NativeLibrary:
         self._workspace.argtypes, self._workspace.restype = (dims, ctypes.c_int), ctypes.c_long
         self._run.argtypes = (
             ctypes.POINTER(ctypes.c_void_p), dims, ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_long,
+            ctypes.c_long,
         )  # fmt: skip
         self._run.restype = None
 
@@ -56,6 +67,7 @@ class NativeLibrary:
         dims: ctypes.Array[ctypes.c_long],
         workspace: int,
         threads: int,
+        prefetch_bytes: int = Tuning.prefetch_bytes,
         first: int = 0,
         last: int = 2**31,
     ) -> None:
@@ -63,4 +75,4 @@ class NativeLibrary:
 
         workspace: address of scratch memory that no concurrent run uses.
         """
-        self._run(buffers, dims, workspace, threads, first, last)
+        self._run(buffers, dims, workspace, threads, prefetch_bytes, first, last)

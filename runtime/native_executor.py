@@ -13,7 +13,7 @@ from tilewright.ir.program import BufferKind, KernelBuildError, Program, Step
 
 from .kv_state import RequestState
 from .memory import Memory
-from .native import NativeLibrary, PointerTable, pointer_table
+from .native import NativeLibrary, PointerTable, Tuning, pointer_table
 
 
 @dataclass
@@ -36,13 +36,15 @@ class _Range:
 
 
 class NativeExecutor:
-    """Runs one program; see ``runtime.executor.Executor``. Uses as many threads as PyTorch does at that time.
+    """Runs one program; see ``runtime.executor.Executor``. Uses as many threads as PyTorch does at that time, or fewer
+    where ``tuning``, which may be set between runs, says that fewer are faster.
 
     weights: every parameter of the program, contiguous. Raises KernelBuildError when one does not fit.
     """
 
     def __init__(self, program: Program, weights: Mapping[str, Tensor], library: NativeLibrary) -> None:
         self.program, self.weights, self.library = program, weights, library
+        self.tuning = Tuning()
         self.phase = program.phase
         self.batch = program.batch if program.phase == "decode" else 0
         for _, buffer in program.of_kind(BufferKind.param):
@@ -62,7 +64,8 @@ class NativeExecutor:
         outputs: Mapping[str, Tensor],
     ) -> None:
         """Compute ``outputs`` in place; see ``runtime.executor.Executor``."""
-        threads = torch.get_num_threads()
+        tuning = self.tuning
+        threads = min(torch.get_num_threads(), tuning.threads or torch.get_num_threads())
         sizes = self.library.dims([dims[name] for name in self._symbols])
         bound = self._bound(state)
         memory = Memory(self.program, self.weights, bound.arena, inputs, state, outputs)
@@ -79,7 +82,9 @@ class NativeExecutor:
         scratch = bound.workspace.data_ptr()
         for part in self._ranges:
             if part.first < part.last:
-                self.library.run(bound.table, sizes, scratch, threads, part.first, part.last)
+                self.library.run(
+                    bound.table, sizes, scratch, threads, tuning.prefetch_bytes, part.first, part.last
+                )
             if part.torch_step is not None:
                 memory.run_torch(*part.torch_step, dims)
 

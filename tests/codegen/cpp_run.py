@@ -99,4 +99,4 @@ def _run(
     dims = library.dims(sizes)
     workspace = torch.empty(library.workspace_bytes(dims, threads) + 64, dtype=torch.uint8)
     start = -(-workspace.data_ptr() // 64) * 64
-    library.run(pointer_table(addresses), dims, start, threads, step, step + 1)
+    library.run(pointer_table(addresses), dims, start, threads, first=step, last=step + 1)

@@ -1,7 +1,7 @@
 // Matrix products with few rows (a decode step): every weight is read once, so the memory bus sets the time.
 //
 // Each thread walks its own contiguous range of weight rows, one row at a time, so that it reads one linear stream, and
-// prefetches about 4 KB ahead in it. (Several rows at a time save loads of the activations, but the short interleaved
+// prefetches ahead in it (how far is measured when the model is compiled). (Several rows at a time save loads of the activations, but the short interleaved
 // streams defeat the hardware's prefetchers: half the bandwidth.) Weights stay row-major [N, K].
 #pragma once
 
@@ -12,7 +12,6 @@ namespace tw {
 
 constexpr int GEMV_TILE = 32;          // columns handed to the epilogue at a time
 constexpr int GEMV_MAX_ROWS = 8;       // with more rows the packed product of gemm.h is faster
-constexpr long PREFETCH_BYTES = 4096;  // how far ahead of its use a weight is requested
 
 // out[m * ldo] = sum over k of a[m * lda + k] * w[k], for M rows of a (zero padded to a multiple of the step).
 // Line by line, what lies behind `ahead` is prefetched.
@@ -73,16 +72,16 @@ TW_INLINE void gemv(const Worker& worker, long columns, long k, const activation
                     const Epilogue& epilogue) {
     const Range range = split(worker, columns, 16);
     const RowStream<D, Row> stream{row, range};
-    const long row_bytes = k * long(sizeof(W));
-    const bool within = row_bytes >= PREFETCH_BYTES;  // a long row: ahead in the same row
-    const long rows_ahead = (PREFETCH_BYTES + row_bytes - 1) / row_bytes;
+    const long row_bytes = k * long(sizeof(W)), distance = worker.team.prefetch_bytes;
+    const bool within = row_bytes >= distance;  // a long row: ahead in the same row
+    const long rows_ahead = (distance + row_bytes - 1) / row_bytes;
     alignas(64) float tile[D * M * GEMV_TILE];
     for (long n0 = range.begin; n0 < range.end; n0 += GEMV_TILE) {
         const int count = int(range.end - n0 < GEMV_TILE ? range.end - n0 : GEMV_TILE);
         for (int d = 0; d < D; d++) {
             for (int j = 0; j < count; j++) {
                 const W* w = row(d, n0 + j);
-                const W* ahead = within ? w + PREFETCH_BYTES / long(sizeof(W)) : stream.at(d, n0, j + rows_ahead);
+                const W* ahead = within ? w + distance / long(sizeof(W)) : stream.at(d, n0, j + rows_ahead);
                 dot_row<M, W>(a, lda, w, ahead, k, tile + d * M * GEMV_TILE + j, GEMV_TILE);
             }
         }

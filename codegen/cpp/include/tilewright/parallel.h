@@ -37,8 +37,9 @@ static inline void wait_a_little(int spins) {
 
 // Shared by the threads of one step; lives on the stack of the caller.
 struct Team {
-    explicit Team(int size) : size(size) {}
+    Team(int size, long prefetch_bytes) : size(size), prefetch_bytes(prefetch_bytes) {}
     const int size;
+    const long prefetch_bytes;  // how far ahead of their use weights are requested
     alignas(64) std::atomic<uint32_t> arrived{0};
     alignas(64) std::atomic<uint32_t> epoch{0};
 };
@@ -96,11 +97,11 @@ class Pool {
 
     // Run job on `threads` threads, this one among them, and wait for all. Where the system gives fewer threads, the team
     // is smaller.
-    void run(int threads, Job job, void* context) {
+    void run(int threads, long prefetch_bytes, Job job, void* context) {
         std::lock_guard<std::mutex> one_step(step_);
         while (started_ < threads - 1 && start_one()) {
         }
-        Team team(started_ < threads - 1 ? started_ + 1 : threads);
+        Team team(started_ < threads - 1 ? started_ + 1 : threads, prefetch_bytes);
         job_ = job;
         context_ = context;
         team_ = &team;
@@ -185,13 +186,13 @@ class Pool {
 
 // Run body(worker) on a team of `threads` threads, or fewer where the system gives no more.
 template <class Body>
-static inline void run_team(int threads, const Body& body) {
+static inline void run_team(int threads, long prefetch_bytes, const Body& body) {
     if (threads > 1) {
         const auto job = [](void* context, const Worker& worker) { (*static_cast<const Body*>(context))(worker); };
-        Pool::instance().run(threads, job, const_cast<Body*>(&body));
+        Pool::instance().run(threads, prefetch_bytes, job, const_cast<Body*>(&body));
         return;
     }
-    Team team(1);
+    Team team(1, prefetch_bytes);
     body(Worker{team, 0});
 }
 

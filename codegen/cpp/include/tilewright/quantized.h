@@ -70,15 +70,15 @@ struct Int8 {
         const int8_t* codes;
         const float* scale;
     };
-    // out[m * ldo + j]: products of M rows of activations with the block's rows j.
+    // out[m * ldo + j]: products of M rows of activations with the block's rows j; weights are prefetched `ahead` bytes.
     template <int M>
-    TW_INLINE void multiply(const Block& w, const ByteRow* a, long k, float* out, long ldo) {
+    TW_INLINE void multiply(const Block& w, const ByteRow* a, long k, float* out, long ldo, long ahead) {
         vf sum[HALVES][M];
         for (int h = 0; h < HALVES; h++)
             for (int m = 0; m < M; m++) sum[h][m] = vset(0.0f);
         for (long g = 0; g < k / ACTIVATION_GROUP; g++) {
             const int8_t* codes = w.codes + g * bytes_per_group;
-            for (int line = 0; line < bytes_per_group; line += 64) prefetch(codes + PREFETCH_BYTES + line);
+            for (int line = 0; line < bytes_per_group; line += 64) prefetch(codes + ahead + line);
             for (int h = 0; h < HALVES; h++) {
                 vi part[M];
                 for (int m = 0; m < M; m++) part[m] = start_signed(a[m].count[g]);
@@ -118,15 +118,16 @@ struct Int4 {
         const f16 *scale, *minimum;
     };
     template <int M>
-    TW_INLINE void multiply(const Block& w, const ByteRow* a, long k, float* out, long ldo) {
+    TW_INLINE void multiply(const Block& w, const ByteRow* a, long k, float* out, long ldo, long ahead) {
         vf sum[HALVES][M];
         for (int h = 0; h < HALVES; h++)
             for (int m = 0; m < M; m++) sum[h][m] = vset(0.0f);
         for (long g = 0; g < k / ACTIVATION_GROUP; g++) {
             const uint8_t* codes = w.codes + g * bytes_per_group;
-            for (int line = 0; line < bytes_per_group; line += 64) prefetch(codes + PREFETCH_BYTES + line);
-            prefetch(w.scale + g * ROW_BLOCK + PREFETCH_BYTES / 8);
-            prefetch(w.minimum + g * ROW_BLOCK + PREFETCH_BYTES / 8);
+            for (int line = 0; line < bytes_per_group; line += 64) prefetch(codes + ahead + line);
+            // A group's scales are an eighth of the bytes of its codes.
+            prefetch((const char*)(w.scale + g * ROW_BLOCK) + ahead / 8);
+            prefetch((const char*)(w.minimum + g * ROW_BLOCK) + ahead / 8);
             for (int h = 0; h < HALVES; h++) {
                 vi part[M];
                 for (int m = 0; m < M; m++) part[m] = iset(0);
@@ -193,7 +194,8 @@ TW_INLINE void gemv_quantized(const Worker& worker, long columns, long k, const 
         const int count = int(range.end - n0 < GEMV_TILE ? range.end - n0 : GEMV_TILE);
         for (int d = 0; d < D; d++) {
             for (int j = 0; j < count; j += ROW_BLOCK) {
-                Q::template multiply<M>(block(d, n0 + j), a, k, tile + d * M * GEMV_TILE + j, GEMV_TILE);
+                float* out = tile + d * M * GEMV_TILE + j;
+                Q::template multiply<M>(block(d, n0 + j), a, k, out, GEMV_TILE, worker.team.prefetch_bytes);
             }
         }
         epilogue(0L, M, n0, count, tile, long(M) * GEMV_TILE, long(GEMV_TILE));

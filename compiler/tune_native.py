@@ -1,0 +1,86 @@
+"""How the C++ kernels of a decode step run: the size of the team and the prefetch distance, chosen by measurement.
+
+Both are arguments of a run, so that trying one costs a few steps and no compilation. What is best differs with the
+batch size (more rows, more arithmetic per weight) and with the form of the weights (fewer bytes per product), so each
+decode program has its own choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from tilewright.runtime.executor import EngineSpec
+from tilewright.runtime.kv_state import RequestState
+from tilewright.runtime.native import Tuning
+from tilewright.runtime.native_executor import NativeExecutor
+
+from .tune import remember, remembered, time_in_turns
+
+PREFETCH_BYTES = (1024, 2048, 4096, 8192)
+CONTEXT = 64
+_ROUNDS = 6
+_STEPS = 3
+_CLEARLY = 0.97
+"""A choice has to take less than this share of the default's time: what is closer is noise."""
+
+
+def candidates(threads: int) -> tuple[Tuning, ...]:
+    """The default first; then other distances, then smaller teams (a small model is faster on one thread, and the two
+    threads of a core share its way to memory)."""
+    others = [Tuning(0, distance) for distance in PREFETCH_BYTES if distance != Tuning.prefetch_bytes]
+    teams = sorted({1, threads // 2} - {0, threads}, reverse=True)
+    return (Tuning(), *others, *(Tuning(n) for n in teams))
+
+
+def choose(executor: NativeExecutor, spec: EngineSpec, key: str, use_record: bool) -> str:
+    """Set the executor's tuning; gives a line for the report.
+
+    key: names the program and all that the choice depends on, for the record on disk. use_record: take the choice from
+    there when it holds one.
+    """
+    tried = candidates(torch.get_num_threads())
+    chosen = remembered(key, len(tried)) if use_record else None
+    if chosen is None:
+        seconds = _measure(executor, spec, tried)
+        chosen = pick(seconds)
+        remember(key, chosen, seconds)
+    executor.tuning = tried[chosen]
+    team = tried[chosen].threads or torch.get_num_threads()
+    return f"{executor.program.name}: {team} threads, weights prefetched {executor.tuning.prefetch_bytes} bytes ahead"
+
+
+def pick(seconds: Sequence[float]) -> int:
+    """The fastest candidate, or the first one, the default, where none is clearly faster."""
+    fastest = min(range(len(seconds)), key=seconds.__getitem__)
+    return fastest if seconds[fastest] < _CLEARLY * seconds[0] else 0
+
+
+def _measure(executor: NativeExecutor, spec: EngineSpec, tried: Sequence[Tuning]) -> list[float]:
+    """Seconds of a few decode steps under each tuning, the best of several rounds taken in turns.
+
+    Weights that do not fit the caches come from memory, as in use: a step reads each of them once.
+    """
+    rows = executor.batch
+    context = min(CONTEXT, spec.max_length)
+    dims = {"B": rows, "S": 1, "T": context, "L": 1}
+    state = RequestState(spec, rows, rows)
+    ids = torch.zeros(rows, 1, dtype=torch.int64)
+    inputs = {"input_ids": ids, "position_ids": ids.clone(), "attention_mask": state.mask}
+    outputs = {o.name: o.empty(dims, spec.device) for o in spec.outputs}
+
+    def under(tuning: Tuning) -> Callable[[], None]:
+        def run() -> None:
+            executor.tuning = tuning
+            for _ in range(_STEPS):
+                executor.run(inputs, dims, state, outputs)
+
+        return run
+
+    before = executor.tuning
+    try:
+        return time_in_turns([under(replace(t)) for t in tried], _ROUNDS)
+    finally:
+        executor.tuning = before
