@@ -133,7 +133,7 @@ def prepare(fast: Any, ids: torch.Tensor, phase: Phase) -> ProgramRuns:
     threads = torch.get_num_threads()
 
     def run(first: int, last: int) -> None:
-        library.run(bound.table, sizes, bound.workspace.data_ptr(), threads, first, last)
+        library.run(bound.table, sizes, bound.workspace.data_ptr(), threads, first=first, last=last)
 
     steps = tuple(step for step, _, _ in executor.program.trace())
     return ProgramRuns(steps, dims, run, (state, inputs, outputs))

@@ -48,7 +48,14 @@ def speed(found: Results, picture: Path) -> str:
 def closeness(found: QualityResults) -> str:
     """What precision costs in quality."""
     parts = [rows.markdown() for rows in quality_results.tables(found)]
-    parts.append(f"{_machine(found)}; {found.date[:10]}; `{found.command}`.")
+    note = f"{_machine(found)}; {found.date[:10]}; `{found.command}`."
+    if any(c.precision == "Q4_1" for c in found.closeness):
+        note += (
+            " SmolLM2's weights come from the Q4_1 file. tilewright's int4 has a scale and a minimum for 32 weights "
+            "too, so these fit it better than others would, while Q4_0 rounds them a second time. Both files keep the "
+            "embedding table in Q8_0; int4 stores it in four bits like the rest."
+        )
+    parts.append(note)
     return "\n\n".join(parts)
 
 

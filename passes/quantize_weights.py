@@ -13,7 +13,8 @@
 The codes are computed once at load, by the function's ``.weights``. How they lie in memory is an index map: with
 ``options.row_block`` = 16, sixteen rows are interleaved four columns at a time, the order in which a CPU kernel with
 one row per lane reads them. int8 has one scale per output channel, int4 scale and minimum for each group of 32 columns
-(``ir.quantization``). An embedding that is tied to the last product reads the same codes.
+(``ir.quantization``). An embedding that is tied to the last product reads the same codes, of int8 also where the others
+are int4: what is lost there would be lost at both ends of the model.
 
 Matrices that are small, whose sides do not fit, or that hold what has no code (``options.keep_wide``) stay as they are.
 """
@@ -82,7 +83,9 @@ class _Quantizer:
     def __init__(self, function: Function, loader: Function | None, options: PassOptions) -> None:
         self.function, self.options = function, options
         self.loader = loader or Function(f"{function.name}.weights", (), (), ())
-        self.bits = BITS[options.weights]
+        self.tables = {
+            op.operands[0] for op in function.ops if op.opcode == "gather" and op.attr("axis") == 0
+        }
         self.ops = list(self.loader.ops)
         self.returns = {v.name: v for v in self.loader.returns}
         self.names = Names.of(self.loader)
@@ -101,6 +104,11 @@ class _Quantizer:
                 op = op.with_attrs(activation_group=self.options.activation_group)
             rewriter.keep(op)
         return self._finish(rewriter)
+
+    def _format(self, weight: Value) -> tuple[int, int]:
+        """Bits and group of a weight's codes."""
+        bits = 8 if weight in self.tables else BITS[self.options.weights]
+        return bits, GROUP if bits == 4 else int(weight.shape[1])
 
     @staticmethod
     def _codes_of(op: Op) -> tuple[Value, ...]:
@@ -137,11 +145,11 @@ class _Quantizer:
         weight = self.returns.get(name)
         if weight is None:
             weight = self._load("param", (), op.result.type, name=name)
-        group = GROUP if self.bits == 4 else int(weight.shape[1])
-        draft = Op("quantize", (weight,), make_attrs({"bits": self.bits, "group": group}))
+        bits, group = self._format(op.result)
+        draft = Op("quantize", (weight,), make_attrs({"bits": bits, "group": group}))
         types = _quantized_types(draft)
         stem = name if name.startswith("prepared.") else f"prepared.{name}"
-        full = [f"{stem}.{self.options.weights}.{what}" for what in ("codes", "scale", "minimum")]
+        full = [f"{stem}.int{bits}.{what}" for what in ("codes", "scale", "minimum")]
         blocked = self.options.row_block > 1
         parts = tuple(
             Value(self.names.fresh("q" if blocked else n), t) for n, t in zip(full, types, strict=False)
@@ -169,8 +177,8 @@ class _Quantizer:
 
     def _read(self, rewriter: Rewriter, weight: Value, stored: tuple[Value, ...]) -> Value:
         """The matrix that stored codes stand for."""
-        group = GROUP if self.bits == 4 else int(weight.shape[1])
-        draft = Op("quantize", (weight,), make_attrs({"bits": self.bits, "group": group}))
+        bits, group = self._format(weight)
+        draft = Op("quantize", (weight,), make_attrs({"bits": bits, "group": group}))
         parts = []
         for param, type, codes in zip(stored, _quantized_types(draft), (True, False, False), strict=False):
             if self.options.row_block == 1:
@@ -178,7 +186,7 @@ class _Quantizer:
                 continue
             index_map = _out_of_blocks(type.shape, self.options.row_block, codes)
             parts.append(rewriter.add("view", param, type=type, map=index_map))
-        return rewriter.add("dequantize", *parts, type=weight.type, bits=self.bits, group=group)
+        return rewriter.add("dequantize", *parts, type=weight.type, bits=bits, group=group)
 
     def _finish(self, rewriter: Rewriter) -> tuple[Function, Function | None]:
         """Weights that are read no more are not prepared either."""

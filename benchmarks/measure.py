@@ -1,0 +1,75 @@
+"""Samples of one task, those of all systems and of the bandwidth probe taken in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from benchmarks.results import FIRST_TOKEN, PREFILL, Measure, Series
+from benchmarks.system import System
+from tilewright.progress import Advance
+
+SETTLE = 0.05
+"""Seconds of rest before each sample: threads of the system that ran before stop spinning."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What every system does for one sample: ``steps`` tokens with the prompt ``ids``, i64[1, size]."""
+
+    name: str
+    size: int
+    steps: int
+    ids: Tensor
+
+    def run(self, system: System) -> float:
+        """Seconds of one sample."""
+        if self.name == PREFILL:
+            return system.prefill(self.ids)
+        if self.name == FIRST_TOKEN:
+            return system.first_token(self.ids)
+        return system.decode(self.ids, self.steps)
+
+    def bytes_per_step(self, system: System) -> int:
+        """What a decode step reads: the context grows while a sample runs, so its middle counts; else 0."""
+        if self.name in (PREFILL, FIRST_TOKEN):
+            return 0
+        return system.bytes_per_step(self.size + self.steps // 2)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.size}"
+
+
+def measure(
+    task: Task,
+    precision: str,
+    systems: Sequence[System],
+    probe: Callable[[], float],
+    repeats: int,
+    advance: Advance,
+) -> Measure:
+    """``repeats`` rounds, each a sample of every system and one of the probe, after one untimed run of each system.
+
+    Which system begins changes from round to round, so that a steady drift of the machine favours none.
+    """
+    for system in systems:
+        advance(f"{task}, {system.name} warms up")
+        task.run(system)
+    seconds: list[list[float]] = [[] for _ in systems]
+    bandwidth = []
+    for n in range(repeats):
+        advance(str(task))
+        for turn in range(len(systems)):
+            k = (n + turn) % len(systems)
+            time.sleep(SETTLE)
+            seconds[k].append(task.run(systems[k]))
+        time.sleep(SETTLE)
+        bandwidth.append(probe())
+    series = tuple(
+        Series(system.name, tuple(samples), system.batch, task.bytes_per_step(system))
+        for system, samples in zip(systems, seconds, strict=True)
+    )
+    return Measure(task.name, precision, task.size, task.steps, tuple(bandwidth), series)

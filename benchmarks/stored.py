@@ -1,0 +1,79 @@
+"""Result files: JSON below ``results/``, by processor and date, each of a kind and a schema that it names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
+
+FOLDER = Path(__file__).parent / "results"
+
+
+class Result(Protocol):
+    """A frozen dataclass of one run. ``KIND`` and ``SCHEMA`` say which files are its own and can be read, ``COMMAND``
+    what makes one."""
+
+    KIND: ClassVar[str]
+    SCHEMA: ClassVar[int]
+    COMMAND: ClassVar[str]
+
+    @property
+    def date(self) -> str: ...
+
+    @property
+    def machine(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Self: ...
+
+
+R = TypeVar("R", bound=Result)
+
+
+def to_json(result: Result) -> str:
+    """The whole run as text."""
+    data = asdict(cast(Any, result))
+    return json.dumps({"kind": result.KIND, "schema": result.SCHEMA, **data}, indent=1) + "\n"
+
+
+def from_json(cls: type[R], text: str) -> R:
+    """A run of ``cls`` from text. Raises ValueError for another kind or schema, or missing fields."""
+    data = json.loads(text)
+    kind, schema = data.pop("kind", None), data.pop("schema", None)
+    if kind != cls.KIND:
+        raise ValueError(f"a result of kind {kind}, not {cls.KIND}")
+    if schema != cls.SCHEMA:
+        raise ValueError(f"schema {schema}, but this version reads {cls.SCHEMA}; run {cls.COMMAND} again")
+    try:
+        return cls.from_data(data)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a result of this benchmark: {error}") from error
+
+
+def save(result: Result, file: Path | None = None) -> Path:
+    """Write to ``file``, by default ``results/<cpu>/<date>-<kind>.json``; returns where."""
+    if file is None:
+        name = f"{result.date[:19].replace(':', '')}-{result.KIND}.json"
+        file = FOLDER / _slug(str(result.machine["cpu"])) / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(to_json(result))
+    return file
+
+
+def newest(cls: type[R], folder: Path) -> tuple[Path, R] | None:
+    """The latest stored run of ``cls`` by its own date, and its file; None when there is none."""
+    texts = {file: file.read_text() for file in folder.rglob("*.json")}
+    found = [(file, from_json(cls, t)) for file, t in texts.items() if json.loads(t).get("kind") == cls.KIND]
+    return max(found, key=lambda pair: pair[1].date, default=None)
+
+
+def records(cls: type[Any], rows: list[dict[str, Any]]) -> tuple[Any, ...]:
+    """Rows of plain data as objects of ``cls``; lists become tuples."""
+    return tuple(
+        cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}) for row in rows
+    )
+
+
+def _slug(name: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())

@@ -1,0 +1,84 @@
+"""``torch.compile`` with a static KV cache, in the form that its documentation recommends for decoding."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+from benchmarks import models
+from benchmarks.results import DECODE, PREFILL, TORCH_COMPILE
+
+
+class TorchCompile:
+    """A system (``system.py``): a Hugging Face model whose forward is compiled for each shape, called in a bare loop.
+
+    A static cache has room for exactly the context and the tokens to come, since every step reads all of it.
+    Time to first token is no task of it: ``generate`` runs prompts uncompiled, so that would be eager's figure.
+    """
+
+    name = TORCH_COMPILE
+    batch = 1
+    tasks = frozenset({DECODE, PREFILL})
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        # One graph per shape: nothing is slower for being dynamic. Modes that use CUDA graphs change nothing on a CPU.
+        self._forward = torch.compile(model.forward, dynamic=False)
+        self._caches: dict[tuple[int, int], StaticCache] = {}
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor) -> float:
+        """Seconds to run a prompt i64[1, S] from an empty cache to the logits of its last token."""
+        cache = self._cache(ids, ids.shape[1])
+        _set_length(cache, 0)
+        start = time.perf_counter()
+        self._forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return time.perf_counter() - start
+
+    def first_token(self, ids: Tensor) -> float:
+        raise NotImplementedError("no task of torch.compile")
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor, tokens: int) -> float:
+        """Seconds for ``tokens`` greedy steps after the first, with i64[1, S] as context."""
+        context = ids.shape[1]
+        cache = self._cache(ids, context + tokens)
+        _set_length(cache, context - 1)
+        token = self._step(ids[:, -1:], cache)
+        start = time.perf_counter()
+        for _ in range(tokens):
+            token = self._step(token, cache)
+        return time.perf_counter() - start
+
+    def bytes_per_step(self, context: int) -> int:
+        """Those of the model; that a static cache is read to its end is not asked for."""
+        return models.bytes_per_step(self.model, context)
+
+    def close(self) -> None:
+        """Give compiled code back, which dynamo else keeps for the life of the process."""
+        self._caches.clear()
+        torch._dynamo.reset()
+
+    def _step(self, token: Tensor, cache: StaticCache) -> Tensor:
+        """The greedy token i64[1, 1] after ``token``."""
+        output = self._forward(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1].argmax(-1, keepdim=True)
+
+    def _cache(self, ids: Tensor, room: int) -> StaticCache:
+        """A cache with ``room`` positions that holds all of the prompt but its last token, which is run uncompiled."""
+        key = (ids.shape[1], room)
+        if key not in self._caches:
+            cache = StaticCache(config=self.model.config, max_cache_len=room)
+            self.model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self._caches[key] = cache
+        return self._caches[key]
+
+
+def _set_length(cache: StaticCache, length: int) -> None:
+    """Forget what a cache holds from ``length`` on; the mask then hides it."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(length)
