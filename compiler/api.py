@@ -61,8 +61,8 @@ def compile(
     returned sequences. An encoder runs a larger batch in several goes.
     max_length: longest sequence, prompt and new tokens together; by default 2048 or what the model can.
     weights: "int8" (one scale per output channel) or "int4" (scale and minimum per 32 columns) stores the weights of
-    matrix products in that form; an embedding that is tied to the last product is int8 in both. None keeps their dtype. What
-    cannot be quantised stays as it is, and the report says so.
+    matrix products in that form; an embedding that is tied to the last product is int8 in both. None keeps their dtype.
+    What cannot be quantised stays as it is, and the report says so.
     autotune: what is chosen by measurement: how prefill computes matrix products, by generated kernels or by the
     vendor's library (timed on a piece of prompt of up to 128 tokens, best of three runs), and on a CPU, for each decode
     program, how many threads run it and how far ahead weights are prefetched. "full" measures; "cached" does so unless

@@ -2,11 +2,13 @@
 
 Both are arguments of a run, so that trying one costs a few steps and no compilation. What is best differs with the
 batch size (more rows, more arithmetic per weight) and with the form of the weights (fewer bytes per product), so each
-decode program has its own choice.
+decode program has its own choice. Beside other work, figures would tell of that work: threads that wait for each other
+suffer most. So on a busy machine the default is taken, and nothing is recorded.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -23,6 +25,7 @@ PREFETCH_BYTES = (1024, 2048, 4096, 8192)
 CONTEXT = 64
 _ROUNDS = 6
 _STEPS = 3
+_BUSY = 0.75  # runnable threads per processor, over the last minute
 _CLEARLY = 0.97
 """A choice has to take less than this share of the default's time: what is closer is noise."""
 
@@ -43,6 +46,8 @@ def choose(executor: NativeExecutor, spec: EngineSpec, key: str, use_record: boo
     """
     tried = candidates(torch.get_num_threads())
     chosen = remembered(key, len(tried)) if use_record else None
+    if chosen is None and _is_busy():
+        return f"{executor.program.name}: threads and prefetch distance not measured, the machine is busy"
     if chosen is None:
         seconds = _measure(executor, spec, tried)
         chosen = pick(seconds)
@@ -50,6 +55,10 @@ def choose(executor: NativeExecutor, spec: EngineSpec, key: str, use_record: boo
     executor.tuning = tried[chosen]
     team = tried[chosen].threads or torch.get_num_threads()
     return f"{executor.program.name}: {team} threads, weights prefetched {executor.tuning.prefetch_bytes} bytes ahead"
+
+
+def _is_busy() -> bool:
+    return os.getloadavg()[0] > _BUSY * (os.cpu_count() or 1)
 
 
 def pick(seconds: Sequence[float]) -> int:

@@ -107,9 +107,10 @@ def matmul_groups(segments: tuple[Segment, ...]) -> tuple[list[Group], list[Segm
 def direct_rows(kernel: KernelContext, group: Group) -> tuple[str, Expr] | None:
     """Address of the first row and distance of rows, when the row operand lies in memory as the product reads it."""
     a, k = group.forms[0].a, group.forms[0].k
-    if not isinstance(a, Load) or a.indirect or group.weight is None or a.dtype is not group.weight:
+    # Whether rows of bf16 are used as they are depends on the processor, which this text does not know.
+    if not isinstance(a, Load) or a.indirect or a.dtype is not DType.f32 or group.weight is not DType.f32:
         return None
-    if a.dtype is DType.f16 or not k.extent.is_Integer or k.extent % 32 != 0:
+    if not k.extent.is_Integer or k.extent % 32 != 0:
         return None
     ranges = {x.symbol: x.extent for x in (*group.rows, k)}
     offset = kernel.offset(a.value, a.index, ranges)

@@ -18,6 +18,7 @@ from tilewright.tune_native import candidates, pick
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TILEWRIGHT_CACHE", str(tmp_path))
+    monkeypatch.setattr(tune_native, "_is_busy", lambda: False)
     return tmp_path
 
 
@@ -60,6 +61,14 @@ def test_a_choice_is_measured_once_and_used(monkeypatch: pytest.MonkeyPatch) -> 
         expected = plain.generate(ids, max_new_tokens=6, do_sample=False)
         assert torch.equal(fast.generate(ids, max_new_tokens=6, do_sample=False), expected)
     assert measured == ["decode_b1", "decode_b1"]
+
+
+def test_a_busy_machine_records_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice made beside other work, kept for good."""
+    monkeypatch.setattr(tune_native, "_is_busy", lambda: True)
+    fast = tw.compile(tiny("llama"), backend="cpp", max_length=64, autotune="full")
+    assert [e.tuning for e in decode_executors(fast)] == [Tuning()]
+    assert any("the machine is busy" in note for note in fast.report().notes)
 
 
 def test_measuring_leaves_the_tuning_as_it_was() -> None:

@@ -19,7 +19,7 @@ template <int M, class W>
 TW_INLINE void dot_row(const activation_t<W>* a, long lda, const W* w, const W* ahead, long k, float* out, long ldo) {
     constexpr int step = dot<W>::step;
     constexpr int lines = int(step * sizeof(W) + 63) / 64;
-    constexpr int chains = M == 1 ? 2 : 1;  // two sums for a single row: one would wait for its own latency
+    constexpr int chains = M == 1 ? 4 : M == 2 ? 2 : 1;  // one sum would wait for its own latency
     vf sum[M * chains];
     for (int m = 0; m < M * chains; m++) sum[m] = vset(0.0f);
     long i = 0;
@@ -39,7 +39,10 @@ TW_INLINE void dot_row(const activation_t<W>* a, long lda, const W* w, const W* 
             sum[m * chains] = dot<W>::add(dot<W>::load_act(a + m * lda + i), wv, sum[m * chains]);
         }
     }
-    if (chains == 2) sum[0] = vadd(sum[0], sum[1]);
+    for (int m = 0; m < M; m++) {
+        if (chains == 4) sum[m * chains + 1] = vadd(sum[m * chains + 1], vadd(sum[m * chains + 2], sum[m * chains + 3]));
+        if (chains > 1) sum[m * chains] = vadd(sum[m * chains], sum[m * chains + 1]);
+    }
     int m = 0;
     for (; m + 4 <= M; m += 4) {
         float four[4];

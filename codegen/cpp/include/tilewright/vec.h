@@ -128,15 +128,17 @@ TW_INLINE void vsum4(const vf* x, float* out) {
 
 #endif
 
-// What a matrix of W multiplies: bf16 rows for bf16 weights (as eager mode has them), else float.
+// What a matrix of W multiplies: floats, but pairs of bf16 where the processor multiplies those.
 template <class W>
 struct activation {
     using type = float;
 };
+#if defined(TW_DOT_BF16)
 template <>
 struct activation<bf16> {
     using type = bf16;
 };
+#endif
 template <class W>
 using activation_t = typename activation<W>::type;
 
