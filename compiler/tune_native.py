@@ -26,7 +26,7 @@ CONTEXT = 64
 _ROUNDS = 6
 _STEPS = 3
 _BUSY = 0.75  # runnable threads per processor, over the last minute
-_CLEARLY = 0.97
+_CLEARLY = 0.95
 """A choice has to take less than this share of the default's time: what is closer is noise."""
 
 

@@ -6,7 +6,8 @@ token, and the loop ends when all rows are finished or the length is reached.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -119,6 +120,10 @@ def _chooser(state: RequestState, options: GenerateOptions) -> Callable[[bool], 
     ids_array = ids[:, 0].numpy() if exact.device.type == "cpu" else None
 
     def choose(forbid_eos: bool) -> None:
+        with _one_torch_thread(exact.device):
+            choose_row(forbid_eos)
+
+    def choose_row(forbid_eos: bool) -> None:
         if exact is not logits:
             exact.copy_(logits)
         if forbid_eos and options.eos_ids:
@@ -131,6 +136,21 @@ def _chooser(state: RequestState, options: GenerateOptions) -> Callable[[bool], 
             torch.argmax(exact, dim=-1, keepdim=True, out=ids)
 
     return choose
+
+
+@contextmanager
+def _one_torch_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU, keep PyTorch to this thread: its others would go on spinning for some milliseconds after an op that is
+    over in one, on the processors that the next step's kernels need."""
+    if device.type != "cpu":
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Finish:
