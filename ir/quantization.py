@@ -16,6 +16,7 @@ INT8_LARGEST = 127
 INT4_LARGEST = 15
 _CHUNK = 1 << 20  # elements quantised at a time: the passes over them then run in cache
 _SHRINK = (0.96, 0.92, 0.88, 0.84)
+_F16_SMALLEST = 2.0**-24
 _EXACT = 2.0**-18  # relative to the step of the grid: a group this close to it lies on it
 
 
@@ -28,7 +29,7 @@ def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, ...]:
     rows, columns = weight.shape
     step = max(1, _CHUNK // columns)
     quantize_rows = _int8 if bits == 8 else _int4
-    parts = [quantize_rows(weight[n : n + step].float(), group) for n in range(0, rows, step)]
+    parts = [quantize_rows(weight[n : n + step].float().contiguous(), group) for n in range(0, rows, step)]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -55,7 +56,8 @@ def round_activations(x: Tensor, group: int) -> Tensor:
 def _int8(weight: Tensor, group: int) -> tuple[Tensor, ...]:
     grouped = weight.view(weight.shape[0], -1, group)
     scale = grouped.abs().amax(-1, keepdim=True) / INT8_LARGEST
-    codes = torch.round(grouped / torch.where(scale > 0, scale, 1.0)).to(torch.int8)
+    codes = torch.round(grouped / torch.where(scale > 0, scale, 1.0)).clamp_(-INT8_LARGEST, INT8_LARGEST)
+    codes = codes.to(torch.int8)
     return codes.view(weight.shape), scale.squeeze(-1)
 
 
@@ -65,6 +67,7 @@ def _int4(weight: Tensor, group: int) -> tuple[Tensor, ...]:
     grouped = weight.view(-1, group)
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
     scale, minimum = _as_f16((high - low) / INT4_LARGEST, low)
+    scale = torch.where(high > low, scale.clamp(min=_F16_SMALLEST), scale)
     codes = _int4_codes(grouped, scale, minimum)
     error = _error(grouped, codes, scale, minimum)
     off = (error > group * (scale.abs() * _EXACT) ** 2).squeeze(-1).nonzero().squeeze(-1)
