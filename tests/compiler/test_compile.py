@@ -38,7 +38,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "text batch": ({"batch_sizes": "14"}, tw.OptionError, "positive integers"),
     "zero length": ({"max_length": 0}, tw.OptionError, "positive integer"),
     "length": ({"max_length": 300}, tw.OptionError, "more than the 256 positions.*max_length=256"),
-    "weights": ({"weights": "int8"}, tw.OptionError, "leave weights out"),
+    "weights": ({"weights": "int3"}, tw.OptionError, "leave weights out"),
     "autotune": ({"autotune": "max"}, tw.OptionError, "off, cached, full"),
     "backend": ({"backend": "cuda"}, tw.OptionError, "triton, cpp, reference"),
     "dump": ({"dump": "/dev/null/folder"}, tw.OptionError, "cannot be made a folder"),

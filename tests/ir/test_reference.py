@@ -79,6 +79,7 @@ CASES: dict[str, tuple[tuple[Tensor, ...], Callable[..., Tensor]]] = {
     "and": ((U, V), lambda a, b: (a.int() * b.int()).bool()),
     "or": ((U, V), lambda a, b: (a.int() + b.int()).bool()),
     "xor": ((U, V), lambda a, b: a != b),
+    "shr": ((I, J), lambda a, b: torch.div(a, 2**b, rounding_mode="floor")),
     "not": ((U,), lambda a: a == False),  # noqa: E712
     "where": ((U, X, Y), lambda c, a, b: c.float() * a + (1 - c.float()) * b),
 }
