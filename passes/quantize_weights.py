@@ -13,8 +13,9 @@
 The codes are computed once at load, by the function's ``.weights``. How they lie in memory is an index map: with
 ``options.row_block`` = 16, sixteen rows are interleaved four columns at a time, the order in which a CPU kernel with
 one row per lane reads them. int8 has one scale per output channel, int4 scale and minimum for each group of 32 columns
-(``ir.quantization``). An embedding that is tied to the last product reads the same codes, of int8 also where the others
-are int4: what is lost there would be lost at both ends of the model.
+(``ir.quantization``). An embedding that is tied to the last product reads the same codes, of int8 with a scale for each
+group of 32 columns whatever the others are: what is lost there is lost at both ends of the model. (A scale per channel
+of the table alone raised the perplexity of SmolLM2 by 0.25%, of all other matrices together by as little.)
 
 Matrices that are small, whose sides do not fit, or that hold what has no code (``options.keep_wide``) stay as they are.
 """
@@ -34,7 +35,7 @@ from .base import PassOptions, Rewriter
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 32
-"""Columns that share a scale in int4, and activations that share one in any form."""
+"""Columns that share a scale in int4 and in tables, and activations that share one in any form."""
 SMALLEST = 1024
 """Elements of the smallest matrix that is worth it."""
 
@@ -107,7 +108,9 @@ class _Quantizer:
 
     def _format(self, weight: Value) -> tuple[int, int]:
         """Bits and group of a weight's codes."""
-        bits = 8 if weight in self.tables else BITS[self.options.weights]
+        if weight in self.tables:
+            return 8, GROUP
+        bits = BITS[self.options.weights]
         return bits, GROUP if bits == 4 else int(weight.shape[1])
 
     @staticmethod

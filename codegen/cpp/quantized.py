@@ -24,17 +24,19 @@ MAX_ROWS = 16
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """The loads behind one dot product's weight. ``block``: the number of its block, over the column axes."""
+    """The loads behind one dot product's weight. ``block``: the number of its block, over the column axes.
+    ``grouped``: whether each group of columns has a scale, or each row."""
 
     codes: Load
     scale: Load
     minimum: Load | None
     block: Expr
+    grouped: bool
 
     @property
     def kind(self) -> str:
         """The C++ class that knows the format."""
-        return "tw::Int8" if self.minimum is None else "tw::Int4"
+        return f"tw::Int8<{str(self.grouped).lower()}>" if self.minimum is None else "tw::Int4"
 
 
 def stored_weights(form: MatmulForm) -> tuple[StoredWeight, ...] | None:
@@ -51,15 +53,16 @@ def _stored_weight(form: MatmulForm, dot: Dot) -> StoredWeight | None:
         return None
     codes, scale, minimum = parts
     four = minimum is not None
+    grouped = scale.value.type.rank == 3 and scale.value.shape[1] == k.extent / GROUP
     row_index = _row_index(codes, k.symbol, 8 if four else 4)
     if row_index is None or any(
-        _scale_index(part, k.symbol, GROUP if four else None) != row_index
+        _scale_index(part, k.symbol, four or grouped) != row_index
         for part in (scale, minimum)
         if part is not None
     ):
         return None
     block = _aligned_block(form, row_index)
-    return None if block is None else StoredWeight(codes, scale, minimum, block)
+    return None if block is None else StoredWeight(codes, scale, minimum, block, grouped)
 
 
 def _parts(node: Node) -> tuple[Load, Load, Load | None] | None:
@@ -101,13 +104,13 @@ def _row_index(codes: Load, k: sympy.Symbol, run: int) -> tuple[Expr, Expr] | No
     return None if k in block.free_symbols | lane.free_symbols else (block, lane)
 
 
-def _scale_index(scale: Load, k: sympy.Symbol, group: int | None) -> tuple[Expr, Expr] | None:
+def _scale_index(scale: Load, k: sympy.Symbol, grouped: bool) -> tuple[Expr, Expr] | None:
     if scale.value.type.rank != 3 or scale.value.shape[2] != ROW_BLOCK:
         return None
     block, column, lane = scale.index
     # A single group needs no index.
     single = scale.value.shape[1] == 1
-    expected = Integer(0) if group is None or single else FloorDiv(k, Integer(group))
+    expected = FloorDiv(k, Integer(GROUP)) if grouped and not single else Integer(0)
     return (block, lane) if column == expected else None
 
 

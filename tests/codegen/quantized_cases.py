@@ -16,14 +16,17 @@ from tilewright.ir.types import DType, TensorType, Value, tensor_type
 from .triton_cases import Case, case, finish, rms_scale, rows_type, view
 
 GROUP = 32
+KINDS = {"int8": (8, 0), "int8_groups": (8, GROUP), "int4": (4, GROUP)}
+"""Bits, and columns that share a scale (0: all of a row)."""
 
 
 def stored(
-    b: Builder, name: str, shape: tuple[int, int], bits: int, layout: str
+    b: Builder, name: str, shape: tuple[int, int], kind: str, layout: str
 ) -> tuple[Value, dict[str, Tensor]]:
     """A quantised matrix [N, K] in the given layout, and tensors for the parameters that hold it."""
     n, k = shape
-    group = GROUP if bits == 4 else k
+    bits, group = KINDS[kind]
+    group = group or k
     matrix = torch.randn(n, k, generator=torch.Generator().manual_seed(n + k)) * 0.3
     parts = dict(zip(("codes", "scale", "minimum"), quantize(matrix, bits, group), strict=False))
     values, tensors = [], {}
@@ -56,43 +59,43 @@ def matrix_type(tensor: Tensor) -> tuple[object, ...]:
     return tensor_type("f32", tuple(tensor.shape)).shape
 
 
-FORMS = tuple((bits, layout) for bits in (8, 4) for layout in ("rows", "blocks"))
+FORMS = tuple((kind, layout) for kind in KINDS for layout in ("rows", "blocks"))
 
 
 @case(
     "quantized",
     *((*form, rows) for form in FORMS for rows in ("one", "four", "many")),
-    (4, "blocks", "one", 32),
+    ("int4", "blocks", "one", 32),
 )
-def quantized(bits: int, layout: str, rows: str, group: int = 0) -> Case:
+def quantized(kind: str, layout: str, rows: str, group: int = 0) -> Case:
     """A residual after the product and a row's norm before it; weights become floats where they are read."""
     b = Builder()
     x = b.param_value("x", rows_type(DType.f32, rows, 96))
-    w, given = stored(b, "w", (80, 96), bits, layout)
+    w, given = stored(b, "w", (80, 96), kind, layout)
     normal = b.add("mul", x, rms_scale(b, x))
     y = b.add("matmul", normal, w, activation_group=group or None)
     made = finish(b, b.add("add", y, b.param_value("residual", y.type)), B=2, S=19)
     return Case(made.module, made.dims, given)
 
 
-@case("rounded", *((bits, rows) for bits in (8, 4) for rows in (1, 3, 8, 16)))
-def rounded(bits: int, rows: int) -> Case:
+@case("rounded", *((kind, rows) for kind in KINDS for rows in (1, 3, 8, 16)))
+def rounded(kind: str, rows: int) -> Case:
     """Activations in int8: a gate beside its up-projection, so two dot products per column."""
     b = Builder()
     x = b.param_value("x", tensor_type("f32", [rows, 1, 64]))
-    w, given = stored(b, "w", (96, 64), bits, "blocks")
+    w, given = stored(b, "w", (96, 64), kind, "blocks")
     y = b.add("matmul", x, w, activation_group=32)
     gate, up = (view(b, y, [rows, 1, 48], "i0", "i1", f"i2 + {start}") for start in (0, 48))
     made = finish(b, b.add("mul", b.add("mul", gate, b.add("sigmoid", gate)), up))
     return Case(made.module, made.dims, given)
 
 
-@case("rounded_halves", *((bits, half) for bits in (8, 4) for half in (16, 8)))
-def rounded_halves(bits: int, half: int) -> Case:
+@case("rounded_halves", *((kind, half) for kind in KINDS for half in (16, 8)))
+def rounded_halves(kind: str, half: int) -> Case:
     """The two halves of each head change places, as in RoPE; halves of 8 cut through a block of rows."""
     b = Builder()
     x = b.param_value("x", tensor_type("f32", [1, 1, 64]))
-    w, given = stored(b, "w", (96, 64), bits, "blocks")
+    w, given = stored(b, "w", (96, 64), kind, "blocks")
     y = b.add("matmul", x, w, activation_group=32)
     heads = 96 // (2 * half)
     z = view(b, y, [1, heads, 1, 2 * half], "i0", "i2", f"{2 * half}*i1 + i3")
@@ -103,11 +106,11 @@ def rounded_halves(bits: int, half: int) -> Case:
 
 
 @case("quantized_table", *FORMS)
-def quantized_table(bits: int, layout: str) -> Case:
+def quantized_table(kind: str, layout: str) -> Case:
     """Rows of an embedding that is stored as codes."""
     b = Builder()
     ids = b.param_value("ids", tensor_type("i64", ["B", "S"]))
-    table, given = stored(b, "table", (48, 64), bits, layout)
+    table, given = stored(b, "table", (48, 64), kind, layout)
     made = finish(b, b.add("gather", table, ids, axis=0), B=2, S=5)
     picked = torch.randint(0, 48, (2, 5), generator=torch.Generator().manual_seed(5))
     return Case(made.module, made.dims, {**given, "ids": picked})

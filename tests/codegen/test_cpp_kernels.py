@@ -39,21 +39,49 @@ def test_case(name: str, threads: int, folder: Path) -> None:
     check_case(name, ALL, threads, folder)
 
 
+def has_simde() -> bool:
+    """Whether the AVX-512 paths can be emulated here."""
+    flags = Path("/proc/cpuinfo")
+    avx2 = flags.exists() and {"avx2", "fma", "f16c"} <= set(flags.read_text(encoding="utf-8").split())
+    return avx2 and Path("/usr/include/simde/x86/avx512.h").exists()
+
+
 # One of each kind: other processors take other paths through the headers.
 SOME = tuple(
     next(name for name in CASES if name.startswith(kind))
-    for kind in ("linear-f32", "linear-bf16", "linear-f16", "layer_norm-f32", "attention", "merge")
-)
+    for kind in (
+        "linear-f32", "linear-bf16", "linear-f16", "layer_norm-f32", "attention", "merge",
+        "quantized-int8-blocks", "quantized-int4-blocks", "rounded-int8", "rounded-int8_groups", "rounded-int4",
+    )
+)  # fmt: skip
 WITHOUT_BF16 = ("-mno-avx512bf16",)
+WITHOUT_VNNI = ("-mno-avx512bf16", "-mno-avx512vnni", "-mno-avxvnni")
 AVX2 = ("-mno-avx512f",)
 BASELINE = ("-march=x86-64",)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
-@pytest.mark.parametrize("flags", [WITHOUT_BF16, AVX2, BASELINE], ids=["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize(
+    "flags", [WITHOUT_BF16, WITHOUT_VNNI, AVX2, BASELINE], ids=["vnni", "avx512", "avx2", "baseline"]
+)
 def test_older_processors(flags: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same kernels, compiled for less than this machine offers."""
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
+    for name in SOME:
+        check_case(name, SOME, 2, folder)
+
+
+EMULATOR = Path(__file__).parent / "include" / "emulated_avx512.h"
+EMULATED = {"avx512": (), "vnni": ("-DEMULATE_VNNI",), "vnni and bf16": ("-DEMULATE_VNNI", "-DEMULATE_BF16")}
+
+
+@pytest.mark.skipif(not has_simde(), reason="needs x86 with AVX2 and SIMDe (Debian and Ubuntu: libsimde-dev)")
+@pytest.mark.parametrize("extensions", EMULATED)
+def test_emulated_avx512(extensions: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same kernels by the AVX-512 paths of the headers, whatever this machine has."""
+    plain = [f for f in build.FLAGS if f not in ("-march=native", "-O3")]
+    added = ["-O1", "-mavx2", "-mfma", "-mf16c", "-include", str(EMULATOR), *EMULATED[extensions]]
+    monkeypatch.setattr(build, "FLAGS", (*plain, *added))
     for name in SOME:
         check_case(name, SOME, 2, folder)
 

@@ -56,9 +56,10 @@ def is_table(model: nn.Module, module: Any) -> bool:
     return isinstance(model, PreTrainedModel) and module.weight is model.get_input_embeddings().weight
 
 
-def through_codes(weight: Tensor, bits: int) -> Tensor:
+def through_codes(weight: Tensor, weights: str, table: bool) -> Tensor:
     """What is left of a matrix [N, K], in float32. (Models stack q, k and v first, but rows are coded one by one.)"""
-    group = GROUP if bits == 4 else weight.shape[1]
+    bits = 8 if weights == "int8" or table else 4
+    group = GROUP if bits == 4 or table else weight.shape[1]
     codes, scale, *minimum = quantize(weight.contiguous(), bits, group)
     return dequantize(codes, scale, minimum[0] if minimum else None, bits, group, torch.float32)
 
@@ -67,14 +68,15 @@ def through_codes(weight: Tensor, bits: int) -> Tensor:
 def twin_of(
     model: PreTrainedModel, weights: str, dtype: torch.dtype = torch.float32, wide: tuple[str, ...] = ()
 ) -> Any:
-    """A copy with coded weights: all but those whose names end in one of ``wide``. A tied embedding is int8."""
+    """A copy with coded weights: all but those whose names end in one of ``wide``. A tied embedding is int8 in
+    groups."""
     twin = copy.deepcopy(model).to(dtype)
     for (name, module), (_, original) in zip(products(twin), products(model), strict=True):
-        bits = 8 if weights == "int8" or is_table(model, original) else 4
+        table = is_table(model, original)
         turned = isinstance(module, Conv1D)
         if not name.endswith(wide or ("-",)):
             weight = original.weight.detach()
-            coded = through_codes(weight.T if turned else weight, bits)
+            coded = through_codes(weight.T if turned else weight, weights, table)
             module.weight.copy_(coded.T if turned else coded)
     return twin
 
@@ -339,11 +341,12 @@ def test_the_report_counts_the_codes(backend: str) -> None:
     for weights in FORMS:
         model, fast, _ = compiled("llama", weights, backend)
         matrices = [tuple(m.weight.shape) for _, m in products(model) if not is_table(model, m)]
-        # int8: a byte and an f32 per row; int4: half a byte, and two f16 per group of 32. The tied embedding is int8.
+        # int8: a byte and an f32 per row, in the tied embedding per group of 32; int4: half a byte, and two f16 per
+        # group.
         int8, int4 = (lambda n, k: n * k + 4 * n), (lambda n, k: n * k // 2 + 4 * n * k // 32)
         form = int8 if weights == "int8" else int4
         memory = fast.report().memory
-        assert memory.prepared == sum(form(n, k) for n, k in matrices) + int8(*table)
+        assert memory.prepared == sum(form(n, k) for n, k in matrices) + 128 * 64 * (1 + 4 / 32)
         assert memory.merged == 0
         original = 4 * sum(n * k for n, k in (*matrices, table))
         assert memory.prepared < original / (3.5 if weights == "int8" else 4)

@@ -95,9 +95,9 @@ def random_weights() -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in WEIGHTS.items()}
 
 
-def through_codes(weight: Tensor, weights: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    bits = 8 if weights == "int8" else 4
-    group = GROUP if bits == 4 else weight.shape[1]
+def through_codes(weight: Tensor, weights: str, dtype: torch.dtype = torch.float32, table: bool = False) -> Tensor:
+    bits = 8 if table or weights == "int8" else 4
+    group = GROUP if table or bits == 4 else weight.shape[1]
     codes, scale, *minimum = quantize(weight.contiguous(), bits, group)
     return dequantize(codes, scale, minimum[0] if minimum else None, bits, group, dtype)
 
@@ -105,11 +105,12 @@ def through_codes(weight: Tensor, weights: str, dtype: torch.dtype = torch.float
 @cache
 def all_through_codes(form: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """``random_weights`` after that. Rows of a matrix are quantised one by one, so a stack of matrices is a stack of
-    what became of each; what a product streams of ``conv`` are its columns, and a table that lookups share is int8."""
+    what became of each; what a product streams of ``conv`` are its columns, and a table that lookups share is int8 with
+    a scale per group of columns."""
     return {
         name: through_codes(w.T, form, dtype).T
         if name == "conv"
-        else through_codes(w, "int8" if name == "embed" else form, dtype)
+        else through_codes(w, form, dtype, table=name == "embed")
         for name, w in random_weights().items()
     }
 

@@ -3,8 +3,8 @@
 // Sixteen rows of weights lie interleaved, four columns at a time: [N / 16][K / 4][16][4] codes of int8, or
 // [N / 16][K / 8][16][4] bytes of int4 codes, whose low halves are columns k to k + 3 and whose high halves k + 4 to k + 7.
 // A vector thus holds one row per lane, sums need no adding across lanes, and a thread that walks its share of the rows
-// reads linear streams. Scales lie as [N / 16][groups][16]: one f32 per row for int8, f16 scale and minimum per 32 columns
-// for int4. With few rows of activations, these are rounded to int8 in groups of 32 and multiplied as integers; with many,
+// reads linear streams. Scales lie as [N / 16][groups][16]: for int8 f32, one per row or one per 32 columns of it; for
+// int4 f16 scale and minimum per 32 columns. With few rows of activations, these are rounded to int8 in groups of 32 and multiplied as integers; with many,
 // weights become floats once per panel of gemm.h.
 #pragma once
 
@@ -64,6 +64,7 @@ static inline void round_row(const float* x, long k, const ByteRow& to) {
 }
 
 // How weights are stored, and what a block of ROW_BLOCK rows contributes. `Scales` are the addresses of a block's factors.
+template <bool Grouped>  // whether each group of columns has a scale, or each row
 struct Int8 {
     static constexpr int bytes_per_group = ROW_BLOCK * ACTIVATION_GROUP;
     struct Block {
@@ -79,6 +80,7 @@ struct Int8 {
         for (long g = 0; g < k / ACTIVATION_GROUP; g++) {
             const int8_t* codes = w.codes + g * bytes_per_group;
             for (int line = 0; line < bytes_per_group; line += 64) prefetch(codes + ahead + line);
+            if (Grouped) prefetch((const char*)(w.scale + g * ROW_BLOCK) + ahead / 8);
             for (int h = 0; h < HALVES; h++) {
                 vi part[M];
                 for (int m = 0; m < M; m++) part[m] = start_signed(a[m].count[g]);
@@ -89,19 +91,24 @@ struct Int8 {
                         part[m] = dot_signed(wv, bset4(a[m].codes + g * ACTIVATION_GROUP + quad * 4), part[m]);
                     }
                 }
-                for (int m = 0; m < M; m++) sum[h][m] = vfma(to_float(part[m]), vset(a[m].scale[g]), sum[h][m]);
+                for (int m = 0; m < M; m++) {
+                    vf x = to_float(part[m]);
+                    if (Grouped) x = vmul(x, vload(w.scale + g * ROW_BLOCK + h * VI));
+                    sum[h][m] = vfma(x, vset(a[m].scale[g]), sum[h][m]);
+                }
             }
         }
         for (int h = 0; h < HALVES; h++) {
-            const vf scale = vload(w.scale + h * VI);
+            const vf scale = Grouped ? vset(1.0f) : vload(w.scale + h * VI);
             for (int m = 0; m < M; m++) vstore(out + m * ldo + h * VI, vmul(sum[h][m], scale));
         }
     }
     // panel[k][ldp]: the block's rows as floats, a column per row.
     TW_INLINE void expand(const Block& w, long k, float* panel, long ldp) {
         for (int h = 0; h < HALVES; h++) {
-            const vf scale = vload(w.scale + h * VI);
             for (long quad = 0; quad < k / 4; quad++) {
+                const long g = Grouped ? quad / (ACTIVATION_GROUP / 4) : 0;
+                const vf scale = vload(w.scale + g * ROW_BLOCK + h * VI);
                 const vi wv = bload(w.codes + quad * 4 * ROW_BLOCK + h * 4 * VI);
                 for (int at = 0; at < 4; at++) {
                     vstore(panel + (quad * 4 + at) * ldp + h * VI, vmul(to_float(signed_byte(wv, at)), scale));
