@@ -95,7 +95,9 @@ def random_weights() -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in WEIGHTS.items()}
 
 
-def through_codes(weight: Tensor, weights: str, dtype: torch.dtype = torch.float32, table: bool = False) -> Tensor:
+def through_codes(
+    weight: Tensor, weights: str, dtype: torch.dtype = torch.float32, table: bool = False
+) -> Tensor:
     bits = 8 if table or weights == "int8" else 4
     group = GROUP if table or bits == 4 else weight.shape[1]
     codes, scale, *minimum = quantize(weight.contiguous(), bits, group)
