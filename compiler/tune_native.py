@@ -21,7 +21,7 @@ from tilewright.runtime.native_executor import NativeExecutor
 
 from .tune import remember, remembered, time_in_turns
 
-PREFETCH_BYTES = (1024, 2048, 4096, 8192)
+PREFETCH_BYTES = (2048, 4096, 8192, 16384)
 CONTEXT = 64
 _ROUNDS = 6
 _STEPS = 3

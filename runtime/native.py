@@ -25,7 +25,7 @@ class Tuning:
     weights are requested from memory."""
 
     threads: int = 0
-    prefetch_bytes: int = 4096
+    prefetch_bytes: int = 8192
 
 
 class NativeLibrary:

@@ -43,6 +43,7 @@ def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
     writer.line(f"shape.softcap = {float(op.attr('softcap'))!r}f;")
     writer.line(f"shape.causal = {str(bool(op.attr('causal'))).lower()};")
     writer.line(f"shape.window = {int(op.attr('window'))};")
+    writer.line("shape.prefetch_bytes = worker.team.prefetch_bytes;")
     kind = f"{STORAGE[q.dtype]}, {q.shape[3]}, {v.shape[3]}"
     if q.dtype is DType.f64:
         kind = f"{q.shape[3]}, {v.shape[3]}"

@@ -7,61 +7,85 @@ namespace tw {
 
 constexpr int ROW_GROUP = 4;  // rows that share each load (and widening) of a key or value
 
-// scores[r * KEY_TILE + j] = q_r . k_j for R rows of q (D floats each) and four keys.
-template <class T, int D, int R>
-TW_INLINE void score_four(const float* q, const T* k, long stride, float* scores) {
+// Keys per step of the online softmax. Long steps make long linear streams of keys, then of values; when a step is read
+// several times, by one group of rows after the other, it had better stay in the first cache.
+constexpr int LONG_TILE = 512;
+
+// What a stream of `count` rows will read soon: its own rows, and behind them those of the stream that follows.
+template <class T, int D>
+struct RowsAhead {
+    const T* here;
+    long stride;
+    int count;
+    const T* then;
+    long then_stride, rows;  // rows: the distance
+
+    RowsAhead(const AttentionShape& s, const T* here, long stride, int count, const T* then, long then_stride)
+        : here(here), stride(stride), count(count), then(then), then_stride(then_stride),
+          rows(s.prefetch_bytes / long(D * sizeof(T)) + 1) {}
+
+    // Prefetch `bytes` of the row that comes `rows` rows after row j, from byte `at` on.
+    void prefetch_row(int j, int at = 0, int bytes = int(D * sizeof(T))) const {
+        const long n = j + rows;
+        const T* row = n < count ? here + n * stride : then + (n - count) * then_stride;
+        for (int byte = at; byte < at + bytes; byte += 64) prefetch(reinterpret_cast<const char*>(row) + byte);
+    }
+};
+
+// scores[r * LONG_TILE + j] = q_r . k_j for R rows of q (D floats each) and K keys, whose R * K sums fit the registers.
+template <class T, int D, int R, int K>
+TW_INLINE void score_some(const float* q, const T* k, long stride, float* scores) {
     constexpr int full = D / VW * VW;
-    vf sum[R][4];
-    for (int r = 0; r < R; r++)
-        for (int j = 0; j < 4; j++) sum[r][j] = vset(0.0f);
+    vf sum[R * K];
+    for (int n = 0; n < R * K; n++) sum[n] = vset(0.0f);
     for (int i = 0; i < D; i += VW) {
-        vf keys[4];
-        for (int j = 0; j < 4; j++) keys[j] = i < full ? vload(k + j * stride + i) : vload_n(k + j * stride + i, D - i);
-        for (int r = 0; r < R; r++) {
-            const vf qi = i < full ? vload(q + r * D + i) : vload_n(q + r * D + i, D - i);
-            for (int j = 0; j < 4; j++) sum[r][j] = vfma(qi, keys[j], sum[r][j]);
+        vf rows[R];
+        for (int r = 0; r < R; r++) rows[r] = i < full ? vload(q + r * D + i) : vload_n(q + r * D + i, D - i);
+        for (int j = 0; j < K; j++) {
+            const vf key = i < full ? vload(k + j * stride + i) : vload_n(k + j * stride + i, D - i);
+            for (int r = 0; r < R; r++) sum[r * K + j] = vfma(rows[r], key, sum[r * K + j]);
         }
     }
-    for (int r = 0; r < R; r++) vsum4(sum[r], scores + r * KEY_TILE);
+    float sums[R * K];
+    for (int n = 0; n < R * K; n += 4) vsum4(sum + n, sums + n);
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < K; j++) scores[r * LONG_TILE + j] = sums[r * K + j];
 }
 
-// The same for `count` keys. Meanwhile `ahead`, of the same stride and size, is prefetched row by row.
+// The same for `count` keys.
 template <class T, int D, int R>
-static inline void score_keys(const float* q, const T* k, long stride, int count, float* scores, const T* ahead,
-                              long ahead_stride) {
+static inline void score_keys(const float* q, const T* k, long stride, int count, float* scores,
+                              const RowsAhead<T, D>& ahead) {
+    constexpr int K = VW == 8 && R > 3 ? 2 : 4;
     int j = 0;
-    for (; j + 4 <= count; j += 4) {
-        for (int i = 0; i < 4; i++) {
-            const char* row = reinterpret_cast<const char*>(ahead + (j + i) * ahead_stride);
-            for (int byte = 0; byte < int(D * sizeof(T)); byte += 64) prefetch(row + byte);
-        }
-        score_four<T, D, R>(q, k + j * stride, stride, scores + j);
+    for (; j + K <= count; j += K) {
+        for (int i = 0; i < K; i++) ahead.prefetch_row(j + i);
+        score_some<T, D, R, K>(q, k + j * stride, stride, scores + j);
     }
     for (; j < count; j++) {
-        float four[R * KEY_TILE];
-        score_four<T, D, R>(q, k + j * stride, 0, four);
-        for (int r = 0; r < R; r++) scores[r * KEY_TILE + j] = four[r * KEY_TILE];
+        float some[R * LONG_TILE];
+        score_some<T, D, R, K>(q, k + j * stride, 0, some);
+        for (int r = 0; r < R; r++) scores[r * LONG_TILE + j] = some[r * LONG_TILE];
     }
 }
 
-// acc_r = acc_r * factor_r + the sum over keys of weights[r * KEY_TILE + j] * v_j, for R rows and N vectors of v from
+// acc_r = acc_r * factor_r + the sum over keys of weights[r * LONG_TILE + j] * v_j, for R rows and N vectors of v from
 // element `at` on.
 template <class T, int DV, int R, int N>
 TW_INLINE void add_values(const float* weights, int count, const float* factors, const T* v, long stride,
-                          float* const* acc, int at) {
+                          float* const* acc, int at, const RowsAhead<T, DV>& ahead) {
     vf sum[R][N];
     const auto lanes = [&](int i) { return DV - at - i * VW < VW ? DV - at - i * VW : VW; };
     for (int r = 0; r < R; r++)
         for (int i = 0; i < N; i++) sum[r][i] = vmul(vload_n(acc[r] + at + i * VW, lanes(i)), vset(factors[r]));
     for (int j = 0; j < count; j++) {
-        vf value[N];
+        ahead.prefetch_row(j, at * int(sizeof(T)), N * VW * int(sizeof(T)));
+        vf weight[R];
+        for (int r = 0; r < R; r++) weight[r] = vset(weights[r * LONG_TILE + j]);
         for (int i = 0; i < N; i++) {
             const T* from = v + j * stride + at + i * VW;
-            value[i] = DV % VW == 0 ? vload(from) : vload_n(from, lanes(i));
-        }
-        for (int r = 0; r < R; r++) {
-            const vf weight = vset(weights[r * KEY_TILE + j]);
-            for (int i = 0; i < N; i++) sum[r][i] = vfma(weight, value[i], sum[r][i]);
+            const vf value = DV % VW == 0 ? vload(from) : vload_n(from, lanes(i));
+            for (int r = 0; r < R; r++) sum[r][i] = vfma(weight[r], value, sum[r][i]);
         }
     }
     for (int r = 0; r < R; r++)
@@ -71,13 +95,14 @@ TW_INLINE void add_values(const float* weights, int count, const float* factors,
 // add_values for all of DV, a few vectors at a time, so that the sums stay in registers.
 template <class T, int DV, int R>
 static inline void add_all_values(const float* weights, int count, const float* factors, const T* v, long stride,
-                                  float* const* acc) {
-    constexpr int vectors = (DV + VW - 1) / VW, group = vectors < 4 ? vectors : 4;
+                                  float* const* acc, const RowsAhead<T, DV>& ahead) {
+    constexpr int vectors = (DV + VW - 1) / VW, most = VW == 8 && R > 3 ? 2 : R == 1 ? 8 : 4;
+    constexpr int group = vectors < most ? vectors : most;
     int i = 0;
     for (; i + group <= vectors; i += group) {
-        add_values<T, DV, R, group>(weights, count, factors, v, stride, acc, i * VW);
+        add_values<T, DV, R, group>(weights, count, factors, v, stride, acc, i * VW, ahead);
     }
-    for (; i < vectors; i++) add_values<T, DV, R, 1>(weights, count, factors, v, stride, acc, i * VW);
+    for (; i < vectors; i++) add_values<T, DV, R, 1>(weights, count, factors, v, stride, acc, i * VW, ahead);
 }
 
 // Where partial results go: for each row and part of the context, the weighted sum of values relative to `top`, and the
@@ -92,7 +117,7 @@ template <class T, int D, int DV, int R>
 static inline void attend_tile(const AttentionShape& s, long batch, long group, long part, long row, long first,
                                int count, const T* q, const T* k, const T* v, const Partials& to) {
     const long per_group = s.heads_per_group();
-    alignas(64) float scaled[R * D], scores[R * KEY_TILE];
+    alignas(64) float scaled[R * D], scores[R * LONG_TILE];
     float *acc[R], *top[R], *total[R], factors[R];
     for (int r = 0; r < R; r++) {
         const long query = (row + r) / per_group, head = group * per_group + (row + r) % per_group;
@@ -102,15 +127,19 @@ static inline void attend_tile(const AttentionShape& s, long batch, long group, 
         const T* from = q + s.q.at(batch, head, query);
         for (int i = 0; i < D; i++) scaled[r * D + i] = to_f32(from[i]) * s.scale;
     }
-    score_keys<T, D, R>(scaled, k + first * s.k.row, s.k.row, count, scores, v + first * s.v.row, s.v.row);
+    const T *keys = k + first * s.k.row, *values = v + first * s.v.row;
+    // Behind the last keys come the values, and behind those the next keys.
+    const RowsAhead<T, D> after_key(s, keys, s.k.row, count, values, s.v.row);
+    const RowsAhead<T, DV> after_value(s, values, s.v.row, count, keys + count * s.k.row, s.k.row);
+    score_keys<T, D, R>(scaled, keys, s.k.row, count, scores, after_key);
     for (int r = 0; r < R; r++) {
-        mask_scores(s, batch, (row + r) / per_group, first, count, scores + r * KEY_TILE);
+        mask_scores(s, batch, (row + r) / per_group, first, count, scores + r * LONG_TILE);
         SoftmaxRow softmax{*top[r], *total[r]};
-        factors[r] = softmax.update(scores + r * KEY_TILE, count);
+        factors[r] = softmax.update(scores + r * LONG_TILE, count);
         *top[r] = softmax.top;
         *total[r] = softmax.total;
     }
-    add_all_values<T, DV, R>(scores, count, factors, v + first * s.v.row, s.v.row, acc);
+    add_all_values<T, DV, R>(scores, count, factors, values, s.v.row, acc, after_value);
 }
 
 // The part [begin, end) of the context, for all rows of one batch row and KV head. Tile by tile over the keys, all rows
@@ -128,8 +157,9 @@ static inline void attend_part(const AttentionShape& s, long batch, long group, 
         to.top[to.top_strides.at(batch, head, query, part)] = MASKED;
         to.total[to.total_strides.at(batch, head, query, part)] = 0.0f;
     }
-    for (long first = range.begin; first < range.end; first += KEY_TILE) {
-        const int count = int(range.end - first < KEY_TILE ? range.end - first : KEY_TILE);
+    const int step = rows <= ROW_GROUP ? LONG_TILE : KEY_TILE;
+    for (long first = range.begin; first < range.end; first += step) {
+        const int count = int(range.end - first < step ? range.end - first : step);
         for (long row = 0; row < rows;) {
             const auto tile = [&](auto size) {
                 constexpr int R = decltype(size)::value;

@@ -34,6 +34,7 @@ struct AttentionShape {
     bool causal;
     long window;       // keys further back than this are masked; 0: none
     double scale_f64;  // scale in full, for float64
+    long prefetch_bytes = 0;  // how far ahead of their use keys and values are requested
 
     long heads_per_group() const { return heads / groups; }
     // The keys that causality and window leave to a query.
