@@ -28,15 +28,16 @@ class Precision:
 PRECISIONS = {
     "f32": Precision(torch.float32, None, "F32"),
     "bf16": Precision(torch.bfloat16, None, "BF16"),
-    "int8": Precision(torch.float32, "int8", "Q8_0"),
-    "int4": Precision(torch.float32, "int4", "Q4_0"),
+    "int8": Precision(torch.bfloat16, "int8", "Q8_0"),
+    "int4": Precision(torch.bfloat16, "int4", "Q4_0"),
 }
 
 
 def load(name: str, precision: str, progress: Progress = SILENT) -> PreTrainedModel:
     """The Hugging Face model that a precision starts from, by a name of ``pretrained.load`` or "tiny".
 
-    "tiny" has random weights and is there to try the benchmark. For int8 and int4 this is the model in float32.
+    "tiny" has random weights and is there to try the benchmark. For int8 and int4 this is the model in
+    bfloat16, as most are published, so that keys and values take two bytes.
     """
     dtype = PRECISIONS[precision].dtype
     if name == "tiny":

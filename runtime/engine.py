@@ -11,6 +11,7 @@ from tilewright.ir.program import InputError
 
 from .executor import EngineSpec, Executor, TensorSpec
 from .kv_state import RequestState
+from .torch_threads import one_torch_thread
 
 
 class Engine:
@@ -89,7 +90,8 @@ class Engine:
             state.ids[: state.batch] = ids
             state.positions[: state.batch] = positions
             self.advance(state)
-            return state.logits[: state.batch].clone()
+            with one_torch_thread(self.spec.device):
+                return state.logits[: state.batch].clone()
 
     def advance(self, state: RequestState) -> None:
         """One decode step on ``state.ids`` and ``state.positions`` into ``state.logits``, without checks or allocation.
