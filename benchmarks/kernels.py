@@ -70,6 +70,7 @@ def main(
     size: Annotated[
         int, typer.Option(min=2, help="Context of a decode step, or tokens of a prompt (512 at most).")
     ] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences side by side.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads, ours and the probe's.")] = 2,
     repeats: Annotated[int, typer.Option(min=1, help="Steps to time; the best run of a kernel counts.")] = 9,
     clock: Annotated[Clock, typer.Option(help="cpu goes with --threads 1.")] = Clock.wall,
@@ -77,13 +78,14 @@ def main(
     """Print how long each kernel takes beside the least that its bytes would take at the bandwidth of a probe."""
     torch.set_num_threads(threads)
     source = models.load(model, precision, Progress())
-    fast = models.compiled(source, precision, backend="cpp", progress=Progress())
-    runs = prepare(fast, models.prompt(source, size), phase)
+    fast = models.compiled(source, precision, backend="cpp", batch_sizes=(batch,), progress=Progress())
+    runs = prepare(fast, models.prompt(source, size).repeat(batch, 1), phase)
     whole = _best(lambda: runs.run(0, runs.count), repeats, clock)
     times = kernel_times(runs, repeats, clock)
     with bandwidth_probe(threads) as probe:
         bandwidth = max(probe(1, clock.now) for _ in range(repeats))
-    console.print(table(times, bandwidth, f"{model} {precision}, {phase.value} {size}, {threads} threads"))
+    title = f"{model} {precision}, {phase.value} {size}, batch {batch}, {threads} threads"
+    console.print(table(times, bandwidth, title))
     least = sum(t.cost.bytes * len(t.seconds) for t in times) / bandwidth
     console.print(
         f"whole step {whole * 1e3:.2f} ms, sum of kernels {sum(sum(t.seconds) for t in times) * 1e3:.2f} ms; "
@@ -110,20 +112,20 @@ class ProgramRuns:
 
 
 def prepare(fast: Any, ids: torch.Tensor, phase: Phase) -> ProgramRuns:
-    """Bind a program to a request with the prompt i64[1, S]: all of it, or (decode) its last token.
+    """Bind a program to a request with the prompts i64[B, S]: all of them, or (decode) their last tokens.
 
     Runs the whole program once. Steps write into the same state again and again; their results do not matter.
     """
-    size = ids.shape[1]
+    batch, size = ids.shape
     with torch.no_grad():
         cache = fast(input_ids=ids[:, :-1], logits_to_keep=1).past_key_values
     engine, state = cache.engine, cache.state
     if phase is Phase.decode:
-        executor, inputs, outputs = engine.decode_executors[1], state.step_inputs, state.step_outputs
-        dims = {"B": 1, "S": 1, "T": size, "L": 1}
+        executor, inputs, outputs = engine.decode_executors[state.rows], state.step_inputs, state.step_outputs
+        dims = {"B": state.rows, "S": 1, "T": size, "L": 1}
     else:
-        executor, dims = engine.prefill_executor, {"B": 1, "S": size, "T": size, "L": 1}
-        positions = torch.arange(size).unsqueeze(0)
+        executor, dims = engine.prefill_executor, {"B": batch, "S": size, "T": size, "L": 1}
+        positions = torch.arange(size).expand(batch, -1).contiguous()
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": state.mask}
         outputs = {o.name: o.empty(dims, ids.device) for o in engine.spec.outputs}
     assert isinstance(executor, NativeExecutor)

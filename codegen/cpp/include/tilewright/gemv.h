@@ -13,13 +13,23 @@ namespace tw {
 constexpr int GEMV_TILE = 32;          // columns handed to the epilogue at a time
 constexpr int GEMV_MAX_ROWS = 8;       // with more rows the packed product of gemm.h is faster
 
-// out[m * ldo] = sum over k of a[m * lda + k] * w[k], for M rows of a (zero padded to a multiple of the step).
+constexpr long ACTIVATION_BYTES = 24576;  // of activations that are multiplied at a time: they stay in the first cache
+
+// How many columns of M rows of activations that is, of k.
+template <int M, class W>
+static inline long columns_at_a_time(long k) {
+    constexpr long most = ACTIVATION_BYTES / long(M * sizeof(activation_t<W>)) / 128 * 128;
+    return M > 2 && k > most ? most : k;
+}
+
+// out[m * ldo] (+)= sum over k of a[m * lda + k] * w[k], for M rows of a (zero padded to a multiple of the step).
 // Line by line, what lies behind `ahead` is prefetched.
 template <int M, class W>
-TW_INLINE void dot_row(const activation_t<W>* a, long lda, const W* w, const W* ahead, long k, float* out, long ldo) {
+TW_INLINE void dot_row(const activation_t<W>* a, long lda, const W* w, const W* ahead, long k, bool add, float* out,
+                       long ldo) {
     constexpr int step = dot<W>::step;
     constexpr int lines = int(step * sizeof(W) + 63) / 64;
-    constexpr int chains = M == 1 ? 4 : M == 2 ? 2 : 1;  // one sum would wait for its own latency
+    constexpr int chains = M == 1 ? 4 : M <= 4 ? 2 : 1;  // one sum would wait for its own latency
     vf sum[M * chains];
     for (int m = 0; m < M * chains; m++) sum[m] = vset(0.0f);
     long i = 0;
@@ -40,16 +50,16 @@ TW_INLINE void dot_row(const activation_t<W>* a, long lda, const W* w, const W* 
         }
     }
     for (int m = 0; m < M; m++) {
-        if (chains == 4) sum[m * chains + 1] = vadd(sum[m * chains + 1], vadd(sum[m * chains + 2], sum[m * chains + 3]));
-        if (chains > 1) sum[m * chains] = vadd(sum[m * chains], sum[m * chains + 1]);
+        sum[m] = sum[m * chains];
+        for (int c = 1; c < chains; c++) sum[m] = vadd(sum[m], sum[m * chains + c]);
     }
     int m = 0;
     for (; m + 4 <= M; m += 4) {
         float four[4];
         vsum4(sum + m, four);
-        for (int j = 0; j < 4; j++) out[(m + j) * ldo] = four[j];
+        for (int j = 0; j < 4; j++) out[(m + j) * ldo] = four[j] + (add ? out[(m + j) * ldo] : 0.0f);
     }
-    for (; m < M; m++) out[m * ldo] = vsum(sum[m * chains]);
+    for (; m < M; m++) out[m * ldo] = vsum(sum[m]) + (add ? out[m * ldo] : 0.0f);
 }
 
 // The order in which one thread reads weight rows: tiles of columns, in each tile one run of rows per dot product.
@@ -77,15 +87,19 @@ TW_INLINE void gemv(const Worker& worker, long columns, long k, const activation
     const RowStream<D, Row> stream{row, range};
     const long row_bytes = k * long(sizeof(W)), distance = worker.team.prefetch_bytes;
     const bool within = row_bytes >= distance;  // a long row: ahead in the same row
-    const long rows_ahead = (distance + row_bytes - 1) / row_bytes;
+    const long rows_ahead = (distance + row_bytes - 1) / row_bytes, part = columns_at_a_time<M, W>(k);
     alignas(64) float tile[D * M * GEMV_TILE];
     for (long n0 = range.begin; n0 < range.end; n0 += GEMV_TILE) {
         const int count = int(range.end - n0 < GEMV_TILE ? range.end - n0 : GEMV_TILE);
         for (int d = 0; d < D; d++) {
-            for (int j = 0; j < count; j++) {
-                const W* w = row(d, n0 + j);
-                const W* ahead = within ? w + distance / long(sizeof(W)) : stream.at(d, n0, j + rows_ahead);
-                dot_row<M, W>(a, lda, w, ahead, k, tile + d * M * GEMV_TILE + j, GEMV_TILE);
+            for (long begin = 0; begin < k; begin += part) {
+                const long size = k - begin < part ? k - begin : part;
+                for (int j = 0; j < count; j++) {
+                    const W* w = row(d, n0 + j);
+                    const W* ahead = within ? w + distance / long(sizeof(W)) : stream.at(d, n0, j + rows_ahead);
+                    float* out = tile + d * M * GEMV_TILE + j;
+                    dot_row<M, W>(a + begin, lda, w + begin, ahead + begin, size, begin > 0, out, GEMV_TILE);
+                }
             }
         }
         epilogue(0L, M, n0, count, tile, long(M) * GEMV_TILE, long(GEMV_TILE));
