@@ -4,6 +4,10 @@ One accumulator per Dot of the segment: RoPE's pairs and a gate beside its up-pr
 with the same tile of ``a``. With rows, a program computes a BLOCK_M x BLOCK_N tile with ``tl.dot``; without (decode at
 batch 1) it sums BLOCK_N x BLOCK_K products, as a matrix-vector product gains nothing from tensor cores. Axes that both
 operands share (a batched product) are spread over the programs.
+
+With few rows the tile may be transposed (``Tile.transposed``), columns x rows: Hopper's tensor cores (wgmma) multiply
+64 rows of the left operand at least, but 8 or more columns of the right one, so that a batch of 16 would fill a quarter
+of a tile on the left, and on the right all of it.
 """
 
 from __future__ import annotations
@@ -139,31 +143,46 @@ class _Printer:
 
 
 class _TilePrinter(_Printer):
+    """Tiles of rows x columns, or transposed; whatever has two lanes is printed by :meth:`_across`."""
+
     def emit(self, pid: str) -> Expr:
         base, tile = self.base, self.tile
         self.block_m = base.constant("BLOCK_M", tile.block_m)
+        down, across = ("[None, :]", "[:, None]") if tile.transposed else ("[:, None]", "[None, :]")
+        self.row_lanes, self.column_lanes = down, across
         tiles_m, tiles_n = ceil_div(self.rows, tile.block_m), ceil_div(self.columns, tile.block_n)
         pid_m, pid_n = "", self.split_batch(pid, tiles_m * tiles_n)
         if tiles_m != 1:
             count = base.bind(print_index(tiles_m), "tiles_m")
             pid_m, pid_n = base.bind(f"{pid_n} % {count}", "pid_m"), base.bind(f"{pid_n} // {count}", "pid_n")
-        m = _range(base, "m", pid_m, self.block_m, tile.block_m, self.rows, "[:, None]")
-        self.n = _range(base, "n", pid_n, self.block_n, tile.block_n, self.columns, "[None, :]")
+        m = _range(base, "m", pid_m, self.block_m, tile.block_m, self.rows, self.row_lanes)
+        self.n = _range(base, "n", pid_n, self.block_n, tile.block_n, self.columns, self.column_lanes)
         context = self.context.extended(self.row_axes, {M: m})
-        loop = RowLoop(base, f"[{self.block_m}, {self.block_k}]", 1, True, f"[{self.block_m}, 1]", wide=False)
+        loop = RowLoop(
+            base,
+            self._across(self.block_m, self.block_k),
+            0 if tile.transposed else 1,
+            True,
+            self._across(self.block_m, "1"),
+            wide=False,
+        )
         for stage in self.stages:
             self._stage(stage, loop, context)
         self.store(context.extended(self.column_axes, {N: self.n}), M, N)
         return tiles_m * tiles_n * self.batch
 
+    def _across(self, first: str, second: str) -> str:
+        """The shape of a block whose lanes are those two, in the order of the tile."""
+        return f"[{second}, {first}]" if self.tile.transposed else f"[{first}, {second}]"
+
     def _stage(self, stage: Stage, loop: RowLoop, context: Context) -> None:
         k = KBlock(self.block_k, self.tile.block_k, stage.extent)
-        names = self.accumulators(f"[{self.block_m}, {self.block_n}]") if stage.dots else {}
+        names = self.accumulators(self._across(self.block_m, self.block_n)) if stage.dots else {}
 
         def body(scope: Scope, start: str) -> Context:
-            row = context.extended({self.form.k.symbol: K}, {K: k.index(scope, start, "[None, :]")})
+            row = context.extended({self.form.k.symbol: K}, {K: k.index(scope, start, self.column_lanes)})
             if names:
-                self._multiply(scope, row, k.index(scope, start, "[:, None]", "kb"), names)
+                self._multiply(scope, row, k.index(scope, start, self.row_lanes, "kb"), names)
             return row
 
         loop.run(stage, k, body, context)
@@ -171,18 +190,19 @@ class _TilePrinter(_Printer):
 
     def _multiply(self, scope: Scope, row: Context, down: Block, names: dict[Dot, str]) -> None:
         column = self.context.extended({**self.column_axes, self.form.k.symbol: K}, {N: self.n, K: down})
-        a = self.row_operand(scope, row, (M, K), f"[{self.block_m}, {self.block_k}]").text
+        a = self.row_operand(scope, row, (M, K), self._across(self.block_m, self.block_k)).text
         for dot, name in names.items():
             b = column.operand(dot.b, self.operand)
-            b = column.shaped(b, dot.b, (K, N), f"[{self.block_k}, {self.block_n}]", "b")
+            b = column.shaped(b, dot.b, (K, N), self._across(self.block_k, self.block_n), "b")
             scope.line(f"{name} = {self._dot(a, b.text, name)}")
 
     def _dot(self, a: str, b: str, name: str) -> str:
-        precise = ', input_precision="ieee"' if self.operand is DType.f32 else ""
+        left, right = (b, a) if self.tile.transposed else (a, b)
         if self.interpret and self.operand is DType.bf16:
             # The interpreter keeps bfloat16 as raw bits and would multiply those; a float32 product is the same number.
-            return f'tl.dot({a}.to(tl.float32), {b}.to(tl.float32), {name}, input_precision="ieee")'
-        return f"tl.dot({a}, {b}, {name}{precise})"
+            left, right = f"{left}.to(tl.float32)", f"{right}.to(tl.float32)"
+        precise = ', input_precision="ieee"' if self.operand is DType.f32 or "float32" in left else ""
+        return f"tl.dot({left}, {right}, {name}{precise})"
 
 
 class _VectorPrinter(_Printer):

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,13 +23,17 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel uses: registers per thread, bytes of stack (spills) and of shared memory."""
+    """What one compiled kernel uses: registers per thread, bytes of stack (spills) and of shared memory.
+
+    ``ptx`` is its text, which says what it is made of: ``wgmma`` and ``mma.sync`` are tensor cores.
+    """
 
     kernel: str
     arch: int
     registers: int
     spills: int
     shared: int
+    ptx: str = field(default="", repr=False)
 
     @property
     def fits(self) -> bool:
@@ -85,7 +89,7 @@ def _compile(function: Any, kernel: KernelSource, arch: int, folder: Path) -> Re
     cubin = folder / f"{kernel.name}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     registers, spills = _usage(cubin)
-    return Resources(kernel.name, arch, registers, spills, int(compiled.metadata.shared))
+    return Resources(kernel.name, arch, registers, spills, int(compiled.metadata.shared), compiled.asm["ptx"])
 
 
 def _usage(cubin: Path) -> tuple[int, int]:

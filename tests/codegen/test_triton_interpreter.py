@@ -50,3 +50,9 @@ def test_random_modules_keep_their_meaning(interpret: Callable[[str], list[str]]
 @pytest.mark.parametrize("name", CASES)
 def test_matches_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
     assert interpret(name) == []
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if {"many", "four"} & set(n.split("-"))])
+def test_transposed_tiles_match_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
+    """Products of several rows with columns on the left of the tensor cores: each block has its lanes exchanged."""
+    assert interpret(f"transposed:{name}") == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 
 from tilewright.codegen.triton.offline import SHARED_LIMIT, Resources, compile_program
@@ -36,13 +38,24 @@ def test_compiles_for_ampere(name: str) -> None:
     assert _compile(name, 80).fits
 
 
+@pytest.mark.parametrize("name", ["linear-bf16-four", "norm_linear-f16-four", "gated-bf16-four"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_transposed_tiles_reach_hoppers_tensor_cores(name: str, arch: int) -> None:
+    """wgmma has 64 rows on the left at least: a batch of 4 gets it only where columns stand there."""
+    plain, transposed = _compile(name, arch), _compile(name, arch, {"transposed": 1, "block_n": 64})
+    assert transposed.fits
+    assert "wgmma" not in plain.ptx
+    assert ("wgmma" in transposed.ptx) == (arch == 90)
+    assert ("mma.sync" in transposed.ptx) == (arch == 80)
+
+
 def test_limits() -> None:
     assert not Resources("k", 80, 255, 8, 0).fits
     assert not Resources("k", 80, 255, 0, SHARED_LIMIT[80] + 1).fits
     assert Resources("k", 90, 255, 0, SHARED_LIMIT[80] + 1).fits
 
 
-def _compile(name: str, arch: int) -> Resources:
-    kernel, text = source_of(CASES[name](), interpret=False)
+def _compile(name: str, arch: int, tuned: Mapping[str, int] | None = None) -> Resources:
+    kernel, text = source_of(CASES[name](), False, tuned)
     (resources,) = compile_program(TritonSource(name, text, (kernel,)), arch)
     return resources

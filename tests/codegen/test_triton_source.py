@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import sympy
 
@@ -79,6 +81,17 @@ def test_tunables_change_blocks_and_reject_nonsense() -> None:
         print_kernel(kernel, _environment({"fused": {"block_q": 1}}))
     with pytest.raises(OptionError, match="power of two"):
         Tile().tuned({"block_n": 48})
+    with pytest.raises(OptionError, match="0 or 1"):
+        Tile().tuned({"transposed": 2})
+
+
+def test_a_transposed_tile_exchanges_rows_and_columns() -> None:
+    """Rows lie along the last axis of every block, and the weight is the left operand."""
+    kernel = CASES["linear-bf16-four"]().kernel
+    text = print_kernel(kernel, _environment({"fused": {"transposed": 1}})).text
+    assert "tl.zeros([BLOCK_N, BLOCK_M], tl.float32)" in text
+    left, right = re.search(r"tl\.dot\((\w+), (\w+),", text).groups()  # type: ignore[union-attr]
+    assert (left[:1], right[:1]) == ("w", "x")
 
 
 def test_offsets_into_large_tensors_are_64_bits_wide() -> None:

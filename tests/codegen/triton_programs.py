@@ -37,8 +37,9 @@ def plan(
     max_length: int = 64,
     splits: int = 3,
     chunk: int = 512,
+    weights: str = "",
 ) -> Planned:
-    """Capture, lower, fuse and plan a model."""
+    """Capture, lower, fuse and plan a model; ``weights`` is compile's option."""
     captured = capture(model)
     lowered = lower(captured)
     largest = max(batch_sizes)
@@ -47,13 +48,13 @@ def plan(
     if captured.kind == "decoder":
         for size in batch_sizes:
             dims = (("B", size), ("S", 1), ("L", 1))
-            passes = PassOptions(dims, last_tokens=True, splits=splits)
+            passes = PassOptions(dims, last_tokens=True, splits=splits, weights=weights)
             options[f"decode_b{size}"] = ("decode", size, passes, {"T": (1, max_length)})
         ranges = {"T": (1, max_length), "B": (1, largest), "S": (1, min(chunk, max_length))}
-        options["prefill"] = ("prefill", largest, PassOptions(last_tokens=True), ranges)
+        options["prefill"] = ("prefill", largest, PassOptions(last_tokens=True, weights=weights), ranges)
     else:
         ranges = {"B": (1, largest), "S": (1, max_length)}
-        options["forward"] = ("forward", largest, PassOptions(), ranges)
+        options["forward"] = ("forward", largest, PassOptions(weights=weights), ranges)
     for name, (phase, batch, passes, ranges) in options.items():
         modules[name] = run_passes(lowered.with_symbols(**ranges), passes)
         programs[name] = plan_memory(modules[name], name, phase, batch, max_length)

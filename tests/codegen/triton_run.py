@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from tilewright.ir.types import Value, concrete
 from .triton_cases import CAPACITY, CASES, RANGES, Case
 
 
-def source_of(case: Case, interpret: bool) -> tuple[KernelSource, str]:
-    """The case's kernel and the text of a module that holds it."""
+def source_of(
+    case: Case, interpret: bool, tuned: Mapping[str, int] | None = None
+) -> tuple[KernelSource, str]:
+    """The case's kernel, with fields of its tile ``tuned``, and the text of a module that holds it."""
     largest = {name: high for name, (_, high) in RANGES.items()}
-    kernel = print_kernel(case.kernel, Environment(CAPACITY, largest, interpret))
+    tunables = {str(case.kernel.attr("name")): tuned or {}}
+    kernel = print_kernel(case.kernel, Environment(CAPACITY, largest, interpret, tunables))
     return kernel, print_source("case", (kernel,))
 
 
@@ -45,9 +49,11 @@ def _buffer(value: Value, content: Tensor | None, case: Case, device: str) -> Te
     return buffer.to(device)
 
 
-def run(case: Case, interpret: bool, device: str, path: Path) -> tuple[Tensor, ...]:
+def run(
+    case: Case, interpret: bool, device: str, path: Path, tuned: Mapping[str, int] | None = None
+) -> tuple[Tensor, ...]:
     """The kernel's results at their logical shapes."""
-    _, text = source_of(case, interpret)
+    _, text = source_of(case, interpret, tuned)
     module = load(text, path)
     inputs, past = case.inputs(), case.past()
     slots = {op.result: op.attr("slot") for op in case.kernel.body if op.opcode == "append"}
@@ -59,10 +65,12 @@ def run(case: Case, interpret: bool, device: str, path: Path) -> tuple[Tensor, .
     return tuple(w[tuple(slice(0, n) for n in s)].cpu() for w, s in zip(writes, shapes, strict=True))
 
 
-def errors(name: str, interpret: bool, device: str, path: Path) -> list[str]:
+def errors(
+    name: str, interpret: bool, device: str, path: Path, tuned: Mapping[str, int] | None = None
+) -> list[str]:
     """What is wrong with a case's results: nothing when each is as close to float64 as the reference is."""
     case = CASES[name]()
-    found = run(case, interpret, device, path)
+    found = run(case, interpret, device, path, tuned)
     wrong = [_differences(case, module, found) for module in case.meanings()]
     return [] if not all(wrong) else wrong[0]
 

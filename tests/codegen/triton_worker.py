@@ -1,6 +1,7 @@
 """A process with Triton's interpreter: reads names, a line each, and answers with what is wrong, as JSON.
 
-A name is that of a case, ``model:family:dtype``, or ``random:count``: so many random modules.
+A name is that of a case, ``transposed:case`` with tiles of columns x rows, ``model:family:dtype``, or ``random:count``:
+so many random modules.
 
 The interpreter must be chosen before triton is imported, so it cannot share a process with tests that compile.
 """
@@ -34,6 +35,9 @@ def main() -> None:
                 elif kind == "random":
                     run_random(int(rest[0]), Path(folder))
                     answer = []
+                elif kind == "transposed":
+                    path = Path(folder) / f"case{number}.py"
+                    answer = errors(rest[0], True, "cpu", path, {"transposed": 1})
                 else:
                     answer = errors(kind, True, "cpu", Path(folder) / f"case{number}.py")
             except Exception:  # noqa: BLE001 - the parent test shows it
