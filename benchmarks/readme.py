@@ -41,7 +41,9 @@ def speed(found: Results, picture: Path) -> str:
         f"{found.date[:10]}; `{found.command}`."
     )
     if LLAMA_CPP in {series.system for m in found.measures for series in m.series}:
-        parts[-1] += " llama.cpp's files: F32, BF16, Q8_0 (for int8) and Q4_0 (for int4), KV state in f16."
+        parts[-1] += (
+            " llama.cpp's files: F32, BF16, Q8_0 (for int8) and Q4_0 (for int4), KV state in f16; tilewright's int8 and int4 come from the bfloat16 model, KV state in bf16."
+        )
     return "\n\n".join(parts)
 
 
@@ -53,7 +55,7 @@ def closeness(found: QualityResults) -> str:
         note += (
             " SmolLM2's weights come from the Q4_1 file. tilewright's int4 has a scale and a minimum for 32 weights "
             "too, so these fit it better than others would, while Q4_0 rounds them a second time. Both files keep the "
-            "embedding table in Q8_0; int4 stores it in four bits like the rest."
+            "embedding table in Q8_0, int4 has it in eight bits as well."
         )
     parts.append(note)
     return "\n\n".join(parts)

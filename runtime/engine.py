@@ -10,8 +10,8 @@ from torch import Tensor
 from tilewright.ir.program import InputError
 
 from .executor import EngineSpec, Executor, TensorSpec
+from .host import clone
 from .kv_state import RequestState
-from .torch_threads import one_torch_thread
 
 
 class Engine:
@@ -90,8 +90,7 @@ class Engine:
             state.ids[: state.batch] = ids
             state.positions[: state.batch] = positions
             self.advance(state)
-            with one_torch_thread(self.spec.device):
-                return state.logits[: state.batch].clone()
+            return clone(state.logits[: state.batch])
 
     def advance(self, state: RequestState) -> None:
         """One decode step on ``state.ids`` and ``state.positions`` into ``state.logits``, without checks or allocation.

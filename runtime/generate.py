@@ -18,9 +18,9 @@ from torch import Tensor
 from tilewright.ir.program import InputError
 
 from .engine import Engine, require_tensor
+from .host import copy, one_torch_thread, quick
 from .kv_state import RequestState
 from .sampling import Sampling, sample
-from .torch_threads import one_torch_thread
 
 
 class Streamer(Protocol):
@@ -75,10 +75,9 @@ def generate(
         engine.check_length(int(position_ids.max()) + options.max_length - prompt)
     sequences = ids.new_empty(batch, options.max_length)
     sequences[:, :prompt] = ids
-    collected, chosen, positions = map(_quick, (sequences, state.ids[:batch], state.positions))
+    collected, chosen, positions = map(quick, (sequences, state.ids[:batch], state.positions))
     logits = engine.step(state, fed, attention_mask, position_ids, keep=1)
-    with one_torch_thread(logits.device):
-        state.logits[:batch] = logits
+    copy(state.logits[:batch], logits)
     state.positions.zero_()
     # The last prompt position, whatever rule produced it, is what decoding counts on from.
     state.positions[:batch] = _last_position(engine, state, position_ids)
@@ -112,19 +111,13 @@ def _last_position(engine: Engine, state: RequestState, position_ids: Tensor | N
     return last
 
 
-def _quick(tensor: Tensor) -> Any:
-    """On a CPU, the tensor as an array over the same memory: between two decode steps of some milliseconds, with all
-    caches full of weights, a call of PyTorch takes 20 to 60 microseconds, one of NumPy a tenth of that."""
-    return tensor.numpy() if tensor.device.type == "cpu" else tensor
-
-
 def _chooser(state: RequestState, options: GenerateOptions) -> Callable[[bool], None]:
     """A function that writes the next tokens into ``state.ids``; its argument forbids end-of-sequence tokens."""
     batch = state.batch
     logits, ids = state.logits[:batch, 0], state.ids[:batch]
     exact = logits if logits.dtype == torch.float32 else torch.empty(logits.shape, device=logits.device)
     widen = _widener(logits, exact)
-    scores, tokens, eos = _quick(exact), _quick(ids), list(options.eos_ids)
+    scores, tokens, eos = quick(exact), quick(ids), list(options.eos_ids)
 
     def choose(forbid_eos: bool) -> None:
         widen()
@@ -150,7 +143,7 @@ def _widener(logits: Tensor, exact: Tensor) -> Callable[[], object]:
         # NumPy has no bfloat16, but that is the upper half of a float32.
         bits, wide = logits.view(torch.uint16).numpy(), exact.view(torch.uint32).numpy()
         return partial(np.left_shift, bits, 16, out=wide, dtype=np.uint32)
-    target, source = _quick(exact), _quick(logits)
+    target, source = quick(exact), quick(logits)
     return partial(target.__setitem__, slice(None), source)
 
 
