@@ -42,10 +42,8 @@ def speed(found: Results, picture: Path) -> str:
     )
     if LLAMA_CPP in {series.system for m in found.measures for series in m.series}:
         parts[-1] += (
-        parts[-1] += (
             " llama.cpp's files: F32, BF16, Q8_0 (for int8) and Q4_0 (for int4), KV state in f16; tilewright's int8 "
             "and int4 come from the bfloat16 model, KV state in bf16."
-        )
         )
     return "\n\n".join(parts)
 
