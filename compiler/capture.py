@@ -17,6 +17,7 @@ from typing import Any, Literal
 import sympy
 import torch
 import torch.utils._pytree as pytree
+import transformers
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -153,7 +154,13 @@ class _Outer(nn.Module):
 
 def _model_kind(model: PreTrainedModel) -> Kind:
     """A decoder keeps KV state: it takes past_key_values and its attention is causal. The rest are encoders."""
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    known = inspect.signature(model.forward).parameters
+    if "past_key_values" not in known:
+        if "cache" in known:
+            raise CaptureError(
+                f"{type(model).__name__} takes its KV state as cache=, as models of Transformers 5.24 and later do "
+                f"(this is {transformers.__version__}); install 'transformers<5.24'"
+            )
         return "encoder"
     flags = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     causal = any(flags) if flags else model.can_generate()

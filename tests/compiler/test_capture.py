@@ -185,6 +185,18 @@ def test_meta_tensors_are_refused() -> None:
         capture(module, (torch.ones(2, 4),))
 
 
+def test_models_of_a_later_transformers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 5.24 on the KV cache has another name; taken for encoders, such models would give no tokens."""
+    model = tiny("llama")
+
+    def forward(input_ids: Tensor, attention_mask: Tensor | None = None, cache: object = None) -> None:
+        """The signature that models have there."""
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(CaptureError, match=r"transformers<5\.24"):
+        capture(model)
+
+
 def test_modules_need_example_inputs() -> None:
     with pytest.raises(CaptureError, match="example_inputs"):
         capture(nn.Linear(4, 4).eval())
