@@ -143,13 +143,13 @@ class _Printer:
 
 
 class _TilePrinter(_Printer):
-    """Tiles of rows x columns, or transposed; whatever has two lanes is printed by :meth:`_across`."""
+    """Tiles of rows x columns, or transposed; :meth:`_across` gives the shape of whatever has two axes."""
 
     def emit(self, pid: str) -> Expr:
         base, tile = self.base, self.tile
         self.block_m = base.constant("BLOCK_M", tile.block_m)
-        down, across = ("[None, :]", "[:, None]") if tile.transposed else ("[:, None]", "[None, :]")
-        self.row_lanes, self.column_lanes = down, across
+        lanes = ("[None, :]", "[:, None]") if tile.transposed else ("[:, None]", "[None, :]")
+        self.row_lanes, self.column_lanes = lanes
         tiles_m, tiles_n = ceil_div(self.rows, tile.block_m), ceil_div(self.columns, tile.block_n)
         pid_m, pid_n = "", self.split_batch(pid, tiles_m * tiles_n)
         if tiles_m != 1:
@@ -172,7 +172,7 @@ class _TilePrinter(_Printer):
         return tiles_m * tiles_n * self.batch
 
     def _across(self, first: str, second: str) -> str:
-        """The shape of a block whose lanes are those two, in the order of the tile."""
+        """The shape of a block of rows x columns (or of either and k), in the order of the tile."""
         return f"[{second}, {first}]" if self.tile.transposed else f"[{first}, {second}]"
 
     def _stage(self, stage: Stage, loop: RowLoop, context: Context) -> None:
@@ -198,10 +198,11 @@ class _TilePrinter(_Printer):
 
     def _dot(self, a: str, b: str, name: str) -> str:
         left, right = (b, a) if self.tile.transposed else (a, b)
-        if self.interpret and self.operand is DType.bf16:
-            # The interpreter keeps bfloat16 as raw bits and would multiply those; a float32 product is the same number.
+        # The interpreter keeps bfloat16 as raw bits and would multiply those; a float32 product is the same number.
+        widened = self.interpret and self.operand is DType.bf16
+        if widened:
             left, right = f"{left}.to(tl.float32)", f"{right}.to(tl.float32)"
-        precise = ', input_precision="ieee"' if self.operand is DType.f32 or "float32" in left else ""
+        precise = ', input_precision="ieee"' if widened or self.operand is DType.f32 else ""
         return f"tl.dot({left}, {right}, {name}{precise})"
 
 

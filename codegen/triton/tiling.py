@@ -38,19 +38,19 @@ class Tile:
     num_stages: int = 2
     max_registers: int = 0
     """Registers per thread that the assembler may use; 0 leaves it to its own (sometimes too thrifty) choice."""
-    transposed: int = 0
-    """1: a product's tile is columns x rows, so that few rows stand on the short side of the tensor cores."""
+    transposed: bool = False
+    """Whether a product's tile is columns x rows, so that few rows stand on the short side of the tensor cores."""
 
     def tuned(self, changes: Mapping[str, int]) -> Tile:
         """With fields replaced. Raises OptionError for an unknown field, a size that is no power of two, or a
         switch that is neither 0 nor 1."""
-        known = {f.name for f in fields(self)}
+        known = {f.name: f.default for f in fields(self)}
         for name, value in changes.items():
             if name not in known:
                 raise OptionError(f"unknown tunable {name!r}; a kernel has {', '.join(sorted(known))}")
-            if name == "transposed":
+            if isinstance(known[name], bool):
                 if value not in (0, 1):
-                    raise OptionError(f"tunable transposed={value} must be 0 or 1")
+                    raise OptionError(f"tunable {name}={value} must be 0 or 1")
             elif value < 1 or (name.startswith("block") and value & (value - 1)):
                 raise OptionError(f"tunable {name}={value} must be a power of two")
         return replace(self, **changes)

@@ -68,15 +68,18 @@ def without_values(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 
 
 def llama2_7b() -> PreTrainedModel:
+    """The shape of Llama2-7B."""
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, max_position_embeddings=4096))
 
 
 def llama2_13b() -> PreTrainedModel:
+    """The shape of Llama2-13B."""
     sizes = {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40}
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, max_position_embeddings=4096, **sizes))
 
 
 def opt_6_7b() -> PreTrainedModel:
+    """The shape of OPT-6.7B."""
     sizes = {"hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384, "num_attention_heads": 32}
     return OPTForCausalLM(OPTConfig(num_hidden_layers=1, **sizes))
 

@@ -4,8 +4,8 @@
 // [N / 16][K / 8][16][4] bytes of int4 codes, whose low halves are columns k to k + 3 and whose high halves k + 4 to k + 7.
 // A vector thus holds one row per lane, sums need no adding across lanes, and a thread that walks its share of the rows
 // reads linear streams. Scales lie as [N / 16][groups][16]: for int8 f32, one per row or one per 32 columns of it; for
-// int4 f16 scale and minimum per 32 columns. With few rows of activations, these are rounded to int8 in groups of 32 and multiplied as integers; with many,
-// weights become floats once per panel of gemm.h.
+// int4 f16 scale and minimum per 32 columns. With few rows of activations, these are rounded to int8 in groups of 32 and
+// multiplied as integers; with many, weights become floats once per panel of gemm.h.
 #pragma once
 
 #include "bytes.h"
