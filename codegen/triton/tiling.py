@@ -53,7 +53,7 @@ class Tile:
                     raise OptionError(f"tunable {name}={value} must be 0 or 1")
             elif value < 1 or (name.startswith("block") and value & (value - 1)):
                 raise OptionError(f"tunable {name}={value} must be a power of two")
-        return replace(self, **changes)
+        return replace(self, **{name: type(known[name])(value) for name, value in changes.items()})
 
 
 def upper_bound(extent: Expr, largest: Mapping[str, int]) -> int:
