@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from sympy import Expr
 
@@ -44,7 +45,7 @@ class Tile:
     def tuned(self, changes: Mapping[str, int]) -> Tile:
         """With fields replaced. Raises OptionError for an unknown field, a size that is no power of two, or a
         switch that is neither 0 nor 1."""
-        known = {f.name: f.default for f in fields(self)}
+        known: dict[str, Any] = {f.name: f.default for f in fields(self)}
         for name, value in changes.items():
             if name not in known:
                 raise OptionError(f"unknown tunable {name!r}; a kernel has {', '.join(sorted(known))}")
