@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
@@ -18,6 +18,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from benchmarks import models
 from benchmarks.probe import bandwidth_probe
@@ -25,6 +26,7 @@ from tilewright.cli import readable_errors
 from tilewright.costs import Cost, step_cost
 from tilewright.ir.program import Step
 from tilewright.progress import Progress
+from tilewright.runtime.kv_state import RequestState
 from tilewright.runtime.native_executor import NativeExecutor
 
 console = Console()
@@ -80,7 +82,7 @@ def main(
     source = models.load(model, precision, Progress())
     fast = models.compiled(source, precision, backend="cpp", batch_sizes=(batch,), progress=Progress())
     runs = prepare(fast, models.prompt(source, size).repeat(batch, 1), phase)
-    whole = _best(lambda: runs.run(0, runs.count), repeats, clock)
+    whole = _best(runs.run, repeats, clock)
     times = kernel_times(runs, repeats, clock)
     with bandwidth_probe(threads) as probe:
         bandwidth = max(probe(1, clock.now) for _ in range(repeats))
@@ -96,25 +98,25 @@ def main(
 
 @dataclass(frozen=True)
 class ProgramRuns:
-    """A program bound to a request: ``run(first, last)`` runs a range of its ``steps``.
+    """A program and the request that it runs on, again and again into the same state; results do not matter."""
 
-    ``memory`` holds on to the tensors whose addresses the program has.
-    """
-
-    steps: tuple[Step, ...]
+    executor: NativeExecutor
     dims: dict[str, int]
-    run: Callable[[int, int], None]
-    memory: tuple[Any, ...]
+    state: RequestState
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
 
-    @property
-    def count(self) -> int:
-        return len(self.steps)
+    def run(self) -> None:
+        self.executor.run(self.inputs, self.dims, self.state, self.outputs)
+
+    def step_seconds(self, clock: Clock) -> list[float]:
+        return self.executor.step_seconds(self.inputs, self.dims, self.state, self.outputs, clock.now)
 
 
-def prepare(fast: Any, ids: torch.Tensor, phase: Phase) -> ProgramRuns:
-    """Bind a program to a request with the prompts i64[B, S]: all of them, or (decode) their last tokens.
+def prepare(fast: Any, ids: Tensor, phase: Phase) -> ProgramRuns:
+    """A program and a request with the prompts i64[B, S]: all of them, or (decode) their last tokens.
 
-    Runs the whole program once. Steps write into the same state again and again; their results do not matter.
+    Runs the whole program once.
     """
     batch, size = ids.shape
     with torch.no_grad():
@@ -129,38 +131,22 @@ def prepare(fast: Any, ids: torch.Tensor, phase: Phase) -> ProgramRuns:
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": state.mask}
         outputs = {o.name: o.empty(dims, ids.device) for o in engine.spec.outputs}
     assert isinstance(executor, NativeExecutor)
-    executor.run(inputs, dims, state, outputs)
-    bound, library = state.scratch[executor], executor.library
-    sizes = library.dims([dims[name] for name, _, _ in executor.program.symbols])
-    threads = torch.get_num_threads()
-
-    def run(first: int, last: int) -> None:
-        library.run(bound.table, sizes, bound.workspace.data_ptr(), threads, first=first, last=last)
-
-    steps = tuple(step for step, _, _ in executor.program.trace())
-    return ProgramRuns(steps, dims, run, (state, inputs, outputs))
+    runs = ProgramRuns(executor, dims, state, inputs, outputs)
+    runs.run()
+    return runs
 
 
 def kernel_times(runs: ProgramRuns, repeats: int, clock: Clock) -> list[KernelTime]:
-    """The best of ``repeats`` runs of every step, less the cost of calling the library, grouped by kernel."""
-    now = clock.now
-    best = [float("inf")] * runs.count
-    for _ in range(repeats):
-        for n, step in enumerate(runs.steps):
-            if step.op.opcode == "kernel":
-                start = now()
-                runs.run(n, n + 1)
-                best[n] = min(best[n], now() - start)
-    empty = _best(lambda: runs.run(0, 0), 5 * repeats, clock)
+    """The best of ``repeats`` runs of every step, grouped by kernel."""
+    rounds = [runs.step_seconds(clock) for _ in range(repeats)]
+    best = [min(seconds) for seconds in zip(*rounds, strict=True)]
     found: dict[str, KernelTime] = {}
-    for step, seconds in zip(runs.steps, best, strict=True):
+    for (step, _, _), seconds in zip(runs.executor.program.trace(), best, strict=True):
         if step.op.opcode == "kernel":
             known = found.get(step.name)
             before = known.seconds if known else ()
             cost = step_cost(step, runs.dims)
-            found[step.name] = KernelTime(
-                step.name, _module(step), (*before, max(seconds - empty, 0.0)), cost
-            )
+            found[step.name] = KernelTime(step.name, _module(step), (*before, seconds), cost)
     return list(found.values())
 
 

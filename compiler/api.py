@@ -25,8 +25,9 @@ from tilewright.runtime.executor import EngineSpec
 from tilewright.runtime.native_executor import NativeExecutor
 
 from .api_mixin import Compiled, attach
-from .backends import ACTIVATION_GROUP, ROW_BLOCK, SPLITS, Built, build, measures
+from .backends import ACTIVATION_GROUP, ROW_BLOCK, SPLITS, Built, build, candidates, measures, no_candidates
 from .capture import Captured, capture
+from .choices import choice_key, remember, remembered
 from .costs import eager_peak
 from .dump import Dump
 from .interface import index_bounds, require_decoder
@@ -34,11 +35,14 @@ from .lower import lower
 from .options import Options, check_options
 from .progress import SILENT, Advance, Progress
 from .report import Fallback, Memory, PhaseReport, Report
-from .tune import best, choice_key, measure, remember, remembered
-from .tune_native import choose
+from .trials import Trial
+from .tune import best, measure
+from .tune_kernels import KernelTuner, changes_of
+from .tune_native import choose, is_busy
 from .weights import BoundWeights, bind_weights, not_quantizable
 
 _LAST = PassOptions(last_tokens=True)
+_STAGES = {"off": 5, "cached": 7, "full": 8}  # of a compilation, at most
 
 
 def compile(
@@ -65,9 +69,10 @@ def compile(
     What cannot be quantised stays as it is, and the report says so.
     autotune: what is chosen by measurement: how prefill computes matrix products, by generated kernels or by the
     vendor's library (timed on a piece of prompt of up to 128 tokens, best of three runs), and on a CPU, for each decode
-    program, how many threads run it and how far ahead weights are prefetched. "full" measures; "cached" does so unless
-    the cache folder has the choice for this model on this machine; "off" takes generated kernels and defaults. Backends
-    whose times mean nothing (reference, Triton's interpreter) measure nothing.
+    program, how many threads run it and how far ahead weights are prefetched. "cached" measures that unless the cache
+    folder has the choice for this model on this machine. "full" measures anew, and also tries other tiles for each
+    kernel of each program, which takes a few compilations; what wins is on record for "cached". "off" takes generated
+    kernels and defaults. Backends whose times mean nothing (reference, Triton's interpreter) measure nothing.
     backend: "cpp", "triton" or "reference"; by default the one for the model's device.
     dump: folder for the IR after every pass, kernel sources, memory plans and the report.
     progress: ``Progress()`` shows a bar on stderr.
@@ -75,7 +80,7 @@ def compile(
     Raises OptionError, DeviceError, CaptureError, LoweringError, CompilerNotFoundError, KernelBuildError.
     """
     options = check_options(model, batch_sizes, max_length, weights, autotune, backend, dump)
-    with progress.step(f"Compiling {type(model).__name__}", total=6) as advance:
+    with progress.step(f"Compiling {type(model).__name__}", total=_STAGES[options.autotune]) as advance:
         return _Compilation(model, options, advance).run(example_inputs)
 
 
@@ -130,13 +135,18 @@ class _Compilation:
         for program in programs:
             dump.plan(program)
         with self._stage("kernels"):
-            built = build(programs, bound.tensors, self.options)
+            tuners = self._tuners(programs)
+            known = [t.recall() if self.options.autotune == "cached" else () for t in tuners]
+            self.notes += tuple(str(choice) for choices in known for choice in choices)
+            built = build(programs, bound.tensors, self.options, [changes_of(choices) for choices in known])
         if len(rivals := _rivals(phases)) > 1:
             with self._stage("tune"):
                 chosen = self._choose(captured, rivals, modules, programs, built)
                 kept = _without_losers(phases, chosen)
                 modules, programs = [modules[n] for n in kept], [programs[n] for n in kept]
-                built = built.only(kept)
+                built, tuners = built.only(kept), [tuners[n] for n in kept]
+        if self.options.autotune == "full":
+            built = self._tune_kernels(captured, tuners, bound, built)
         if self.options.autotune != "off":
             self._tune_steps(captured, modules, programs, built)
         dump.sources(built.sources)
@@ -191,6 +201,33 @@ class _Compilation:
             f"measured on a short prompt: {', '.join(f'{name} {s * 1000:.0f} ms' for name, s in timed)}",
         )
         return rivals[chosen]
+
+    def _tuners(self, programs: list[Program]) -> list[KernelTuner]:
+        """What may be tuned of each program's kernels: nothing where times mean nothing."""
+        wanted = self.options.autotune != "off" and measures(self.options)
+        offered = candidates(self.options) if wanted else no_candidates
+        return [KernelTuner.of(p, offered, self.options) for p in programs]
+
+    def _tune_kernels(
+        self, captured: Captured, tuners: list[KernelTuner], bound: BoundWeights, built: Built
+    ) -> Built:
+        """Time the ways to print each kernel and build the programs anew with the best of them."""
+        if not any(t.ways for t in tuners):
+            return built
+        if self.options.backend == "cpp" and is_busy():
+            self.notes += ("tiles of kernels not measured, the machine is busy",)
+            return built
+        with self._stage("tune kernels"):
+            spec = self._spec(captured, tuners[-1].program)
+            chosen = []
+            for tuner in tuners:
+                variants = tuner.variants
+                tried = build([tuner.program] * len(variants), bound.tensors, self.options, variants)
+                choices = tuner.choose(tried.executors, Trial.of(tuner.program, spec))
+                self.notes += tuple(map(str, choices))
+                chosen.append(changes_of(choices))
+            programs = [t.program for t in tuners]
+            return replace(build(programs, bound.tensors, self.options, chosen), from_cache=built.from_cache)
 
     def _tune_steps(
         self, captured: Captured, modules: list[Module], programs: list[Program], built: Built

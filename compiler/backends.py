@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from tilewright.codegen.cpp import kernel as cpp_kernel
 from tilewright.codegen.cpp.build import build_libraries
 from tilewright.codegen.cpp.program import print_program
 from tilewright.codegen.triton.program import emit_program
+from tilewright.codegen.tunables import NONE, Changes, Tunables
+from tilewright.ir.module import Op
 from tilewright.ir.program import Program
 from tilewright.runtime.executor import Executor
 from tilewright.runtime.native import NativeLibrary
@@ -19,6 +22,7 @@ from tilewright.runtime.triton_executor import TritonExecutor, is_interpreting, 
 from .options import Options
 from .reference_executor import ReferenceExecutor
 from .settings import cache_dir, cxx
+from .tune_kernels import Candidates
 
 # Chunks of the context that decode attention is split into by a pass. The C++ primitive splits it over its own team,
 # within one kernel.
@@ -47,35 +51,66 @@ def measures(options: Options) -> bool:
     return options.backend == "cpp" or (options.backend == "triton" and not is_interpreting())
 
 
-def build(programs: Sequence[Program], weights: Mapping[str, Tensor], options: Options) -> Built:
+def candidates(options: Options) -> Candidates:
+    """The ways that the backend of ``options`` offers to print a kernel."""
+    return {"cpp": _cpp_candidates}.get(options.backend, no_candidates)
+
+
+def _cpp_candidates(op: Op, program: Program) -> tuple[Changes, ...]:
+    return cpp_kernel.candidates(op)
+
+
+def no_candidates(op: Op, program: Program) -> tuple[Changes, ...]:
+    """For a backend that prints every kernel in one way."""
+    return (NONE,)
+
+
+def build(
+    programs: Sequence[Program],
+    weights: Mapping[str, Tensor],
+    options: Options,
+    tunables: Sequence[Tunables] = (),
+) -> Built:
     """Generate, build and load the kernels of all programs for ``options.backend``.
 
-    Raises KernelBuildError, CompilerNotFoundError or DeviceError.
+    tunables: of each program's kernels; none leaves them to the heuristic. Raises KernelBuildError,
+    CompilerNotFoundError or DeviceError.
     """
     makers = {"reference": _reference, "triton": _triton, "cpp": _cpp}
-    return makers[options.backend](programs, weights, options)
+    changes = tunables or [{} for _ in programs]
+    return makers[options.backend](programs, weights, options, changes)
 
 
-def _reference(programs: Sequence[Program], weights: Mapping[str, Tensor], options: Options) -> Built:
+def _reference(
+    programs: Sequence[Program], weights: Mapping[str, Tensor], options: Options, tunables: Sequence[Tunables]
+) -> Built:
     return Built(tuple(ReferenceExecutor(p, weights) for p in programs), {})
 
 
-def _triton(programs: Sequence[Program], weights: Mapping[str, Tensor], options: Options) -> Built:
+def _triton(
+    programs: Sequence[Program], weights: Mapping[str, Tensor], options: Options, tunables: Sequence[Tunables]
+) -> Built:
     require_device(options.device)
-    sources = {p.name: emit_program(p, is_interpreting()).text for p in programs}
+    texts = [emit_program(p, is_interpreting(), t).text for p, t in zip(programs, tunables, strict=True)]
     executors = tuple(
-        TritonExecutor(p, weights, write_module(cache_dir() / "triton", sources[p.name]), options.device)
-        for p in programs
+        TritonExecutor(p, weights, write_module(cache_dir() / "triton", text), options.device)
+        for p, text in zip(programs, texts, strict=True)
     )
-    return Built(executors, {f"{name}.py": text for name, text in sources.items()})
+    return Built(executors, {f"{p.name}.py": text for p, text in zip(programs, texts, strict=True)})
 
 
-def _cpp(programs: Sequence[Program], weights: Mapping[str, Tensor], options: Options) -> Built:
-    sources = {p.name: print_program(p) for p in programs}
-    libraries = build_libraries(sources, cache_dir() / "cpp", cxx())
+def _cpp(
+    programs: Sequence[Program], weights: Mapping[str, Tensor], options: Options, tunables: Sequence[Tunables]
+) -> Built:
+    texts = [print_program(p, t) for p, t in zip(programs, tunables, strict=True)]
+    libraries = build_libraries(
+        {f"{n} {p.name}": text for n, (p, text) in enumerate(zip(programs, texts, strict=True))},
+        cache_dir() / "cpp",
+        cxx(),
+    )
     executors = tuple(
-        NativeExecutor(p, weights, NativeLibrary(libraries[p.name].path, [name for name, _, _ in p.symbols]))
-        for p in programs
+        NativeExecutor(p, weights, NativeLibrary(library.path, [name for name, _, _ in p.symbols]))
+        for p, library in zip(programs, libraries.values(), strict=True)
     )
     cached = all(library.from_cache for library in libraries.values())
-    return Built(executors, {f"{name}.cpp": text for name, text in sources.items()}, cached)
+    return Built(executors, {f"{p.name}.cpp": text for p, text in zip(programs, texts, strict=True)}, cached)

@@ -15,14 +15,13 @@ from dataclasses import replace
 import torch
 
 from tilewright.runtime.executor import EngineSpec
-from tilewright.runtime.kv_state import RequestState
 from tilewright.runtime.native import Tuning
 from tilewright.runtime.native_executor import NativeExecutor
 
-from .tune import remember, remembered, time_in_turns
+from .choices import remember, remembered
+from .trials import Trial, time_in_turns
 
 PREFETCH_BYTES = (2048, 4096, 8192, 16384)
-CONTEXT = 64
 _ROUNDS = 6
 _STEPS = 3
 _BUSY = 0.75  # runnable threads per processor, over the last minute
@@ -46,7 +45,7 @@ def choose(executor: NativeExecutor, spec: EngineSpec, key: str, use_record: boo
     """
     tried = candidates(torch.get_num_threads())
     chosen = remembered(key, len(tried)) if use_record else None
-    if chosen is None and _is_busy():
+    if chosen is None and is_busy():
         return f"{executor.program.name}: threads and prefetch distance not measured, the machine is busy"
     if chosen is None:
         seconds = _measure(executor, spec, tried)
@@ -57,7 +56,8 @@ def choose(executor: NativeExecutor, spec: EngineSpec, key: str, use_record: boo
     return f"{executor.program.name}: {team} threads, weights prefetched {executor.tuning.prefetch_bytes} bytes ahead"
 
 
-def _is_busy() -> bool:
+def is_busy() -> bool:
+    """True when other work would be in the figures."""
     return os.getloadavg()[0] > _BUSY * (os.cpu_count() or 1)
 
 
@@ -68,23 +68,14 @@ def pick(seconds: Sequence[float]) -> int:
 
 
 def _measure(executor: NativeExecutor, spec: EngineSpec, tried: Sequence[Tuning]) -> list[float]:
-    """Seconds of a few decode steps under each tuning, the best of several rounds taken in turns.
-
-    Weights that do not fit the caches come from memory, as in use: a step reads each of them once.
-    """
-    rows = executor.batch
-    context = min(CONTEXT, spec.max_length)
-    dims = {"B": rows, "S": 1, "T": context, "L": 1}
-    state = RequestState(spec, rows, rows)
-    ids = torch.zeros(rows, 1, dtype=torch.int64)
-    inputs = {"input_ids": ids, "position_ids": ids.clone(), "attention_mask": state.mask}
-    outputs = {o.name: o.empty(dims, spec.device) for o in spec.outputs}
+    """Seconds of a few decode steps under each tuning, the best of several rounds taken in turns."""
+    trial = Trial.decode(spec, executor.batch)
 
     def under(tuning: Tuning) -> Callable[[], None]:
         def run() -> None:
             executor.tuning = tuning
             for _ in range(_STEPS):
-                executor.run(inputs, dims, state, outputs)
+                executor.run(trial.inputs, trial.dims, trial.state, trial.outputs)
 
         return run
 

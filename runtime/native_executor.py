@@ -3,8 +3,10 @@ steps that PyTorch does."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from tilewright.ir.program import BufferKind, KernelBuildError, Program, Step
 from .kv_state import RequestState
 from .memory import Memory
 from .native import NativeLibrary, PointerTable, Tuning, pointer_table
+
+_EMPTY_RUNS = 20  # the least of so many is what a call costs
 
 
 @dataclass
@@ -33,6 +37,14 @@ class _Range:
     first: int
     last: int
     torch_step: tuple[Step, tuple[int, ...], tuple[int, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """One run: its memory, and ``kernels(first, last)``, which runs the kernels among those steps."""
+
+    memory: Memory
+    kernels: Callable[[int, int], None]
 
 
 class NativeExecutor:
@@ -64,6 +76,40 @@ class NativeExecutor:
         outputs: Mapping[str, Tensor],
     ) -> None:
         """Compute ``outputs`` in place; see ``runtime.executor.Executor``."""
+        steps = self._bind(inputs, dims, state, outputs)
+        for part in self._ranges:
+            if part.first < part.last:
+                steps.kernels(part.first, part.last)
+            if part.torch_step is not None:
+                steps.memory.run_torch(*part.torch_step, dims)
+
+    def step_seconds(
+        self,
+        inputs: Mapping[str, Tensor],
+        dims: Mapping[str, int],
+        state: RequestState | None,
+        outputs: Mapping[str, Tensor],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> list[float]:
+        """Run step by step. Gives the seconds that each step of ``program.trace()`` took by ``clock``, less those of
+        calling the library for nothing."""
+        steps = self._bind(inputs, dims, state, outputs)
+        empty = min(_seconds(clock, lambda: steps.kernels(0, 0)) for _ in range(_EMPTY_RUNS))
+        taken = []
+        for n, (step, reads, writes) in enumerate(self.program.trace()):
+            if step.op.opcode == "kernel":
+                taken.append(max(0.0, _seconds(clock, partial(steps.kernels, n, n + 1)) - empty))
+            else:
+                taken.append(_seconds(clock, partial(steps.memory.run_torch, step, reads, writes, dims)))
+        return taken
+
+    def _bind(
+        self,
+        inputs: Mapping[str, Tensor],
+        dims: Mapping[str, int],
+        state: RequestState | None,
+        outputs: Mapping[str, Tensor],
+    ) -> _Steps:
         tuning = self.tuning
         threads = min(torch.get_num_threads(), tuning.threads or torch.get_num_threads())
         sizes = self.library.dims([dims[name] for name in self._symbols])
@@ -80,13 +126,11 @@ class NativeExecutor:
         if needed > bound.workspace.numel():
             bound.workspace = torch.empty(needed, dtype=torch.uint8)
         scratch = bound.workspace.data_ptr()
-        for part in self._ranges:
-            if part.first < part.last:
-                self.library.run(
-                    bound.table, sizes, scratch, threads, tuning.prefetch_bytes, part.first, part.last
-                )
-            if part.torch_step is not None:
-                memory.run_torch(*part.torch_step, dims)
+
+        def kernels(first: int, last: int) -> None:
+            self.library.run(bound.table, sizes, scratch, threads, tuning.prefetch_bytes, first, last)
+
+        return _Steps(memory, kernels)
 
     def _bound(self, state: RequestState | None) -> _Bound:
         if state is not None and self in state.scratch:
@@ -109,3 +153,9 @@ def _ranges(program: Program) -> tuple[_Range, ...]:
             ranges.append(_Range(first, number, (step, reads, writes)))
             first = number + 1
     return (*ranges, _Range(first, number + 1))
+
+
+def _seconds(clock: Callable[[], float], run: Callable[[], object]) -> float:
+    start = clock()
+    run()
+    return clock() - start

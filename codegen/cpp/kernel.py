@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tilewright.codegen.tunables import NONE, Changes
 from tilewright.ir.loops import Loops, attention_form, scalarize
 from tilewright.ir.module import Op
 from tilewright.ir.program import Step
@@ -11,7 +12,7 @@ from tilewright.ir.program import Step
 from .attention import print_attention
 from .expression import print_index
 from .kernel_context import KernelContext, Workspace
-from .matmul import print_matmuls
+from .matmul import group_candidates, print_matmuls
 from .matmul_group import matmul_groups
 from .pointwise import print_loops
 from .writer import Writer, identifier
@@ -26,10 +27,10 @@ class PrintedKernel:
     workspace: Workspace
 
 
-def print_kernel(step: Step, capacity: int, dims: tuple[str, ...]) -> PrintedKernel:
-    """Print a kernel step. Raises VerifyError when its body has no C++ form."""
+def print_kernel(step: Step, capacity: int, dims: tuple[str, ...], changes: Changes = NONE) -> PrintedKernel:
+    """Print a kernel step; ``changes`` replace fields of its tile. Raises VerifyError when its body has no C++ form."""
     writer = Writer()
-    kernel = KernelContext(step, capacity, dims, writer)
+    kernel = KernelContext(step, capacity, dims, writer, changes)
     name = identifier(step.name)
     _comment(writer, step.op)
     arguments = "const tw::Worker& worker, const long* dims, void* const* slot, char* shared, char* own"
@@ -44,6 +45,15 @@ def print_kernel(step: Step, capacity: int, dims: tuple[str, ...]) -> PrintedKer
         else:
             _print_segments(kernel, scalarize(step.op))
     return PrintedKernel(name, writer.text(), kernel.workspace)
+
+
+def candidates(op: Op) -> tuple[Changes, ...]:
+    """Ways to print a kernel that are worth a measurement, the default first; a single one where there is no choice."""
+    if attention_form(op) is not None:
+        return (NONE,)
+    groups, _ = matmul_groups(scalarize(op).segments)
+    found = dict.fromkeys(tuple(c.items()) for group in groups for c in group_candidates(group))
+    return tuple(dict(c) for c in found) or (NONE,)
 
 
 def _print_segments(kernel: KernelContext, loops: Loops) -> None:

@@ -9,6 +9,7 @@ from functools import lru_cache
 import sympy
 from sympy import Expr, Integer
 
+from tilewright.codegen.tunables import Changes
 from tilewright.ir.errors import VerifyError
 from tilewright.ir.index import linear_index, simplify
 from tilewright.ir.loops import Node
@@ -33,12 +34,14 @@ class KernelContext:
     """Where a kernel's tensors are and how they lie in memory.
 
     names: C++ variable that points to each tensor. capacity: see ``physical_shape``. dims: symbols known at run time.
+    changes: what a tuner replaced of the kernel's tile.
     """
 
     step: Step
     capacity: int
     dims: tuple[str, ...]
     writer: Writer
+    changes: Changes = field(default_factory=dict)
     names: dict[Value, str] = field(default_factory=dict)
     workspace: Workspace = field(default_factory=Workspace)
 

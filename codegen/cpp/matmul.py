@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from sympy import Integer
 
+from tilewright.codegen.tunables import NONE, Changes, tuned
 from tilewright.ir.loops import Axis, Load, MatmulForm, Segment
 
 from .ctypes_of import STORAGE, scalar
@@ -19,8 +20,7 @@ from .matmul_group import Group, direct_rows
 from .pointwise import print_point, print_stores
 from .quantized import StoredWeight
 from .scalars import Scalars
-
-ROW_BLOCK = 512  # rows of activations prepared at a time
+from .tiling import Tile, few_rows_candidates, few_rows_tile, many_rows_candidates
 
 
 class _Printer:
@@ -29,6 +29,7 @@ class _Printer:
     def __init__(self, kernel: KernelContext, group: Group) -> None:
         self.kernel, self.group, self.writer = kernel, group, kernel.writer
         self.few = group.few_rows
+        self.tile = tuned(few_rows_tile(int(group.row_count)) if self.few else Tile(), kernel.changes)
         self.values = group.row_values
         self.direct = direct_rows(kernel, group)
         self.scalars = Scalars(
@@ -53,7 +54,7 @@ class _Printer:
         """Say how much scratch the kernel needs for this group."""
         depth, rows = print_index(self.group.depth), print_index(self.group.row_count)
         space, weight = self.kernel.workspace, self.weight
-        block = rows if self.few else f"std::min<long>({ROW_BLOCK}, {rows})"
+        block = rows if self.few else f"std::min<long>({self.tile.row_block}, {rows})"
         needed = []
         if self.few and self.group.stored:
             needed.append(f"{rows} * tw::byte_row_bytes({depth})")
@@ -70,7 +71,7 @@ class _Printer:
     def carve(self) -> None:
         """Pointers into the scratch."""
         writer = self.writer
-        rows = "rows" if self.few else f"std::min<long>({ROW_BLOCK}, rows)"
+        rows = "rows" if self.few else f"std::min<long>({self.tile.row_block}, rows)"
         writer.line(f"[[maybe_unused]] char* scratch = {'own' if self.few else 'shared'};")
         if self.direct is None:
             writer.line(f"A* a = tw::carve<A>(scratch, {rows} * lda);")
@@ -229,6 +230,14 @@ class _Printer:
             writer.line("j += run;")
 
 
+def group_candidates(group: Group) -> tuple[Changes, ...]:
+    """Walks of a group's products that are worth a measurement, the default first."""
+    if not group.few_rows:
+        return many_rows_candidates()
+    # Stored codes are read in blocks of sixteen rows, in the one order that they lie in.
+    return (NONE,) if group.stored is not None else few_rows_candidates(int(group.row_count))
+
+
 def print_matmuls(kernel: KernelContext, group: Group) -> None:
     """Print the products of a group."""
     printer, writer = _Printer(kernel, group), kernel.writer
@@ -261,14 +270,15 @@ def _print_few_rows(printer: _Printer) -> None:
                 writer.line(f"{call}(worker, {columns}, k, byte_rows, weight_block, epilogue);")
                 continue
             printer.weight_rows(form)
-            call = f"tw::gemv<W, {printer.group.row_count}, {len(form.dots)}>"
+            shape = f"{printer.group.row_count}, {len(form.dots)}, {printer.tile.unroll}, {printer.tile.weight_rows}"
+            call = f"tw::gemv<W, {shape}>"
             writer.line(f"{call}(worker, {columns}, k, a, lda, weight_row, epilogue);")
 
 
 def _print_blocks(printer: _Printer) -> None:
-    writer = printer.writer
-    with writer.block(f"for (long block = 0; block < rows; block += {ROW_BLOCK})"):
-        writer.line(f"const long height = std::min<long>({ROW_BLOCK}, rows - block);")
+    writer, size = printer.writer, printer.tile.row_block
+    with writer.block(f"for (long block = 0; block < rows; block += {size})"):
+        writer.line(f"const long height = std::min<long>({size}, rows - block);")
         prepared = printer.direct is None or bool(printer.values)
         if prepared:
             with writer.block():
@@ -297,6 +307,5 @@ def _print_product(printer: _Printer, number: int) -> None:
     printer.epilogue(form, segment, "block")
     extent = print_index(product([a.extent for a in form.columns]))
     writer.line("float* panels = reinterpret_cast<float*>(own);")
-    writer.line(
-        f"tw::gemm<W, {len(form.dots)}>(worker, height, {extent}, k, a, lda, panels, pack, epilogue);"
-    )
+    shape = f"{len(form.dots)}" + (f", {printer.tile.tile_rows}" if printer.tile.tile_rows else "")
+    writer.line(f"tw::gemm<W, {shape}>(worker, height, {extent}, k, a, lda, panels, pack, epilogue);")

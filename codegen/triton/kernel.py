@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import sympy
 from sympy import Expr, Integer
 
+from tilewright.codegen.tunables import NONE, Tunables, tuned
 from tilewright.ir.index import IndexMap
 from tilewright.ir.loops import Node, Reduce, Segment, attention_form, scalarize
 from tilewright.ir.module import Op, walk
@@ -23,9 +24,6 @@ from .reduction import emit_reduction, row_symbols
 from .row_loops import plan_stages
 from .text import INDENT, Names, Scope, identifier, print_index
 from .tiling import Tile, attention_tile, pointwise_tile, product_tile, reduction_tile, upper_bound
-
-Tunables = Mapping[str, Mapping[str, int]]
-"""Kernel name -> fields of ``Tile`` to change (in every segment of the kernel)."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def _print_parts(op: Op, env: Environment, pointers: Pointers, reserved: list[st
         share = q.shape[1] / k.shape[1]
         queries, reach = (upper_bound(e, env.largest) for e in (q.shape[2] * share, k.shape[2]))
         tile = attention_tile(queries, reach, int(q.shape[3]), q.dtype.itemsize, env.interpret)
-        tile = tile.tuned(env.tunables.get(op.attr("name"), {}))
+        tile = tuned(tile, env.tunables.get(op.attr("name"), NONE))
         return [_Part("attention", scope, emit_attention(form, tile, context, "pid", env.interpret), tile)]
     loops = scalarize(op)
     return [_print_segment(segment, loops.name, env, pointers, reserved) for segment in loops.segments]
@@ -139,20 +137,20 @@ def _print_segment(
 ) -> _Part:
     """Choose the template of a segment and print it."""
     scope, context = _start(pointers, reserved, shared_nodes(segment.nodes()))
-    changes = env.tunables.get(name, {})
+    changes = env.tunables.get(name, NONE)
     extents = sympy.prod([a.extent for a in segment.axes], start=Integer(1))
     points = upper_bound(extents, env.largest)
     product = find_product(segment)
     if product is not None:
-        tile = _product_tile(product, env).tuned(changes)
+        tile = tuned(_product_tile(product, env), changes)
         return _Part(
             "matmul", scope, emit_matmul(product, segment, tile, context, "pid", env.interpret), tile
         )
     stages = plan_stages(segment, row_symbols(segment))
     if stages:
-        tile = reduction_tile(points, _longest(segment), env.interpret).tuned(changes)
+        tile = tuned(reduction_tile(points, _longest(segment), env.interpret), changes)
         return _Part("reduction", scope, emit_reduction(segment, stages, tile, context, "pid"), tile)
-    tile = pointwise_tile(points, env.interpret).tuned(changes)
+    tile = tuned(pointwise_tile(points, env.interpret), changes)
     if stages is None:
         return _Part("generic", scope, emit_generic(segment, tile, context, "pid"), tile)
     return _Part("pointwise", scope, emit_pointwise(segment, tile, context, "pid"), tile)

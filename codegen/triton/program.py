@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tilewright.codegen.tunables import Tunables
 from tilewright.ir.program import Program
 
-from .kernel import Environment, KernelSource, Tunables, print_kernel
+from .kernel import Environment, KernelSource, print_kernel
 from .pointwise_ops import PRELUDE
 from .text import print_index
 

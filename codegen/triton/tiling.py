@@ -14,12 +14,10 @@ What it aims at, per kind of kernel:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 from sympy import Expr
 
-from tilewright.ir.errors import OptionError
 from tilewright.ir.index import sym
 
 from .text import next_power_of_two
@@ -41,20 +39,6 @@ class Tile:
     """Registers per thread that the assembler may use; 0 leaves it to its own (sometimes too thrifty) choice."""
     transposed: bool = False
     """Whether a product's tile is columns x rows, so that few rows stand on the short side of the tensor cores."""
-
-    def tuned(self, changes: Mapping[str, int]) -> Tile:
-        """With fields replaced. Raises OptionError for an unknown field, a size that is no power of two, or a
-        switch that is neither 0 nor 1."""
-        known: dict[str, Any] = {f.name: f.default for f in fields(self)}
-        for name, value in changes.items():
-            if name not in known:
-                raise OptionError(f"unknown tunable {name!r}; a kernel has {', '.join(sorted(known))}")
-            if isinstance(known[name], bool):
-                if value not in (0, 1):
-                    raise OptionError(f"tunable {name}={value} must be 0 or 1")
-            elif value < 1 or (name.startswith("block") and value & (value - 1)):
-                raise OptionError(f"tunable {name}={value} must be a power of two")
-        return replace(self, **{name: type(known[name])(value) for name, value in changes.items()})
 
 
 def upper_bound(extent: Expr, largest: Mapping[str, int]) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tilewright.codegen.cpp.build import build_libraries
 from tilewright.codegen.cpp.program import print_program
+from tilewright.codegen.tunables import Tunables
 from tilewright.ir.program import Buffer, BufferKind, Call, Program, Routine, Step, physical_shape
 from tilewright.ir.types import Value, concrete
 from tilewright.runtime.native import NativeLibrary, pointer_table
@@ -21,9 +22,9 @@ from .triton_cases import CAPACITY, CASES, RANGES, Case
 THREADS = 2
 
 
-def library_of(program: Program, folder: Path) -> NativeLibrary:
+def library_of(program: Program, folder: Path, tunables: Tunables | None = None) -> NativeLibrary:
     """A program's library, built in (or taken from) a cache folder."""
-    built = build_libraries({program.name: print_program(program)}, folder)
+    built = build_libraries({program.name: print_program(program, tunables)}, folder)
     return NativeLibrary(built[program.name].path, [name for name, _, _ in program.symbols])
 
 
@@ -72,11 +73,15 @@ def _buffer(value: Value, content: Tensor | None, dims: Mapping[str, int]) -> Te
 
 
 def run_case(
-    name: str, folder: Path, threads: int = THREADS, among: tuple[str, ...] = ALL
+    name: str,
+    folder: Path,
+    threads: int = THREADS,
+    among: tuple[str, ...] = ALL,
+    tunables: Tunables | None = None,
 ) -> tuple[Tensor, ...]:
     """The results of a case's kernel at their logical shapes. ``among``: the cases to build with it."""
     cases, program = _cases(among)
-    library, case = library_of(program, folder), cases[name]
+    library, case = library_of(program, folder, tunables), cases[name]
     number = list(cases).index(name)
     dims = dict.fromkeys(RANGES, 1) | case.dims
     inputs, past = case.inputs(), case.past()

@@ -15,7 +15,9 @@ from tests.strategies import Case as Random
 from tests.strategies import examples, modules
 from tilewright.codegen.cpp import build
 from tilewright.codegen.cpp.expression import OPS
+from tilewright.codegen.cpp.kernel import candidates
 from tilewright.codegen.cpp.program import print_program
+from tilewright.codegen.tunables import Changes, Tunables
 from tilewright.ir.module import Loc, Module, Op
 from tilewright.ir.pointwise import POINTWISE
 from tilewright.ir.reference import evaluate
@@ -86,10 +88,35 @@ def test_emulated_avx512(extensions: str, folder: Path, monkeypatch: pytest.Monk
         check_case(name, SOME, 2, folder)
 
 
-def check_case(name: str, among: tuple[str, ...], threads: int, folder: Path) -> None:
+PRODUCTS = tuple(name for name in CASES if name.startswith(("linear", "gated", "qkv")))
+
+
+@pytest.mark.parametrize("number", range(1, 4))
+def test_every_walk_that_a_tuner_may_try(number: int, folder: Path) -> None:
+    """Other unrolls, rows side by side and tiles change the time of a product, not what it computes."""
+    tunables = {name: ways[min(number, len(ways) - 1)] for name, ways in walks().items()}
+    assert any(tunables.values())
+    for name in PRODUCTS:
+        check_case(name, PRODUCTS, 2, folder, tunables)
+
+
+def walks() -> dict[str, tuple[Changes, ...]]:
+    return {name: candidates(case_of(name, PRODUCTS).kernel) for name in PRODUCTS}
+
+
+def test_a_walk_is_offered_where_there_is_a_choice() -> None:
+    ways = walks()
+    assert ways["linear-f32-one"] == ({}, {"unroll": 2}, {"unroll": 8}, {"weight_rows": 2})
+    assert {"tile_rows": 4} in ways["linear-f32-many"]
+    assert candidates(CASES["layer_norm-f32-64"]().kernel) == ({},)
+
+
+def check_case(
+    name: str, among: tuple[str, ...], threads: int, folder: Path, tunables: Tunables | None = None
+) -> None:
     """Run a case, built together with the cases ``among``, and compare it with float64."""
     case = case_of(name, among)
-    found = run_case(name, folder, threads, among)
+    found = run_case(name, folder, threads, among, tunables)
     wrong = [differences(case, module, found) for module in case.meanings()]
     assert not all(wrong), wrong
 

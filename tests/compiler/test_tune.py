@@ -15,10 +15,11 @@ from torch import Tensor
 import tilewright as tw
 from tests.compiler.hf_engine import eager_decoder
 from tests.compiler.models import tiny
-from tilewright import api, options, tune
+from tilewright import api, choices, options
+from tilewright.choices import choice_key, remember, remembered
 from tilewright.ir.module import Function, Module
 from tilewright.runtime.kv_state import RequestState
-from tilewright.tune import choice_key, measure, remember, remembered
+from tilewright.tune import measure
 
 CPU = torch.device("cpu")
 
@@ -94,10 +95,10 @@ def test_keys_name_the_processor_and_the_printers(monkeypatch: pytest.MonkeyPatc
     before = choice_key(modules, "cpp", CPU)
     for part in ("_processor", "_printers"):
         with monkeypatch.context() as patch:
-            patch.setattr(tune, part, lambda: "another")
+            patch.setattr(choices, part, lambda: "another")
             assert choice_key(modules, "cpp", CPU) != before
-    assert len(tune._processor()) > len(platform.machine())
-    assert tune._printers() != hashlib.sha256().hexdigest()
+    assert len(choices._processor()) > len(platform.machine())
+    assert choices._printers() != hashlib.sha256().hexdigest()
 
 
 def test_the_prefill_of_the_vendor_runs_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

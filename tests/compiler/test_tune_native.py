@@ -18,7 +18,7 @@ from tilewright.tune_native import candidates, pick
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TILEWRIGHT_CACHE", str(tmp_path))
-    monkeypatch.setattr(tune_native, "_is_busy", lambda: False)
+    monkeypatch.setattr(tune_native, "is_busy", lambda: False)
     return tmp_path
 
 
@@ -65,7 +65,7 @@ def test_a_choice_is_measured_once_and_used(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_busy_machine_records_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A choice made beside other work, kept for good."""
-    monkeypatch.setattr(tune_native, "_is_busy", lambda: True)
+    monkeypatch.setattr(tune_native, "is_busy", lambda: True)
     fast = tw.compile(tiny("llama"), backend="cpp", max_length=64, autotune="full")
     assert [e.tuning for e in decode_executors(fast)] == [Tuning()]
     assert any("the machine is busy" in note for note in fast.report().notes)

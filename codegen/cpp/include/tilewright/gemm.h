@@ -113,7 +113,7 @@ static __attribute__((noinline)) void multiply_tile(const activation_t<W>* a, lo
     }
 }
 
-// multiply_tile for a number of rows known at run time, 1 to TILE_ROWS.
+// multiply_tile for a number of rows known at run time, 1 to M.
 template <class W, bool Accumulate, int M = TILE_ROWS>
 static inline void multiply_rows(int rows, const activation_t<W>* a, long lda, const float* panel, long count, float* c,
                                  long ldc) {
@@ -140,16 +140,17 @@ static inline Share share_of(const Worker& worker, long rows, long columns) {
 
 // Products of `rows` rows of activations with D weight rows per column; every worker of the team calls it.
 // pack(d, n0, count, panel) packs the panel of dot d that starts at column n0; epilogue(m0, m, n0, n, tile, per_dot,
-// per_row) receives the product of dot d in row m0 + i and column n0 + j as tile[d * per_dot + i * per_row + j]. scratch: panel_floats(k, D) floats for this worker.
-template <class W, int D, class Pack, class Epilogue>
+// per_row) receives the product of dot d in row m0 + i and column n0 + j as tile[d * per_dot + i * per_row + j]. scratch:
+// panel_floats(k, D) floats for this worker. Rows: of activations that a register tile holds.
+template <class W, int D, int Rows = TILE_ROWS, class Pack, class Epilogue>
 static inline void gemm(const Worker& worker, long rows, long columns, long k, const activation_t<W>* a, long lda,
                         float* scratch, const Pack& pack, const Epilogue& epilogue) {
     const Share share = share_of(worker, rows, columns);
     const long count = units<W>(k), panel_size = panel_floats<W>(k, 1);
     const long height = share.rows.end - share.rows.begin;
-    const long tiles = (height + TILE_ROWS - 1) / TILE_ROWS;
+    const long tiles = (height + Rows - 1) / Rows;
     if (height <= 0) return;
-    alignas(64) float tile[D * TILE_ROWS * PANEL];
+    alignas(64) float tile[D * Rows * PANEL];
     for (long n0 = share.columns.begin; n0 < share.columns.end; n0 += PANEL) {
         const int n = int(share.columns.end - n0 < PANEL ? share.columns.end - n0 : PANEL);
         for (int d = 0; d < D; d++) pack(d, n0, n, scratch + d * panel_size);
@@ -158,14 +159,14 @@ static inline void gemm(const Worker& worker, long rows, long columns, long k, c
             const int m = int(share.rows.begin + height * (t + 1) / tiles - m0);
             for (int d = 0; d < D; d++) {
                 const float* panel = scratch + d * panel_size;
-                float* out = tile + d * TILE_ROWS * PANEL;
-                multiply_rows<W, false>(m, a + m0 * lda, lda, panel, count < SUM_BLOCK ? count : SUM_BLOCK, out, PANEL);
+                float* out = tile + d * Rows * PANEL;
+                multiply_rows<W, false, Rows>(m, a + m0 * lda, lda, panel, count < SUM_BLOCK ? count : SUM_BLOCK, out, PANEL);
                 for (long u = SUM_BLOCK; u < count; u += SUM_BLOCK) {
-                    multiply_rows<W, true>(m, a + m0 * lda + u * packed<W>::per_unit, lda, panel + u * PANEL,
+                    multiply_rows<W, true, Rows>(m, a + m0 * lda + u * packed<W>::per_unit, lda, panel + u * PANEL,
                                            count - u < SUM_BLOCK ? count - u : SUM_BLOCK, out, PANEL);
                 }
             }
-            epilogue(m0, m, n0, n, tile, long(TILE_ROWS) * PANEL, long(PANEL));
+            epilogue(m0, m, n0, n, tile, long(Rows) * PANEL, long(PANEL));
         }
     }
 }

@@ -1,9 +1,10 @@
 // Matrix products with few rows (a decode step): every weight is read once, so the memory bus sets the time.
 //
-// Each thread walks its own contiguous range of weight rows, one row at a time, so that it reads one linear stream, and
-// prefetches ahead in it (how far is measured when the model is compiled). Two rows at a time save loads of activations,
-// but read a tenth less per second. Weights stay row-major [N, K].
+// Each thread walks its own contiguous range of weight rows, by default one row at a time, so that it reads one linear
+// stream, and prefetches ahead in it (how far is measured when the model is compiled). Weights stay row-major [N, K].
 #pragma once
+
+#include <type_traits>
 
 #include "parallel.h"
 #include "vec.h"
@@ -22,44 +23,53 @@ static inline long columns_at_a_time(long k) {
     return M > 2 && k > most ? most : k;
 }
 
-// out[m * ldo] (+)= sum over k of a[m * lda + k] * w[k], for M rows of a (zero padded to a multiple of the step).
-// Line by line, what lies behind `ahead` is prefetched.
-template <int M, class W>
-TW_INLINE void dot_row(const activation_t<W>* a, long lda, const W* w, const W* ahead, long k, bool add, float* out,
-                       long ldo) {
+// out[m * ldo + r] (+)= sum over k of a[m * lda + k] * w[r][k], for M rows of a (zero padded to a multiple of the step)
+// and R rows of w, U vectors of each per iteration. Line by line, what lies behind `ahead` is prefetched.
+template <int M, int R, int U, class W>
+TW_INLINE void dot_rows(const activation_t<W>* a, long lda, const W* const (&w)[R], const W* const (&ahead)[R], long k,
+                        bool add, float* out, long ldo) {
     constexpr int step = dot<W>::step;
     constexpr int lines = int(step * sizeof(W) + 63) / 64;
-    constexpr int chains = M == 1 ? 4 : M <= 4 ? 2 : 1;  // one sum would wait for its own latency
-    vf sum[M * chains];
-    for (int m = 0; m < M * chains; m++) sum[m] = vset(0.0f);
+    vf sum[R][M * U];
+    for (int r = 0; r < R; r++)
+        for (int m = 0; m < M * U; m++) sum[r][m] = vset(0.0f);
     long i = 0;
-    for (; i + step * chains <= k; i += step * chains) {
-        for (int c = 0; c < chains; c++) {
+    for (; i + step * U <= k; i += step * U) {
+        for (int c = 0; c < U; c++) {
             const long at = i + c * step;
-            for (int line = 0; line < lines; line++) prefetch((const char*)(ahead + at) + line * 64);
-            auto wv = dot<W>::load(w + at);
+            decltype(dot<W>::load(w[0])) wv[R];
+            for (int r = 0; r < R; r++) {
+                for (int line = 0; line < lines; line++) prefetch((const char*)(ahead[r] + at) + line * 64);
+                wv[r] = dot<W>::load(w[r] + at);
+            }
             for (int m = 0; m < M; m++) {
-                sum[m * chains + c] = dot<W>::add(dot<W>::load_act(a + m * lda + at), wv, sum[m * chains + c]);
+                const auto am = dot<W>::load_act(a + m * lda + at);
+                for (int r = 0; r < R; r++) sum[r][m * U + c] = dot<W>::add(am, wv[r], sum[r][m * U + c]);
             }
         }
     }
     for (; i < k; i += step) {
-        auto wv = i + step <= k ? dot<W>::load(w + i) : dot<W>::load_n(w + i, int(k - i));
-        for (int m = 0; m < M; m++) {
-            sum[m * chains] = dot<W>::add(dot<W>::load_act(a + m * lda + i), wv, sum[m * chains]);
+        for (int r = 0; r < R; r++) {
+            auto wv = i + step <= k ? dot<W>::load(w[r] + i) : dot<W>::load_n(w[r] + i, int(k - i));
+            for (int m = 0; m < M; m++) {
+                sum[r][m * U] = dot<W>::add(dot<W>::load_act(a + m * lda + i), wv, sum[r][m * U]);
+            }
         }
     }
-    for (int m = 0; m < M; m++) {
-        sum[m] = sum[m * chains];
-        for (int c = 1; c < chains; c++) sum[m] = vadd(sum[m], sum[m * chains + c]);
+    for (int r = 0; r < R; r++) {
+        for (int m = 0; m < M; m++) {
+            sum[r][m] = sum[r][m * U];
+            for (int c = 1; c < U; c++) sum[r][m] = vadd(sum[r][m], sum[r][m * U + c]);
+        }
+        float* to = out + r;
+        int m = 0;
+        for (; m + 4 <= M; m += 4) {
+            float four[4];
+            vsum4(sum[r] + m, four);
+            for (int j = 0; j < 4; j++) to[(m + j) * ldo] = four[j] + (add ? to[(m + j) * ldo] : 0.0f);
+        }
+        for (; m < M; m++) to[m * ldo] = vsum(sum[r][m]) + (add ? to[m * ldo] : 0.0f);
     }
-    int m = 0;
-    for (; m + 4 <= M; m += 4) {
-        float four[4];
-        vsum4(sum + m, four);
-        for (int j = 0; j < 4; j++) out[(m + j) * ldo] = four[j] + (add ? out[(m + j) * ldo] : 0.0f);
-    }
-    for (; m < M; m++) out[m * ldo] = vsum(sum[m]) + (add ? out[m * ldo] : 0.0f);
 }
 
 // The order in which one thread reads weight rows: tiles of columns, in each tile one run of rows per dot product.
@@ -79,8 +89,9 @@ struct RowStream {
 };
 
 // Products of M rows of activations with D weight rows per column, over this worker's share of the columns.
-// row(d, n) is the address of the weight row of dot d at column n; the epilogue is that of gemm.h.
-template <class W, int M, int D, class Row, class Epilogue>
+// row(d, n) is the address of the weight row of dot d at column n; the epilogue is that of gemm.h. U vectors of R rows are
+// multiplied at a time (see tiling.py).
+template <class W, int M, int D, int U, int R, class Row, class Epilogue>
 TW_INLINE void gemv(const Worker& worker, long columns, long k, const activation_t<W>* a, long lda, const Row& row,
                     const Epilogue& epilogue) {
     const Range range = split(worker, columns, 16);
@@ -94,11 +105,21 @@ TW_INLINE void gemv(const Worker& worker, long columns, long k, const activation
         for (int d = 0; d < D; d++) {
             for (long begin = 0; begin < k; begin += part) {
                 const long size = k - begin < part ? k - begin : part;
-                for (int j = 0; j < count; j++) {
-                    const W* w = row(d, n0 + j);
-                    const W* ahead = within ? w + distance / long(sizeof(W)) : stream.at(d, n0, j + rows_ahead);
-                    float* out = tile + d * M * GEMV_TILE + j;
-                    dot_row<M, W>(a + begin, lda, w + begin, ahead + begin, size, begin > 0, out, GEMV_TILE);
+                const auto walk = [&](int first, auto number) __attribute__((always_inline)) {
+                    constexpr int rows = decltype(number)::value;
+                    const W *w[rows], *ahead[rows];
+                    for (int r = 0; r < rows; r++) {
+                        w[r] = row(d, n0 + first + r) + begin;
+                        ahead[r] = within ? w[r] + distance / long(sizeof(W))
+                                          : stream.at(d, n0, first + r + rows_ahead) + begin;
+                    }
+                    float* out = tile + d * M * GEMV_TILE + first;
+                    dot_rows<M, rows, U, W>(a + begin, lda, w, ahead, size, begin > 0, out, GEMV_TILE);
+                };
+                int j = 0;
+                for (; j + R <= count; j += R) walk(j, std::integral_constant<int, R>());
+                if constexpr (R > 1) {
+                    for (; j < count; j++) walk(j, std::integral_constant<int, 1>());
                 }
             }
         }

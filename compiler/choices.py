@@ -1,0 +1,77 @@
+"""What was chosen by measurement, remembered on disk under all that the choice depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from tilewright import codegen
+from tilewright.runtime.files import write_atomically
+
+from .settings import cache_dir
+
+
+def choice_key(texts: Sequence[object], backend: str, device: torch.device) -> str:
+    """Names everything that a choice depends on: the candidates' IR (or whatever else tells them apart, as text), how
+    kernels are printed, device, threads and library versions."""
+    parts = (
+        backend,
+        torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        str(os.cpu_count()),
+        str(torch.get_num_threads()),
+        torch.__version__,
+        _printers(),
+        *map(str, texts),
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """The CPU's model name; where Linux does not tell it, what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = {line for line in lines if line.startswith(("model name", "CPU implementer", "CPU part"))}
+    return " ".join((platform.machine(), *sorted(names or {platform.processor()})))
+
+
+@lru_cache(maxsize=1)
+def _printers() -> str:
+    """A hash of the code that prints kernels, which is a quarter of a megabyte at most."""
+    digest = hashlib.sha256()
+    for folder in codegen.__path__:
+        for path in sorted(p for p in Path(folder).rglob("*") if p.suffix in (".py", ".h")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def remembered(key: str, candidates: int) -> int | None:
+    """The candidate chosen before, or None where there is no such record or it cannot be trusted."""
+    try:
+        chosen = json.loads(_path(key).read_text())["chosen"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return chosen if isinstance(chosen, int) and 0 <= chosen < candidates else None
+
+
+def remember(key: str, chosen: int, seconds: Sequence[float]) -> bool:
+    """Record a choice and what was measured. False when the cache folder cannot be written; the choice still stands."""
+    record = json.dumps({"chosen": chosen, "seconds": list(seconds)})
+    try:
+        write_atomically(_path(key), record)
+    except OSError:
+        return False
+    return True
+
+
+def _path(key: str) -> Path:
+    return cache_dir() / "choices" / f"{key[:40]}.json"

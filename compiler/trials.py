@@ -1,0 +1,101 @@
+"""A made-up request that programs are timed on, and timing that a machine's drift does not bend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tilewright.ir.program import Program
+from tilewright.runtime.executor import EngineSpec
+from tilewright.runtime.kv_state import RequestState
+
+CONTEXT = 64
+TOKENS = 128  # enough rows that products are bound by arithmetic, as those of a full chunk are
+_BEHIND = 1.5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The arguments of ``Executor.run`` for a request."""
+
+    inputs: Mapping[str, Tensor]
+    dims: dict[str, int]
+    state: RequestState | None
+    outputs: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(program: Program, spec: EngineSpec) -> Trial:
+        """A request for a program of any phase."""
+        if program.phase == "decode":
+            return Trial.decode(spec, program.batch)
+        return Trial.prefill(spec) if program.phase == "prefill" else Trial.forward(program, spec)
+
+    @staticmethod
+    def decode(spec: EngineSpec, rows: int) -> Trial:
+        """A step of ``rows`` sequences at a context of 64.
+
+        Weights that do not fit the caches come from memory, as in use: a step reads each of them once.
+        """
+        context = min(CONTEXT, spec.max_length)
+        return Trial._of(spec, {"B": rows, "S": 1, "T": context, "L": 1}, rows)
+
+    @staticmethod
+    def prefill(spec: EngineSpec) -> Trial:
+        """A piece of prompt, of up to 128 tokens."""
+        tokens = min(spec.chunk, spec.max_length, TOKENS)
+        rows = next((high for name, _, high in spec.symbols if name == "B"), 1)
+        return Trial._of(spec, {"B": 1, "S": tokens, "T": tokens, "L": 1}, max(1, rows))
+
+    @staticmethod
+    def forward(program: Program, spec: EngineSpec) -> Trial:
+        """One sequence of up to 128 tokens, or the least of every other dim; integers are ones, which in a mask means
+        that everything counts."""
+        dims = {name: min(high, TOKENS) if name == "S" else low for name, low, high in program.symbols}
+        inputs = {}
+        for given in spec.inputs:
+            tensor = given.empty(dims, spec.device)
+            if tensor.is_floating_point():
+                inputs[given.name] = tensor.normal_()
+            else:
+                inputs[given.name] = tensor.fill_(min(1, given.bounds[1]) if given.bounds else 1)
+        return Trial(inputs, dims, None, {o.name: o.empty(dims, spec.device) for o in spec.outputs})
+
+    @staticmethod
+    def _of(spec: EngineSpec, dims: dict[str, int], rows: int) -> Trial:
+        batch, tokens = dims["B"], dims["S"]
+        state = RequestState(spec, batch, rows)
+        ids = torch.arange(tokens, device=spec.device).remainder(max(spec.vocab_size, 1))
+        positions = torch.arange(tokens, device=spec.device)
+        inputs = {
+            "input_ids": ids.repeat(batch, 1),
+            "position_ids": positions.repeat(batch, 1),
+            "attention_mask": state.mask,
+        }
+        outputs = {o.name: o.empty(dims, spec.device) for o in spec.outputs}
+        return Trial(inputs, dims, state, outputs)
+
+
+def wait(device: torch.device) -> None:
+    """Until everything that was launched is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_in_turns(runs: Sequence[Callable[[], None]], rounds: int) -> list[float]:
+    """Seconds of each run, the best of several rounds in which all take turns, since a machine's speed drifts.
+
+    One that is clearly behind after its first turn is not run again; its one time stands.
+    """
+    best = [float("inf")] * len(runs)
+    for _ in range(rounds):
+        for n, run in enumerate(runs):
+            if best[n] != float("inf") and best[n] > _BEHIND * min(best):
+                continue
+            start = time.perf_counter()
+            run()
+            best[n] = min(best[n], time.perf_counter() - start)
+    return best
