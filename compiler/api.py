@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from tilewright.codegen.tunables import Tunables
 from tilewright.ir.module import Module
 from tilewright.ir.program import BufferKind, Program
 from tilewright.passes.base import PassOptions
@@ -25,14 +26,16 @@ from tilewright.runtime.executor import EngineSpec
 from tilewright.runtime.native_executor import NativeExecutor
 
 from .api_mixin import Compiled, attach
-from .backends import ACTIVATION_GROUP, ROW_BLOCK, SPLITS, Built, build, candidates, measures, no_candidates
+from .backends import Built, build, candidates, measures, no_candidates
 from .capture import Captured, capture
 from .choices import choice_key, remember, remembered
 from .costs import eager_peak
 from .dump import Dump
+from .estimates import estimates, gpu
 from .interface import index_bounds, require_decoder
 from .lower import lower
 from .options import Options, check_options
+from .phases import Phase, phases_of, quantized_phases, report_dims, rival_phases, without_losers
 from .progress import SILENT, Advance, Progress
 from .report import Fallback, Memory, PhaseReport, Report
 from .trials import Trial
@@ -84,17 +87,6 @@ def compile(
         return _Compilation(model, options, advance).run(example_inputs)
 
 
-@dataclass(frozen=True)
-class _Phase:
-    """One program to build: its name, and what the passes have to know."""
-
-    name: str
-    phase: str
-    batch: int
-    passes: PassOptions
-    ranges: Mapping[str, tuple[int, int]]
-
-
 @dataclass
 class _Compilation:
     model: nn.Module
@@ -104,6 +96,7 @@ class _Compilation:
     stages: dict[str, Callable[[], str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    tunables: dict[str, Tunables] = field(default_factory=dict)
 
     def run(self, example_inputs: tuple[Any, ...] | dict[str, Any] | None) -> Any:
         dump = Dump(self.options.dump)
@@ -116,9 +109,9 @@ class _Compilation:
             self.bounds = index_bounds(lowered)
         self.stages["lowered"] = partial(str, lowered)
         dump.lowered(lowered)
-        phases = _phases(captured, lowered, self.options)
+        phases = phases_of(captured, lowered, self.options)
         if self.options.weights:
-            phases = _quantized(phases, self.options, not_quantizable(captured.tensors))
+            phases = quantized_phases(phases, self.options, not_quantizable(captured.tensors))
         with self._stage("passes"):
             modules = [self._optimise(lowered, phase, dump) for phase in phases]
             phases, modules = self._recall(phases, modules)
@@ -138,11 +131,12 @@ class _Compilation:
             tuners = self._tuners(programs)
             known = [t.recall() if self.options.autotune == "cached" else () for t in tuners]
             self.notes += tuple(str(choice) for choices in known for choice in choices)
-            built = build(programs, bound.tensors, self.options, [changes_of(choices) for choices in known])
-        if len(rivals := _rivals(phases)) > 1:
+            self.tunables = {p.name: changes_of(choices) for p, choices in zip(programs, known, strict=True)}
+            built = build(programs, bound.tensors, self.options, list(self.tunables.values()))
+        if len(rivals := rival_phases(phases)) > 1:
             with self._stage("tune"):
                 chosen = self._choose(captured, rivals, modules, programs, built)
-                kept = _without_losers(phases, chosen)
+                kept = without_losers(phases, chosen)
                 modules, programs = [modules[n] for n in kept], [programs[n] for n in kept]
                 built, tuners = built.only(kept), [tuners[n] for n in kept]
         if self.options.autotune == "full":
@@ -163,7 +157,7 @@ class _Compilation:
         yield
         self.seconds[name] = time.perf_counter() - start
 
-    def _optimise(self, lowered: Module, phase: _Phase, dump: Dump) -> Module:
+    def _optimise(self, lowered: Module, phase: Phase, dump: Dump) -> Module:
         def after(number: int, name: str, module: Module) -> None:
             seen = sum(
                 key.split(".")[-1].rstrip("0123456789") == name for key in self.stages if phase.name in key
@@ -173,15 +167,15 @@ class _Compilation:
 
         return run_passes(lowered.with_symbols(**phase.ranges), phase.passes, hook=after)
 
-    def _recall(self, phases: list[_Phase], modules: list[Module]) -> tuple[list[_Phase], list[Module]]:
+    def _recall(self, phases: list[Phase], modules: list[Module]) -> tuple[list[Phase], list[Module]]:
         """Drop rivals where it is known which one wins; the others have to be measured."""
-        rivals = _rivals(phases)
+        rivals = rival_phases(phases)
         if len(rivals) < 2 or self.options.autotune != "cached":
             return phases, modules
         chosen = remembered(self._choice_key(rivals, modules), len(rivals))
         if chosen is None:
             return phases, modules
-        kept = _without_losers(phases, rivals[chosen])
+        kept = without_losers(phases, rivals[chosen])
         return [phases[n] for n in kept], [modules[n] for n in kept]
 
     def _choose(
@@ -219,15 +213,15 @@ class _Compilation:
             return built
         with self._stage("tune kernels"):
             spec = self._spec(captured, tuners[-1].program)
-            chosen = []
             for tuner in tuners:
                 variants = tuner.variants
                 tried = build([tuner.program] * len(variants), bound.tensors, self.options, variants)
                 choices = tuner.choose(tried.executors, Trial.of(tuner.program, spec))
                 self.notes += tuple(map(str, choices))
-                chosen.append(changes_of(choices))
+                self.tunables[tuner.program.name] = changes_of(choices)
             programs = [t.program for t in tuners]
-            return replace(build(programs, bound.tensors, self.options, chosen), from_cache=built.from_cache)
+            changes = [self.tunables[p.name] for p in programs]
+            return replace(build(programs, bound.tensors, self.options, changes), from_cache=built.from_cache)
 
     def _tune_steps(
         self, captured: Captured, modules: list[Module], programs: list[Program], built: Built
@@ -292,7 +286,7 @@ class _Compilation:
             backend=options.backend,
             device=str(options.device),
             dtype=", ".join(sorted(floats)),
-            phases=tuple(PhaseReport.of(p, _report_dims(p, options)) for p in programs),
+            phases=tuple(self._phase_report(p) for p in programs),
             memory=Memory(
                 shared=bound.shared_bytes,
                 merged=bound.merged_bytes,
@@ -306,73 +300,13 @@ class _Compilation:
             cache=kernels,
         )
 
-
-def _phases(captured: Captured, lowered: Module, options: Options) -> list[_Phase]:
-    """The programs of a model: one decode program per batch size and then prefill, or forward alone."""
-    known = {name: (low, high) for name, low, high in lowered.symbols}
-    if captured.kind != "decoder":
-        ranges = {}
-        if "B" in known and captured.kind == "encoder":
-            ranges["B"] = (1, options.max_batch)
-        if "S" in known:
-            ranges["S"] = (1, min(known["S"][1], options.max_length))
-        return [_Phase("forward", "forward", options.max_batch, PassOptions(), ranges)]
-    context = {"T": (1, options.max_length)}
-    decode = [
-        _Phase(
-            f"decode_b{size}",
-            "decode",
-            size,
-            PassOptions((("B", size), ("S", 1), ("L", 1)), last_tokens=True, splits=SPLITS[options.backend]),
-            context,
-        )
-        for size in options.batch_sizes
-    ]
-    wide = context | {"B": (1, options.max_batch), "S": (1, options.chunk)}
-    ours = _Phase("prefill", "prefill", options.max_batch, _LAST, wide)
-    vendor = replace(ours, name="prefill_vendor", passes=replace(ours.passes, vendor_matmul=True))
-    # The vendor's library knows no quantised weights.
-    if options.autotune == "off" or options.weights or not measures(options):
-        return [*decode, ours]
-    return [*decode, ours, vendor]
-
-
-def _quantized(phases: list[_Phase], options: Options, keep_wide: tuple[str, ...]) -> list[_Phase]:
-    """The phases with quantised weights. Where many rows share a weight, time goes into arithmetic on floats, so only
-    decode steps round their activations."""
-
-    def quantized(phase: _Phase) -> PassOptions:
-        group = ACTIVATION_GROUP[options.backend] if phase.phase == "decode" else 0
-        return replace(
-            phase.passes,
-            weights=options.weights,
-            row_block=ROW_BLOCK[options.backend],
-            activation_group=group,
-            keep_wide=keep_wide,
-        )
-
-    return [replace(phase, passes=quantized(phase)) for phase in phases]
-
-
-def _rivals(phases: list[_Phase]) -> list[int]:
-    """Numbers of the phases that are candidates for the prefill program, of which a model needs one."""
-    return [n for n, phase in enumerate(phases) if phase.phase == "prefill"]
-
-
-def _without_losers(phases: list[_Phase], chosen: int) -> list[int]:
-    """Numbers of the phases that stay when ``chosen`` has won among the rivals."""
-    rivals = _rivals(phases)
-    return [n for n in range(len(phases)) if n == chosen or n not in rivals]
-
-
-def _report_dims(program: Program, options: Options) -> dict[str, int]:
-    """Sizes that the report counts for: a decode step at a context of 512, one chunk of a prompt, or all of it."""
-    highs = {name: high for name, _, high in program.symbols}
-    context = min(512, options.max_length)
-    if program.phase == "decode":
-        return {"B": program.batch, "S": 1, "L": 1, "T": context}
-    sizes = {"B": 1, "S": context, "T": context, "L": 1}
-    return {name: min(size, highs[name]) for name, size in sizes.items() if name in highs}
+    def _phase_report(self, program: Program) -> PhaseReport:
+        dims = report_dims(program, self.options)
+        if self.options.backend != "triton":
+            return PhaseReport.of(program, dims)
+        device = gpu(self.options.device)
+        found = estimates(program, dims, device, self.tunables.get(program.name, {}))
+        return PhaseReport.of(program, dims, device.name, found)
 
 
 def _compiled(

@@ -10,6 +10,8 @@ from torch import Tensor
 from tilewright.codegen.cpp import kernel as cpp_kernel
 from tilewright.codegen.cpp.build import build_libraries
 from tilewright.codegen.cpp.program import print_program
+from tilewright.codegen.triton import kernel as triton_kernel
+from tilewright.codegen.triton.kernel import Environment
 from tilewright.codegen.triton.program import emit_program
 from tilewright.codegen.tunables import NONE, Changes, Tunables
 from tilewright.ir.module import Op
@@ -19,6 +21,7 @@ from tilewright.runtime.native import NativeLibrary
 from tilewright.runtime.native_executor import NativeExecutor
 from tilewright.runtime.triton_executor import TritonExecutor, is_interpreting, require_device, write_module
 
+from .estimates import gpu
 from .options import Options
 from .reference_executor import ReferenceExecutor
 from .settings import cache_dir, cxx
@@ -53,7 +56,14 @@ def measures(options: Options) -> bool:
 
 def candidates(options: Options) -> Candidates:
     """The ways that the backend of ``options`` offers to print a kernel."""
-    return {"cpp": _cpp_candidates}.get(options.backend, no_candidates)
+    if options.backend == "triton":
+        device = gpu(options.device)
+
+        def of_triton(op: Op, program: Program) -> tuple[Changes, ...]:
+            return triton_kernel.candidates(op, Environment.of(program, False, {}, device))
+
+        return of_triton
+    return _cpp_candidates if options.backend == "cpp" else no_candidates
 
 
 def _cpp_candidates(op: Op, program: Program) -> tuple[Changes, ...]:
@@ -91,7 +101,10 @@ def _triton(
     programs: Sequence[Program], weights: Mapping[str, Tensor], options: Options, tunables: Sequence[Tunables]
 ) -> Built:
     require_device(options.device)
-    texts = [emit_program(p, is_interpreting(), t).text for p, t in zip(programs, tunables, strict=True)]
+    device = gpu(options.device)
+    texts = [
+        emit_program(p, is_interpreting(), t, device).text for p, t in zip(programs, tunables, strict=True)
+    ]
     executors = tuple(
         TritonExecutor(p, weights, write_module(cache_dir() / "triton", text), options.device)
         for p, text in zip(programs, texts, strict=True)

@@ -13,6 +13,7 @@ from tilewright.ir.module import Op
 from tilewright.ir.program import Program
 
 from .costs import Dims, program_cost
+from .estimates import KernelEstimate
 
 
 def _is_vendor(op: Op) -> bool:
@@ -23,7 +24,8 @@ def _is_vendor(op: Op) -> bool:
 @dataclass(frozen=True)
 class PhaseReport:
     """One program. launches: kernels and PyTorch calls of one run. vendor: those of them that the tuner has given to
-    the vendor's library. Bytes and FLOPs hold at the sizes in ``dims``.
+    the vendor's library. Bytes and FLOPs hold at the sizes in ``dims``. estimates: of each kernel, where there is a
+    cost model for the backend; for ``device``, which need not be there.
     """
 
     name: str
@@ -37,9 +39,23 @@ class PhaseReport:
     bytes: int
     flops: int
     arena_bytes: int
+    device: str = ""
+    estimates: tuple[KernelEstimate, ...] = ()
+
+    @property
+    def floor_seconds(self) -> float:
+        """The least that a run's kernels could take, at the rates that the device reaches; 0 without estimates."""
+        return sum(e.runs * e.floor_seconds for e in self.estimates)
+
+    @property
+    def estimated_seconds(self) -> float:
+        """The cost model's time of a run; 0 without estimates."""
+        return sum(e.runs * e.seconds for e in self.estimates)
 
     @staticmethod
-    def of(program: Program, dims: Dims) -> PhaseReport:
+    def of(
+        program: Program, dims: Dims, device: str = "", estimates: tuple[KernelEstimate, ...] = ()
+    ) -> PhaseReport:
         """Count what is in ``program``; the kernels of a layer are those of the longest routine that is a layer."""
         layers = {call.routine for call in program.calls if call.scope}
         cost = program_cost(program, dims)
@@ -55,6 +71,8 @@ class PhaseReport:
             bytes=cost.bytes,
             flops=cost.flops,
             arena_bytes=program.arena_bytes,
+            device=device,
+            estimates=estimates,
         )
 
 
@@ -136,7 +154,8 @@ class Report:
         text = StringIO()
         console = Console(file=text, width=110, no_color=True)
         console.print(f"{self.model} · {self.backend} on {self.device} · {self.dtype}", highlight=False)
-        for table in (self._phases(), self._memory(), self._fallbacks(), self._seconds()):
+        kernels = (kernel_table(p) for p in self.phases)
+        for table in (self._phases(), *kernels, self._memory(), self._fallbacks(), self._seconds()):
             if table.row_count:
                 console.print(table)
         for note in self.notes:
@@ -179,6 +198,21 @@ class Report:
         return table
 
 
+def kernel_table(phase: PhaseReport) -> Table:
+    """A row per kernel of a program: the least that a run could take, and what the cost model expects."""
+    sizes = ", ".join(f"{name}={size}" for name, size in sorted(phase.dims.items()))
+    title = f"Kernels of {phase.name} at {sizes}, estimated for {phase.device} (not measured)"
+    table = _table(title, "kernel", "runs", "moved", "FLOPs", "floor µs", "estimate µs", "tile")
+    for e in phase.estimates:
+        times = (f"{e.floor_seconds * 1e6:.1f}", f"{e.seconds * 1e6:.1f}")
+        table.add_row(e.kernel, str(e.runs), size_text(e.bytes), _count_text(e.flops), *times, e.tile)
+    if phase.estimates:
+        whole = (f"{phase.floor_seconds * 1e6:.1f}", f"{phase.estimated_seconds * 1e6:.1f}")
+        total = (str(phase.launches), size_text(phase.bytes), _count_text(phase.flops))
+        table.add_row("one run", *total, *whole, "", style="bold")
+    return table
+
+
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for n, column in enumerate(columns):
@@ -186,7 +220,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-_TEXT = ("sizes", "op", "module", "source")
+_TEXT = ("sizes", "op", "module", "source", "tile")
 
 
 def size_text(count: int) -> str:

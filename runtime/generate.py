@@ -22,6 +22,8 @@ from .host import copy, one_torch_thread, quick
 from .kv_state import RequestState
 from .sampling import Sampling, sample
 
+_LOOK_EVERY = 8
+
 
 class Streamer(Protocol):
     """What transformers' streamers offer."""
@@ -44,6 +46,12 @@ class GenerateOptions:
     min_length: int = 0
     sampling: Sampling | None = None
 
+    def checked_pad_id(self) -> int | None:
+        """The pad token. Raises InputError where one is needed and there is none."""
+        if self.eos_ids and self.pad_id is None:
+            raise InputError("pad_id is needed to fill the rows that finish early; pass pad_id=eos_ids[0]")
+        return self.pad_id
+
 
 def generate(
     engine: Engine,
@@ -54,11 +62,14 @@ def generate(
     position_ids: Tensor | None = None,
     streamer: Streamer | None = None,
     held: int = 0,
+    look_every: int | None = None,
 ) -> Tensor:
     """Continue every row of ``input_ids``, i64[B, S]. Returns i64[B, n] with S < n <= max_length, prompt included.
 
     The first ``held`` ids are in ``state`` already and not run again. Raises InputError before any work when the prompt
-    does not fit. A streamer is given each step's tokens, i64[B], but not the prompt.
+    does not fit. A streamer is given each step's tokens, i64[B], but not the prompt. look_every: steps between two
+    looks of the host at which rows are finished; more than one lets a GPU run on meanwhile, and what it computed in
+    vain is taken back. By default 8 for greedy search on a GPU, else 1.
     """
     ids = engine.check_prompt(input_ids)
     batch, prompt = ids.shape
@@ -82,12 +93,17 @@ def generate(
     # The last prompt position, whatever rule produced it, is what decoding counts on from.
     state.positions[:batch] = _last_position(engine, state, position_ids)
     choose = _chooser(state, options)
-    finish = _Finish(options, batch)
+    if look_every is None:
+        alone = streamer is None and options.sampling is None  # a draw in vain would move the random state
+        look_every = _LOOK_EVERY if alone and ids.device.type == "cuda" else 1
+    finish = (
+        _Finish(options, batch) if look_every == 1 else _LateFinish(options, state.ids[:batch], look_every)
+    )
 
     length = prompt
     while True:
         choose(length < options.min_length)
-        done = finish(chosen)
+        done = finish(chosen if look_every == 1 else state.ids[:batch])
         collected[:, length] = chosen[:, 0]
         length += 1
         if streamer is not None:
@@ -98,6 +114,10 @@ def generate(
         engine.advance(state)
     if streamer is not None:
         streamer.end()
+    if look_every > 1:
+        ended = _first_end(sequences[:, prompt:length], options.eos_ids)
+        state.crop(state.length - (length - prompt - ended))
+        length = prompt + ended
     return sequences if length == options.max_length else sequences[:, :length].clone()
 
 
@@ -151,10 +171,8 @@ class _Finish:
     """Tracks which rows have met an end-of-sequence token, and pads those that had met one before."""
 
     def __init__(self, options: GenerateOptions, batch: int) -> None:
-        if options.eos_ids and options.pad_id is None:
-            raise InputError("pad_id is needed to fill the rows that finish early; pass pad_id=eos_ids[0]")
         self.eos = frozenset(options.eos_ids)
-        self.pad = options.pad_id
+        self.pad = options.checked_pad_id()
         self.open = [True] * batch
 
     def __call__(self, tokens: Any) -> bool:
@@ -168,3 +186,52 @@ class _Finish:
             elif token in self.eos:
                 self.open[row] = False
         return not any(self.open)
+
+
+class _LateFinish:
+    """As :class:`_Finish`, but rows are padded on the device, and the host looks now and then at whether any row is
+    open, at a value that was on its way since the last look: it never waits for the step just launched."""
+
+    def __init__(self, options: GenerateOptions, tokens: Tensor, every: int) -> None:
+        self.pad, self.every, self.calls = options.checked_pad_id(), every, 0
+        self.eos = torch.tensor(options.eos_ids, dtype=tokens.dtype, device=tokens.device)
+        self.open = torch.ones_like(tokens, dtype=torch.bool)
+        self.look: Callable[[], bool] = lambda: True
+
+    def __call__(self, tokens: Tensor) -> bool:
+        """Overwrite finished rows of i64[B, 1] by the pad token. Returns True when the last look found none open."""
+        if self.pad is None or not self.eos.numel():
+            return False
+        tokens.masked_fill_(~self.open, self.pad)
+        self.open &= ~torch.isin(tokens, self.eos)
+        self.calls += 1
+        if self.calls % self.every:
+            return False
+        was_open = self.look()
+        self.look = _on_its_way(self.open.any())
+        return not was_open
+
+
+def _on_its_way(flag: Tensor) -> Callable[[], bool]:
+    """Start to copy a flag to the host; gives a function that waits for it."""
+    if flag.device.type != "cuda":
+        return lambda: bool(flag)
+    host = torch.empty((), dtype=torch.bool, pin_memory=True)
+    host.copy_(flag, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def look() -> bool:
+        arrived.synchronize()
+        return bool(host)
+
+    return look
+
+
+def _first_end(new: Tensor, eos_ids: tuple[int, ...]) -> int:
+    """How many of the new tokens i64[B, n] count: up to the one with which the last row met its first end, or all."""
+    if not eos_ids:
+        return new.shape[1]
+    ends = torch.isin(new, torch.tensor(eos_ids, dtype=new.dtype, device=new.device))
+    first = torch.where(ends.any(1), ends.int().argmax(1) + 1, new.shape[1])
+    return int(first.max())

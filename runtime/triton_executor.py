@@ -1,8 +1,8 @@
 """Runs a program whose kernels are generated Triton code, on CUDA tensors or on Triton's interpreter.
 
-The generated module holds ``LAUNCH``: kernel name -> function(pointers, dims). Nothing else of it matters here. Memory
-is bound to kernels by address, so for decode, whose tensors stay where they are, the lists of arguments are made once
-per request.
+The generated module holds ``LAUNCH``: kernel name -> function(pointers, dims), and ``STORED_DIMS``, the dims that
+kernels read from memory. Nothing else of it matters here. Memory is bound to kernels by address, so for decode, whose
+tensors stay where they are, the lists of arguments are made once per request, and on a GPU the launches are recorded.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import hashlib
 import importlib.util
 import shutil
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -24,11 +25,13 @@ from torch import Tensor
 
 from tilewright.ir.program import BufferKind, CacheError, DeviceError, KernelBuildError, Program, Step
 
+from .cuda_graph import record
 from .files import require_private, write_atomically
 from .kv_state import RequestState
 from .memory import Memory
 
-Launch = Callable[[list[Tensor], Mapping[str, int]], None]
+Launch = Callable[[list[Tensor], Mapping[str, int | Tensor]], None]
+_RUNS_BEFORE_RECORDING = 2  # the first run compiles kernels and loads them
 
 
 def is_interpreting() -> bool:
@@ -85,7 +88,15 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def load_launchers(path: Path) -> Mapping[str, Launch]:
+@dataclass(frozen=True)
+class Launchers:
+    """What a generated module holds: a function per kernel, and the dims that kernels read from memory."""
+
+    of: Mapping[str, Launch]
+    stored_dims: tuple[str, ...]
+
+
+def load_launchers(path: Path) -> Launchers:
     """Import a generated module. Raises KernelBuildError when it is none."""
     spec = importlib.util.spec_from_file_location(f"tilewright_{path.stem}", path)
     if spec is None or spec.loader is None:
@@ -93,19 +104,40 @@ def load_launchers(path: Path) -> Mapping[str, Launch]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        launchers: Mapping[str, Launch] = module.LAUNCH
+        return Launchers(module.LAUNCH, module.STORED_DIMS)
     except Exception as error:
         raise KernelBuildError(f"generated Triton module {path} cannot be loaded: {error}") from error
-    return launchers
 
 
 @dataclass
 class _Bound:
-    """One request's arena, and (decode only) the launches with their tensors, as of a version of its state."""
+    """One request's arena and the dims of its current run: ``dims`` as launchers take them, with ``stored`` among them,
+    which kernels read from memory. For decode also the launches, as of a version of the request's state, and how they
+    are run: one by one at first, then by a recording of them."""
 
     arena: Tensor
+    stored: dict[str, Tensor]
+    dims: dict[str, int | Tensor] = field(default_factory=dict)
     version: int = -1
-    launches: tuple[tuple[Launch, list[Tensor]], ...] = ()
+    launches: tuple[Callable[[], None], ...] = ()
+    runs: int = 0
+    replay: Callable[[], None] | None = None
+
+    def set_dims(self, dims: Mapping[str, int]) -> None:
+        """Make ``dims`` those of the current run, also for launches that are bound already."""
+        for name, tensor in self.stored.items():
+            tensor.fill_(dims[name])
+        self.dims.update(dims)
+        self.dims.update(self.stored)
+
+    def bind(self, launches: tuple[Callable[[], None], ...], version: int) -> None:
+        """Take new launches, made for the addresses that the state has at ``version``."""
+        self.launches, self.version = launches, version
+        self.runs, self.replay = 0, None
+
+    def launch_all(self) -> None:
+        for launch in self.launches:
+            launch()
 
 
 class TritonExecutor:
@@ -127,9 +159,9 @@ class TritonExecutor:
         for _, buffer in program.of_kind(BufferKind.param):
             if buffer.name not in weights or not weights[buffer.name].is_contiguous():
                 raise KernelBuildError(f"weight {buffer.name} is missing or not contiguous")
-        if missing := {s.name for s in program.kernels()} - set(self._launchers):
+        if missing := {s.name for s in program.kernels()} - set(self._launchers.of):
             raise KernelBuildError(f"{path} lacks the kernels {sorted(missing)}")
-        # A program without PyTorch calls is a list of launches, which decode binds to memory once.
+        # A decode program without PyTorch calls is a list of launches, which are bound to memory once per request.
         self._static = self.phase == "decode" and all(
             s.op.opcode == "kernel" for r in program.routines for s in r.steps
         )
@@ -144,28 +176,67 @@ class TritonExecutor:
         """Compute ``outputs`` in place; see ``runtime.executor.Executor``."""
         bound = self._bound(state)
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            bound.set_dims(dims)
             memory = Memory(self.program, self.weights, bound.arena, inputs, state, outputs)
-            if not self._static or state is None:
-                for step, reads, writes in self.program.trace():
-                    if step.op.opcode == "kernel":
-                        self._launchers[step.name](_pointers(memory, step, reads, writes), dims)
-                    else:
-                        memory.run_torch(step, reads, writes, dims)
+            if state is None or not self._static:
+                for _, run in self._steps(memory, bound.dims, dims):
+                    run()
                 return
             if bound.version != state.version:
-                bound.launches = tuple(
-                    (self._launchers[step.name], _pointers(memory, step, reads, writes))
-                    for step, reads, writes in self.program.trace()
-                )
-                bound.version = state.version
-            for launch, pointers in bound.launches:
-                launch(pointers, dims)
+                bound.bind(tuple(run for _, run in self._steps(memory, bound.dims, dims)), state.version)
+            self._step(bound)
+
+    def _step(self, bound: _Bound) -> None:
+        """One decode step: launch by launch at first, then by a recording."""
+        if bound.replay is not None:
+            bound.replay()
+            return
+        bound.launch_all()
+        bound.runs += 1
+        if bound.runs == _RUNS_BEFORE_RECORDING and bound.stored and self.device.type == "cuda":
+            bound.replay = record(bound.launch_all, self.device)
+
+    def _steps(
+        self, memory: Memory, dims: Mapping[str, int | Tensor], sizes: Mapping[str, int]
+    ) -> list[tuple[str, Callable[[], None]]]:
+        """Every step of the program, in order: its name, and a function that runs it. ``sizes`` are for PyTorch."""
+
+        def running(step: Step, reads: tuple[int, ...], writes: tuple[int, ...]) -> Callable[[], None]:
+            if step.op.opcode != "kernel":
+                return partial(memory.run_torch, step, reads, writes, sizes)
+            return partial(self._launchers.of[step.name], _pointers(memory, step, reads, writes), dims)
+
+        return [(step.name, running(step, reads, writes)) for step, reads, writes in self.program.trace()]
+
+    def step_seconds(
+        self,
+        inputs: Mapping[str, Tensor],
+        dims: Mapping[str, int],
+        state: RequestState | None,
+        outputs: Mapping[str, Tensor],
+    ) -> list[float]:
+        """Run step by step. Gives the seconds of each step of ``program.trace()``; infinity, and a warning that names
+        it, for a kernel that cannot be compiled or launched."""
+        bound = self._bound(state)
+        memory = Memory(self.program, self.weights, bound.arena, inputs, state, outputs)
+        bound.set_dims(dims)
+        steps = self._steps(memory, bound.dims, dims)
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                return _cuda_seconds(steps)
+        return [_wall_seconds(name, run) for name, run in steps]
 
     def _bound(self, state: RequestState | None) -> _Bound:
         if state is not None and self in state.scratch:
             found: _Bound = state.scratch[self]
             return found
-        bound = _Bound(torch.empty(self.program.arena_bytes, dtype=torch.uint8, device=self.device))
+        with torch.inference_mode(False):
+            stored = {
+                name: torch.zeros(1, dtype=torch.int32, device=self.device)
+                for name in self._launchers.stored_dims
+            }
+            arena = torch.empty(self.program.arena_bytes, dtype=torch.uint8, device=self.device)
+        bound = _Bound(arena, stored)
         if state is not None:
             state.scratch[self] = bound
         return bound
@@ -175,3 +246,42 @@ def _pointers(memory: Memory, step: Step, reads: tuple[int, ...], writes: tuple[
     """A kernel's tensor arguments; only their addresses and element types count."""
     values = (*step.op.operands, *step.op.results)
     return [memory.pointer(n, v) for n, v in zip((*reads, *writes), values, strict=True)]
+
+
+_HEAD_START = 20_000_000  # clock cycles, about 10 ms, in which the host queues the launches of a step
+
+
+def _cuda_seconds(steps: Sequence[tuple[str, Callable[[], None]]]) -> list[float]:
+    """Seconds on the device, by events around each launch.
+
+    The device sleeps until everything is queued, so that it never waits for the host between two events.
+    """
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in steps]
+    failed = []
+    torch.cuda._sleep(_HEAD_START)
+    for (name, run), (before, after) in zip(steps, marks, strict=True):
+        before.record()
+        failed.append(not _survives(name, run))
+        after.record()
+    torch.cuda.synchronize()
+    return [
+        float("inf") if bad else before.elapsed_time(after) / 1e3
+        for bad, (before, after) in zip(failed, marks, strict=True)
+    ]
+
+
+def _wall_seconds(name: str, run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    return time.perf_counter() - start if _survives(name, run) else float("inf")
+
+
+def _survives(name: str, run: Callable[[], None]) -> bool:
+    """Run a step. False, with a warning, where Triton refuses it (it does not compile, or needs more than there is)."""
+    from triton.errors import TritonError
+
+    try:
+        run()
+    except (TritonError, RuntimeError) as error:
+        warnings.warn(f"kernel {name} does not run with this tile: {error}", stacklevel=2)
+        return False
+    return True

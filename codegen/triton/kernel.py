@@ -2,44 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 import sympy
 from sympy import Expr, Integer
 
-from tilewright.codegen.tunables import NONE, Tunables, tuned
+from tilewright.codegen.tunables import NONE, Changes, Tunables, tuned
 from tilewright.ir.index import IndexMap
-from tilewright.ir.loops import Node, Reduce, Segment, attention_form, scalarize
 from tilewright.ir.module import Op, walk
+from tilewright.ir.program import Program
 from tilewright.ir.types import Value
 
-from .attention import emit_attention
+from .candidates import interpreter_tile, ranked
+from .cost_model import seconds, start_seconds
+from .device import H100, Device
 from .expression import Context, Pointers, shared_nodes
-from .generic import emit_generic
-from .matmul import Product, emit_matmul, find_product
-from .pointwise import emit_pointwise
+from .plan import Plan, plan_parts
 from .pointwise_ops import POINTER_TYPES
-from .reduction import emit_reduction, row_symbols
-from .row_loops import plan_stages
 from .text import INDENT, Names, Scope, identifier, print_index
-from .tiling import Tile, attention_tile, pointwise_tile, product_tile, reduction_tile, upper_bound
+from .tiling import Tile
+from .work import Sizes, Work, sizes_of
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What printing a kernel depends on besides the kernel: capacity of T, largest dims, target, tuned sizes."""
+    """What printing a kernel depends on besides the kernel: capacity of T, largest dims, target, tuned sizes.
+
+    stored: dims that kernels read from memory, so that a recorded launch (a CUDA graph) serves every size of them.
+    """
 
     capacity: int
     largest: Mapping[str, int]
     interpret: bool = False
     tunables: Tunables = field(default_factory=dict)
+    device: Device = H100
+    stored: frozenset[str] = frozenset()
+
+    @staticmethod
+    def of(program: Program, interpret: bool, tunables: Tunables, device: Device) -> Environment:
+        """The environment of a program's kernels."""
+        largest = {name: high for name, _, high in program.symbols} | {"T": program.capacity}
+        return Environment(program.capacity, largest, interpret, tunables, device)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Largest sizes; generation asks for one position's logits, so L counts as 1."""
+        return sizes_of({**self.largest, "L": 1})
+
+    def tiles(self, op: Op, plans: Sequence[Plan]) -> list[Tile]:
+        """The tile of each segment: the default, changed where a tuner said so."""
+        changes = self.tunables.get(str(op.attr("name")), NONE)
+        return [tuned(self.default(plan.work), changes) for plan in plans]
+
+    def default(self, work: Work) -> Tile:
+        return interpreter_tile(work) if self.interpret else ranked(work, self.device)[0]
+
+
+def candidates(op: Op, env: Environment, most: int = 6) -> tuple[Changes, ...]:
+    """Ways to print a kernel that are worth a measurement: the default, then what the cost model puts next.
+
+    They are tiles of the segment that takes longest; the other segments change with it.
+    """
+    plans = plan_parts(op, env.sizes)
+    heaviest = max(plans, key=lambda plan: seconds(plan.work, env.default(plan.work), env.device))
+    default, *others = ranked(heaviest.work, env.device)
+    return (NONE, *(_differences(default, tile) for tile in others[: most - 1]))
+
+
+def _differences(default: Tile, tile: Tile) -> Changes:
+    named = ((f.name, getattr(default, f.name), getattr(tile, f.name)) for f in fields(Tile))
+    return {name: int(new) for name, old, new in named if old != new}
+
+
+def estimated_seconds(op: Op, env: Environment, dims: Mapping[str, int]) -> float:
+    """The cost model's time of a kernel with the tiles that it is printed with, at the given sizes of the dims."""
+    tiles = env.tiles(op, plan_parts(op, env.sizes))
+    times = [
+        seconds(plan.work, tile, env.device)
+        for plan, tile in zip(plan_parts(op, sizes_of(dims)), tiles, strict=True)
+    ]
+    start = start_seconds(env.device)
+    return start + sum(time - start for time in times)
+
+
+def tiles_text(op: Op, env: Environment) -> str:
+    """The tile of the segment that takes longest, for people."""
+    plans = plan_parts(op, env.sizes)
+    pairs = list(zip(plans, env.tiles(op, plans), strict=True))
+    plan, tile = max(pairs, key=lambda pair: seconds(pair[0].work, pair[1], env.device))
+    blocks = {"matmul": (tile.block_m, tile.block_n, tile.block_k), "attention": (tile.block_m, tile.block_n)}
+    size = "x".join(map(str, blocks.get(plan.template, (tile.block_m, tile.block_n))))
+    turned = " transposed" if tile.transposed else ""
+    return f"{plan.template} {size}{turned}, {tile.num_warps} warps, {tile.num_stages} stages"
 
 
 @dataclass(frozen=True)
 class KernelSource:
-    """A generated kernel. ``pointers`` and ``dims`` are its arguments in order: (name, element type) and names.
-    ``options`` are Triton's launch options."""
+    """A generated kernel. ``pointers`` and ``dims`` are its arguments in order: (name, element type) and names; of the
+    dims, ``stored`` are passed as the address of an i32. ``options`` are Triton's launch options."""
 
     name: str
     text: str
@@ -48,6 +109,7 @@ class KernelSource:
     programs: Expr
     options: tuple[tuple[str, int], ...]
     templates: tuple[str, ...]
+    stored: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -66,17 +128,21 @@ def print_kernel(op: Op, env: Environment) -> KernelSource:
     pointers = Pointers(names, env.capacity, env.largest)
     dims = _dims(op)
     reserved = [*names.values(), *dims]
-    parts = _print_parts(op, env, pointers, reserved)
+    plans = plan_parts(op, env.sizes)
+    parts = [
+        _print_part(p, t, env, pointers, reserved) for p, t in zip(plans, env.tiles(op, plans), strict=True)
+    ]
     name = identifier(op.attr("name"))
     arguments = [names[v] for v in (*op.operands, *op.results)] + list(dims)
     return KernelSource(
         name,
-        _functions(op, name, arguments, dims, parts),
+        _functions(op, name, arguments, dims, parts, env.stored),
         tuple((names[v], POINTER_TYPES[v.dtype]) for v in (*op.operands, *op.results)),
         dims,
         sympy.expand(sum((p.programs for p in parts), Integer(0))),
         _options([p.tile for p in parts]),
         tuple(p.template for p in parts),
+        env.stored & set(dims),
     )
 
 
@@ -111,86 +177,31 @@ def _dims(op: Op) -> tuple[str, ...]:
     return tuple(sorted({s.name for e in exprs for s in e.free_symbols if s.name[:1].isupper()}))
 
 
-def _print_parts(op: Op, env: Environment, pointers: Pointers, reserved: list[str]) -> list[_Part]:
-    form = attention_form(op)
-    if form is not None:
-        scope, context = _start(pointers, reserved)
-        q, k = form.op.operands[:2]
-        share = q.shape[1] / k.shape[1]
-        queries, reach = (upper_bound(e, env.largest) for e in (q.shape[2] * share, k.shape[2]))
-        tile = attention_tile(queries, reach, int(q.shape[3]), q.dtype.itemsize, env.interpret)
-        tile = tuned(tile, env.tunables.get(op.attr("name"), NONE))
-        return [_Part("attention", scope, emit_attention(form, tile, context, "pid", env.interpret), tile)]
-    loops = scalarize(op)
-    return [_print_segment(segment, loops.name, env, pointers, reserved) for segment in loops.segments]
-
-
-def _start(
-    pointers: Pointers, reserved: list[str], shared: frozenset[Node] = frozenset()
-) -> tuple[Scope, Context]:
+def _print_part(plan: Plan, tile: Tile, env: Environment, pointers: Pointers, reserved: list[str]) -> _Part:
     scope = Scope(Names(reserved))
-    return scope, Context(scope, pointers, {}, {}, shared)
+    shared = shared_nodes(plan.segment.nodes()) if plan.segment is not None else frozenset()
+    context = Context(scope, pointers, {}, {}, shared)
+    return _Part(plan.template, scope, plan.emit(tile, context, env.interpret), tile)
 
 
-def _print_segment(
-    segment: Segment, name: str, env: Environment, pointers: Pointers, reserved: list[str]
-) -> _Part:
-    """Choose the template of a segment and print it."""
-    scope, context = _start(pointers, reserved, shared_nodes(segment.nodes()))
-    changes = env.tunables.get(name, NONE)
-    extents = sympy.prod([a.extent for a in segment.axes], start=Integer(1))
-    points = upper_bound(extents, env.largest)
-    product = find_product(segment)
-    if product is not None:
-        tile = tuned(_product_tile(product, env), changes)
-        return _Part(
-            "matmul", scope, emit_matmul(product, segment, tile, context, "pid", env.interpret), tile
-        )
-    stages = plan_stages(segment, row_symbols(segment))
-    if stages:
-        tile = tuned(reduction_tile(points, _longest(segment), env.interpret), changes)
-        return _Part("reduction", scope, emit_reduction(segment, stages, tile, context, "pid"), tile)
-    tile = tuned(pointwise_tile(points, env.interpret), changes)
-    if stages is None:
-        return _Part("generic", scope, emit_generic(segment, tile, context, "pid"), tile)
-    return _Part("pointwise", scope, emit_pointwise(segment, tile, context, "pid"), tile)
-
-
-def _product_tile(product: Product, env: Environment) -> Tile:
-    form, sizes = product.form, {**env.largest, "L": 1}
-    rows, columns, k = (
-        upper_bound(sympy.prod([a.extent for a in axes], start=Integer(1)), sizes)
-        for axes in (form.rows, form.columns, (form.k,))
-    )
-    itemsize = form.dots[0].b.dtype.itemsize
-    return product_tile(rows if form.rows else 0, columns, k, len(form.dots), itemsize, env.interpret)
-
-
-def _longest(segment: Segment) -> int | None:
-    """The longest reduced extent, None when one is known at run time only."""
-    extents = [
-        sympy.prod([a.extent for a in n.axes], start=Integer(1))
-        for n in segment.nodes()
-        if isinstance(n, Reduce)
-    ]
-    if not all(e.is_Integer for e in extents):
-        return None
-    return max(int(e) for e in extents)
-
-
-def _functions(op: Op, name: str, arguments: list[str], dims: tuple[str, ...], parts: list[_Part]) -> str:
+def _functions(
+    op: Op, name: str, arguments: list[str], dims: tuple[str, ...], parts: list[_Part], stored: frozenset[str]
+) -> str:
     """The kernel's text. Several segments become a function each, dispatched by program number."""
     header = "\n".join(_header(op, parts))
-    unspecialised = ", ".join(f'"{d}"' for d in dims)
-    decorator = f"@triton.jit(do_not_specialize=[{unspecialised}])" if dims else "@triton.jit"
-    start = [decorator, f"def {name}({', '.join(arguments)}):"]
+    unspecialised = ", ".join(f'"{d}"' for d in dims if d not in stored)
+    decorator = f"@triton.jit(do_not_specialize=[{unspecialised}])" if unspecialised else "@triton.jit"
+    given = [f"p_dim_{a}" if a in stored else a for a in arguments]
+    start = [decorator, f"def {name}({', '.join(given)}):"]
+    start += [f"{INDENT}{d} = tl.load(p_dim_{d})" for d in dims if d in stored]
+    start.append(f"{INDENT}pid = tl.program_id(0)")
     if len(parts) == 1:
-        return "\n".join([header, *start, f"{INDENT}pid = tl.program_id(0)", *parts[0].scope.lines])
+        return "\n".join([header, *start, *parts[0].scope.lines])
     blocks = [header]
     for number, part in enumerate(parts):
         lines = ["@triton.jit", f"def {name}_{number}(pid, {', '.join(arguments)}):", *part.scope.lines]
         blocks.append("\n".join(lines))
-    body, indent, before = [f"{INDENT}pid = tl.program_id(0)"], INDENT, Integer(0)
+    body, indent, before = [], INDENT, Integer(0)
     for number, part in enumerate(parts):
         call = f"{name}_{number}(pid - ({print_index(before)}), {', '.join(arguments)})"
         before = sympy.expand(before + part.programs)

@@ -76,8 +76,14 @@ def _compile(function: Any, kernel: KernelSource, arch: int, folder: Path) -> Re
         raise KernelBuildError(
             "Triton runs as interpreter (TRITON_INTERPRET is set); unset it to compile kernels"
         )
-    signature = {name: f"*{dtype}" for name, dtype in kernel.pointers} | dict.fromkeys(kernel.dims, "i32")
-    aligned = {(n,): [["tt.divisibility", 16]] for n in range(len(kernel.pointers))}
+    dims = {
+        f"p_dim_{d}" if d in kernel.stored else d: "*i32" if d in kernel.stored else "i32"
+        for d in kernel.dims
+    }
+    signature = {name: f"*{dtype}" for name, dtype in kernel.pointers} | dims
+    aligned = {
+        (n,): [["tt.divisibility", 16]] for n, kind in enumerate(signature.values()) if kind.startswith("*")
+    }
     try:
         compiled = triton.compile(
             ASTSource(function, signature, {}, aligned),

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from benchmarks.large_models import without_values
 from tilewright.codegen.triton.offline import compile_program
 from tilewright.codegen.triton.program import emit_program
 
@@ -60,30 +61,6 @@ def minilm() -> PreTrainedModel:
     )
 
 
-def without_values(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """A model whose weights are never touched, so that one layer of several hundred megabytes takes no memory."""
-    with torch.device("meta"):
-        model = build()
-    return model.to(torch.bfloat16).to_empty(device="cpu").eval()
-
-
-def llama2_7b() -> PreTrainedModel:
-    """The shape of Llama2-7B."""
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, max_position_embeddings=4096))
-
-
-def llama2_13b() -> PreTrainedModel:
-    """The shape of Llama2-13B."""
-    sizes = {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40}
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, max_position_embeddings=4096, **sizes))
-
-
-def opt_6_7b() -> PreTrainedModel:
-    """The shape of OPT-6.7B."""
-    sizes = {"hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384, "num_attention_heads": 32}
-    return OPTForCausalLM(OPTConfig(num_hidden_layers=1, **sizes))
-
-
 CASES: list[tuple[Callable[[], PreTrainedModel], torch.dtype, int]] = [
     *((smollm2, dtype, arch) for dtype in (torch.bfloat16, torch.float32) for arch in (80, 90)),
     *((opt, torch.float32, arch) for arch in (80, 90)),
@@ -103,14 +80,12 @@ def test_every_kernel_compiles_and_fits(
 
 
 @pytest.mark.parametrize(
-    ("build", "batch_sizes", "weights"),
-    [(llama2_7b, (1, 16), ""), (llama2_13b, (4,), "int4"), (opt_6_7b, (64,), "int8")],
+    ("name", "batch_sizes", "weights"),
+    [("llama2-7b", (1, 16), ""), ("llama2-13b", (4,), "int4"), ("opt-6.7b", (64,), "int8")],
 )
-def test_large_models_compile_and_fit(
-    build: Callable[[], PreTrainedModel], batch_sizes: tuple[int, ...], weights: str
-) -> None:
+def test_large_models_compile_and_fit(name: str, batch_sizes: tuple[int, ...], weights: str) -> None:
     """Decoding with the widths of the models that the charts of the field are drawn for, each form of weights once."""
-    planned = plan(without_values(build), batch_sizes, 2048, splits=16, weights=weights)
+    planned = plan(without_values(name, layers=1), batch_sizes, 2048, splits=16, weights=weights)
     programs = [p for name, p in planned.programs.items() if name != "prefill" or not weights]
     found = [r for p in programs for r in compile_program(emit_program(p), 90)]
     assert len(found) == sum(len(p.kernels()) for p in programs)

@@ -12,6 +12,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from tilewright.ir.program import InputError
 from tilewright.runtime.engine import Engine
 from tilewright.runtime.generate import GenerateOptions, generate
+from tilewright.runtime.kv_state import RequestState
 from tilewright.runtime.sampling import Sampling, sample
 
 from .toy import VOCAB, scores, toy_engine
@@ -66,6 +67,26 @@ def test_rows_end_at_any_eos_and_are_padded() -> None:
     assert result.shape[1] == max(ends_of_rows) + 1
     with pytest.raises(InputError, match="pad_id"):
         _run(IDS, eos_ids=eos)
+
+
+@pytest.mark.parametrize("look_every", [2, 3, 8])
+def test_a_late_look_changes_nothing(look_every: int) -> None:
+    """Steps that ran on after all rows had finished are taken back: from the tokens and from the state."""
+    free = _plain(IDS, 20)
+    for ends in ((9, 12, 10), (7, 7, 7), (9, 19, 10), (8, 8, 30)):
+        eos = tuple(int(row[n]) for row, n in zip(free, ends, strict=True) if n < 20)
+        options = GenerateOptions(max_length=20, eos_ids=eos, pad_id=0)
+        engine = toy_engine()
+        prompt, late = engine.new_state(3), engine.new_state(3)
+        expected = generate(engine, prompt, IDS, options)
+        found = generate(engine, late, IDS, options, look_every=look_every)
+        assert torch.equal(found, expected)
+        assert late.length == prompt.length == expected.shape[1] - 1
+    assert torch.equal(generate(toy_engine(), late_state(), IDS, GenerateOptions(20), look_every=8), free)
+
+
+def late_state() -> RequestState:
+    return toy_engine().new_state(3)
 
 
 def test_min_length_forbids_eos() -> None:

@@ -1,0 +1,132 @@
+"""What decode steps and prefill should take on a GPU, kernel by kernel: ``python -m benchmarks.estimates``.
+
+Nothing is measured and no GPU is needed: these are estimates, beside the least that bytes and FLOPs allow. The second
+table says which tile the cost model gives a product at each number of rows, as FlashDecoding++ does with its choice
+between a matrix-vector product, a flat one and the vendor's (Hong et al., 2023, "heuristic dataflow").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.large_models import BUILDERS, without_values
+from benchmarks.options import known, lengths
+from tilewright.cli import readable_errors
+from tilewright.codegen.triton.candidates import ranked
+from tilewright.codegen.triton.cost_model import seconds
+from tilewright.codegen.triton.device import A100, H100, Device
+from tilewright.codegen.triton.plan import plan_parts
+from tilewright.codegen.triton.work import ProductWork, sizes_of
+from tilewright.estimates import estimates
+from tilewright.ir.program import Program
+from tilewright.options import Options
+from tilewright.phases import plan_programs
+from tilewright.progress import Progress
+from tilewright.report import PhaseReport, kernel_table
+
+DEVICES = {"h100": H100, "a100": A100}
+WEIGHTS = {"bf16": "", "int8": "int8", "int4": "int4"}
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+console = Console(width=140)
+
+
+@readable_errors
+def main(
+    model: Annotated[str, typer.Option(help=f"{', '.join(BUILDERS)}, separated by commas.")] = "llama2-7b",
+    precision: Annotated[str, typer.Option(help="bf16, int8 or int4.")] = "bf16",
+    batch_sizes: Annotated[str, typer.Option(help="Decode buckets, separated by commas.")] = "1,4,16,64",
+    context: Annotated[str, typer.Option(help="Context of a decode step, and tokens of a prompt.")] = "1024",
+    device: Annotated[str, typer.Option(help="h100 or a100.")] = "h100",
+) -> None:
+    """Print estimates for decode steps and prefill."""
+    (gpu,) = (DEVICES[name] for name in known("--device", device, tuple(DEVICES))[:1])
+    (weights,) = (WEIGHTS[name] for name in known("--precision", precision, tuple(WEIGHTS))[:1])
+    (tokens,) = lengths("--context", context)[:1]
+    for name in known("--model", model, tuple(BUILDERS)):
+        with Progress().step(f"Planning {name}"):
+            programs = plans(name, weights, [int(n) for n in batch_sizes.split(",")], tokens)
+        phases = [phase_report(p, tokens, gpu) for p in programs]
+        for phase in phases:
+            console.print(kernel_table(phase))
+            console.print()
+        console.print(summary(f"{name} {precision}", phases))
+        console.print(rows_table(programs[0], gpu))
+
+
+def plans(name: str, weights: str, batch_sizes: Sequence[int], tokens: int) -> list[Program]:
+    """The Triton programs of a model: decode at each batch size, and prefill."""
+    built = without_values(name)
+    options = Options(
+        batch_sizes=tuple(batch_sizes),
+        max_length=max(2048, tokens),
+        weights=weights,
+        autotune="off",
+        backend="triton",
+        device=built.device,
+        dump=None,
+    )
+    return plan_programs(built, options)
+
+
+def phase_report(program: Program, tokens: int, device: Device) -> PhaseReport:
+    """A program at ``tokens`` of context; of a prompt, one chunk."""
+    highs = {name: high for name, _, high in program.symbols}
+    dims = {"B": program.batch, "S": 1, "L": 1, "T": tokens}
+    if program.phase != "decode":
+        dims = {"B": 1, "S": min(tokens, highs["S"]), "L": 1, "T": min(tokens, highs["S"])}
+    return PhaseReport.of(program, dims, device.name, estimates(program, dims, device, {}))
+
+
+def summary(title: str, phases: Sequence[PhaseReport]) -> Table:
+    """Milliseconds of a run and tokens per second, at the floor and as estimated."""
+    table = Table(title=f"{title}: estimates, not measured", title_justify="left")
+    for column in ("program", "sizes", "floor ms", "estimate ms", "floor / estimate", "tokens/s (estimate)"):
+        table.add_column(column, justify="left" if column in ("program", "sizes") else "right")
+    for p in phases:
+        sizes = " ".join(f"{n}={s}" for n, s in sorted(p.dims.items()))
+        share = f"{p.floor_seconds / p.estimated_seconds:.0%}"
+        rate = f"{p.dims['B'] * p.dims['S'] / p.estimated_seconds:.0f}"
+        table.add_row(
+            p.name, sizes, f"{p.floor_seconds * 1e3:.3f}", f"{p.estimated_seconds * 1e3:.3f}", share, rate
+        )
+    return table
+
+
+def rows_table(program: Program, device: Device) -> Table:
+    """The default tile of each product of a program, by its number of rows."""
+    table = Table(title=f"Tile by rows (columns x k; {device.name})", title_justify="left")
+    table.add_column("product")
+    for rows in ROWS:
+        table.add_column(str(rows))
+    sizes = sizes_of({name: high for name, _, high in program.symbols})
+    seen: set[tuple[int, int, int]] = set()
+    for step in program.kernels():
+        for part in plan_parts(step.op, sizes):
+            work = part.work
+            if isinstance(work, ProductWork) and (work.columns, work.k, work.dots) not in seen:
+                seen.add((work.columns, work.k, work.dots))
+                table.add_row(_name(work), *(_tile_text(work, rows, device) for rows in ROWS))
+    return table
+
+
+def _name(work: ProductWork) -> str:
+    return f"{work.columns} x {work.k}" + (f", {work.dots} together" if work.dots > 1 else "")
+
+
+def _tile_text(work: ProductWork, rows: int, device: Device) -> str:
+    """``vector 4x512``, or rows x columns x k of a tile, and its estimated microseconds."""
+    sized = ProductWork(**{**vars(work), "rows": 0 if rows == 1 else rows})
+    tile = ranked(sized, device)[0]
+    blocks = f"{tile.block_n}x{tile.block_k}"
+    kind = "vector" if rows == 1 else "flat" if tile.transposed else f"{tile.block_m}"
+    separator = " " if kind in ("vector", "flat") else "x"
+    return f"{kind}{separator}{blocks}\n{seconds(sized, tile, device) * 1e6:.0f} µs"
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,139 @@
+"""Tiles that a segment may have. The cost model orders them; the first is the default, and a tuner times the others.
+
+* Product of one row (decode): bound by reading the weight. Blocks of weights in registers.
+* Product of few rows: also bound by the weight; on Hopper the weight stands on the long side of the tensor cores.
+* Product of many rows (prefill): large tiles on tensor cores. In float32 products run on the plain units, and their
+  operands need the registers of eight warps.
+* Product of few rows because only the last positions' logits are wanted: dim L counts as 1, as in generation.
+* Reductions: whole rows in registers up to 4096 elements, one row per program when it is long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import product
+
+from .cost_model import INFEASIBLE, seconds
+from .device import Device
+from .text import next_power_of_two
+from .tiling import Tile, pointwise_tile, reduction_tile
+from .work import AttentionWork, ProductWork, StreamWork, Work
+
+_WITHIN = 2.0
+"""Tiles that should take longer than so many times the best are not worth a measurement."""
+
+
+def ranked(work: Work, device: Device) -> tuple[Tile, ...]:
+    """The tiles that fit, best first by the cost model; never empty."""
+    tiles = dict.fromkeys(_tiles(work, device))
+    scored = [(seconds(work, tile, device), n, tile) for n, tile in enumerate(tiles)]
+    best = min(scored)[0]
+    if best == INFEASIBLE:
+        return (scored[0][2],)
+    return tuple(tile for cost, _, tile in sorted(scored) if cost <= _WITHIN * best)
+
+
+def interpreter_tile(work: Work) -> Tile:
+    """The tile for Triton's interpreter: few programs with large blocks, since each costs milliseconds."""
+    match work:
+        case ProductWork():
+            return Tile(
+                block_m=min(64, max(16, next_power_of_two(work.rows))),
+                block_n=min(512, max(16, next_power_of_two(work.columns))),
+                block_k=min(512, max(16, next_power_of_two(work.k))),
+            )
+        case AttentionWork():
+            return Tile(
+                min(128, max(16, next_power_of_two(work.queries))),
+                min(512, max(16, next_power_of_two(work.context))),
+            )
+    if work.longest != 0:
+        return reduction_tile(work.points, work.longest, True)
+    return pointwise_tile(work.points, True)
+
+
+def _tiles(work: Work, device: Device) -> Iterable[Tile]:
+    match work:
+        case ProductWork(rows=0):
+            return _vector_tiles(work)
+        case ProductWork():
+            return _few_rows(work, device) if work.rows <= 64 else _many_rows(work)
+        case AttentionWork():
+            return _attention_tiles(work)
+    return _stream_tiles(work)
+
+
+def _vector_tiles(work: ProductWork) -> Iterator[Tile]:
+    for block_n, block_k, warps in product((1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048), (2, 4, 8)):
+        elements = block_n * block_k * work.dots
+        if 512 <= elements <= 16384 and block_k <= max(128, next_power_of_two(work.k)):
+            yield Tile(1, block_n, block_k, num_warps=warps, num_stages=2)
+
+
+def _few_rows(work: ProductWork, device: Device) -> Iterator[Tile]:
+    rows = next_power_of_two(work.rows)
+    if work.itemsize > 2:
+        for block_n, block_k in product((16, 32, 64), (32, 64)):
+            if block_n * work.dots <= 64:
+                yield Tile(max(16, rows), block_n, _block_k(work.k, block_k), num_warps=4, num_stages=3)
+        return
+    for block_n, block_k, stages in product((16, 32, 64, 128), (64, 128, 256), (3, 4, 5)):
+        if block_n * work.dots > 256:
+            continue
+        size = _block_k(work.k, block_k)
+        yield Tile(max(16, rows), block_n, size, num_warps=4, num_stages=stages)
+        if block_n >= 64 and device.arch >= 90:
+            yield Tile(max(16, rows), block_n, size, num_warps=4, num_stages=stages, transposed=True)
+
+
+def _many_rows(work: ProductWork) -> Iterator[Tile]:
+    if work.itemsize > 2:
+        yield Tile(64, _share(96, work.dots), _block_k(work.k, 16), num_warps=8, max_registers=255)
+        return
+    for block_m, block_n, block_k, warps, stages in (
+        (64, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3),
+        (128, 256, 64, 8, 3), (64, 64, 128, 4, 3), (128, 128, 32, 8, 4),
+    ):  # fmt: skip
+        tile = Tile(
+            block_m, _share(block_n, work.dots), _block_k(work.k, block_k), num_warps=warps, num_stages=stages
+        )
+        if tile.block_m <= max(64, next_power_of_two(work.rows)):
+            yield tile
+
+
+def _attention_tiles(work: AttentionWork) -> Iterator[Tile]:
+    rows, wide = next_power_of_two(work.queries), work.depth > 256
+    if work.itemsize > 2:
+        block_m = min(64, max(16, rows))
+        for block_n, warps in ((16 if block_m > 16 else 32, 4), (16, 8)):
+            yield Tile(block_m, block_n, num_warps=warps, num_stages=2)
+        return
+    heights = [n for n in (16, 32, 64, 128) if n <= max(16, rows) and (n >= 64 or n >= min(rows, 64))]
+    for block_m, block_n, stages in product(heights, (32, 64, 128), (2, 3)):
+        if wide and block_n > 32:
+            continue
+        yield Tile(block_m, block_n, num_warps=8 if block_m >= 128 else 4, num_stages=stages)
+
+
+def _stream_tiles(work: StreamWork) -> Iterator[Tile]:
+    if work.longest != 0:
+        yield reduction_tile(work.points, work.longest, False)
+        return
+    usual = pointwise_tile(work.points, False)
+    yield usual
+    for block_n in (128, 256, 1024, 2048):
+        if block_n <= next_power_of_two(work.points):
+            yield Tile(block_n=block_n)
+
+
+def _share(columns: int, dots: int) -> int:
+    """The largest power of two with which the tiles of all ``dots`` have at most ``columns`` columns together."""
+    return 1 << max(4, (columns // dots).bit_length() - 1)
+
+
+def _block_k(k: int, largest: int) -> int:
+    """The block size along K: a divisor of K where there is one, as a masked tail costs time."""
+    size = min(largest, max(16, next_power_of_two(k)))
+    while size > 32 and k % size:
+        size //= 2
+    return size

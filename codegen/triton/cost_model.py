@@ -1,0 +1,233 @@
+"""How long a segment would take with a given tile: an estimate that orders candidates, and that reports show.
+
+A kernel is bound by whichever takes longest: bytes from device memory, bytes through the second-level cache (operands
+that several programs read), tensor cores, or plain instructions (unpacking codes, sums of a matrix-vector product).
+Memory reaches its bandwidth only with enough bytes under way: by Little's law, bandwidth x latency. What a program has
+under way is what its pipeline holds, so tiles trade programs per multiprocessor against stages and sizes:
+
+    under way = busy multiprocessors x programs on each x bytes of a block x (stages - 1)
+    seconds   = launch + latency + max(bytes / min(bandwidth, under way / latency), flops / rate, ...)
+
+The form is that of roofline models (Williams et al., 2009) with the concurrency term of Hong and Kim, "An analytical
+model for a GPU architecture with memory-level and thread-level parallelism awareness", 2009. Registers and shared
+memory are estimates too; ``offline.compile_program`` tells the truth.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .device import Device
+from .tiling import Tile
+from .work import AttentionWork, ProductWork, StreamWork, Work
+
+INFEASIBLE = math.inf
+_REGISTERS = 65536  # 32-bit, of a multiprocessor
+_MOST_REGISTERS = 224  # of a thread; the assembler has 255 and needs some room
+_WARPS = 64  # of a multiprocessor
+_PROGRAMS = 32
+_CACHE_LATENCY = 0.45  # of the second-level cache, as a share of device memory's
+_OVERLAP = 0.15  # how much of the lesser costs shows beside the largest
+_WGMMA, _MMA = (
+    0.75,
+    0.5,
+)  # shares of the tensor rate that generated loops reach on Hopper with either instruction
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a tile asks of a multiprocessor. Bytes under way are those of one program."""
+
+    programs: int
+    threads: int
+    registers: int
+    shared: int
+    under_way: float
+
+    def resident(self, device: Device) -> int:
+        """Programs that fit on one multiprocessor at a time; 0 when none does."""
+        if self.registers > _MOST_REGISTERS or self.shared > device.shared:
+            return 0
+        by_shared = device.shared // self.shared if self.shared else _PROGRAMS
+        by_registers = _REGISTERS // (max(32, self.registers) * self.threads)
+        return min(_PROGRAMS, by_shared, by_registers, _WARPS * 32 // self.threads)
+
+
+def seconds(work: Work, tile: Tile, device: Device) -> float:
+    """Estimated time of a segment's launch; infinite for a tile that does not fit."""
+    match work:
+        case ProductWork():
+            return (_tiles if work.rows else _vectors)(work, tile, device)
+        case AttentionWork():
+            return _attention(work, tile, device)
+    return _stream(work, tile, device)
+
+
+def start_seconds(device: Device) -> float:
+    """What a kernel costs beside its work: its launch, its first load and its last store."""
+    return device.launch + 2 * device.latency
+
+
+def floor_seconds(moved: int, flops: int, half: bool, device: Device) -> float:
+    """The least time for bytes of device memory and floating-point operations, at the rates that ``device`` reaches."""
+    return max(moved / device.bandwidth, flops / (device.tensor_flops if half else device.vector_flops))
+
+
+def _tiles(work: ProductWork, tile: Tile, device: Device) -> float:
+    """Rows x columns on tensor cores, or on plain units in float32."""
+    rows, columns = _blocks(work.rows, tile.block_m), _blocks(work.columns, tile.block_n)
+    threads = 32 * tile.num_warps
+    weights = tile.block_n * tile.block_k * work.dots
+    activations = tile.block_m * tile.block_k * work.itemsize
+    block = weights * work.weight_bytes + activations
+    unpacked = work.weight_bytes < work.itemsize
+    half = work.itemsize == 2
+    load = Load(
+        programs=rows * columns * work.batch,
+        threads=threads,
+        registers=_operand_registers(device)
+        + tile.block_m * tile.block_n * work.dots // threads
+        # Codes are unpacked in registers, with their scales and minima beside them; so is what rows are made of.
+        + weights * work.itemsize // (4 * threads) * (3 if unpacked else 1 if not half else 0)
+        + (2 * tile.block_m * tile.block_k // threads if work.row_ops else 0),
+        shared=int(tile.num_stages * block + (weights * work.itemsize if unpacked else 0)),
+        under_way=block * max(1, tile.num_stages - 1),
+    )
+    flops = 2.0 * load.programs * tile.block_m * tile.block_n * work.dots * work.k
+    steps = load.programs * _blocks(work.k, tile.block_k)
+    unique = work.batch * work.k * (
+        work.columns * work.dots * work.weight_bytes + work.rows * work.itemsize
+    ) + float(work.batch * work.rows * work.columns * work.stored_bytes)
+    return _total(
+        load,
+        device,
+        memory=unique,
+        cache=steps * block,
+        tensor=flops / _tensor_rate(tile, half, device),
+        plain=steps
+        * float(weights * work.weight_ops + tile.block_m * tile.block_k * work.row_ops)
+        / (device.vector_flops / 2),
+    )
+
+
+def _operand_registers(device: Device) -> int:
+    """Addresses and, before Hopper, the operands of tensor cores, which those then take from registers."""
+    return 40 if device.arch >= 90 else 104
+
+
+def _tensor_rate(tile: Tile, half: bool, device: Device) -> float:
+    if not half:
+        return device.vector_flops * 0.5
+    if device.arch < 90:
+        return device.tensor_flops * _WGMMA
+    left = tile.block_n if tile.transposed else tile.block_m
+    return device.tensor_flops * (_WGMMA if left >= 64 and tile.num_warps % 4 == 0 else _MMA)
+
+
+def _vectors(work: ProductWork, tile: Tile, device: Device) -> float:
+    """One row: sums of products in registers, whose loads are under way one block at a time."""
+    threads = 32 * tile.num_warps
+    elements = tile.block_n * tile.block_k * work.dots
+    block = elements * work.weight_bytes
+    load = Load(
+        programs=_blocks(work.columns, tile.block_n) * work.batch,
+        threads=threads,
+        registers=32 + 2 * elements // threads,
+        shared=0,
+        under_way=block,
+    )
+    steps = load.programs * _blocks(work.k, tile.block_k)
+    unique = work.batch * work.columns * (work.k * work.dots * work.weight_bytes + work.stored_bytes) + float(
+        work.batch * work.k * work.itemsize
+    )
+    # Each lane also widens its element, multiplies and adds; a block begins with addresses and ends with a branch.
+    instructions = steps * (elements * (3.0 + work.weight_ops) + 24.0 * threads)
+    return _total(
+        load,
+        device,
+        memory=unique,
+        cache=steps * (block + tile.block_k * work.itemsize),
+        plain=instructions / (device.vector_flops / 2),
+    )
+
+
+def _attention(work: AttentionWork, tile: Tile, device: Device) -> float:
+    threads = 32 * tile.num_warps
+    tiles = _blocks(work.queries, tile.block_m)
+    half = work.itemsize == 2
+    block = tile.block_n * work.depth * work.itemsize
+    query = tile.block_m * work.depth // 2 * work.itemsize
+    share = 0.5 + 0.5 / tiles if work.causal else 1.0  # of the positions that are visited
+    visited = work.context * share
+    load = Load(
+        programs=work.parts * tiles,
+        threads=threads,
+        registers=48
+        + tile.block_m * (work.depth // 2 + 2 * tile.block_n) // threads
+        + (0 if half else (block + query) // (4 * threads)),
+        shared=tile.num_stages * block + query,
+        under_way=float(block * max(1, tile.num_stages - 1)),
+    )
+    padded = math.ceil(visited / tile.block_n) * tile.block_n
+    flops = 2.0 * load.programs * tile.block_m * padded * work.depth
+    results = float(work.parts * work.queries * work.depth // 2)
+    return _total(
+        load,
+        device,
+        memory=work.parts * work.context * work.depth * float(work.itemsize)
+        + results * (work.itemsize + work.stored_bytes),
+        cache=load.programs * padded * work.depth * work.itemsize,
+        tensor=flops / _tensor_rate(tile, half, device),
+        # A score costs a scale, a mask, an exponential (four slots), and its part of two reductions.
+        plain=12.0 * load.programs * tile.block_m * padded / (device.vector_flops / 2),
+    )
+
+
+def _stream(work: StreamWork, tile: Tile, device: Device) -> float:
+    threads = 32 * tile.num_warps
+    if work.longest == 0:
+        points = tile.block_n
+    else:
+        points = tile.block_m
+    programs = _blocks(work.points, points)
+    each = work.bytes / max(1, work.points)
+    lanes = points * (tile.block_k if work.longest != 0 else 1)
+    load = Load(programs, threads, 24 + 4 * lanes // threads, 0, each * points)
+    return _total(load, device, memory=float(work.bytes), plain=8.0 * programs * lanes / device.vector_flops)
+
+
+def _total(
+    load: Load,
+    device: Device,
+    memory: float,
+    cache: float = 0.0,
+    tensor: float = 0.0,
+    plain: float = 0.0,
+) -> float:
+    """memory, cache: bytes. tensor, plain: seconds if every multiprocessor were busy all the time."""
+    resident = load.resident(device)
+    if not resident or not load.programs:
+        return INFEASIBLE
+    busy = min(device.multiprocessors, load.programs)
+    each = min(resident, _blocks(load.programs, device.multiprocessors))
+    under_way = busy * each * load.under_way
+    share = busy / device.multiprocessors
+    bandwidth = min(device.bandwidth, device.cache_bandwidth * share, under_way / device.latency)
+    through_cache = min(device.cache_bandwidth * share, under_way / (device.latency * _CACHE_LATENCY))
+    # The last programs of each multiprocessor end together only if all have as many.
+    uneven = _blocks(load.programs, device.multiprocessors) * device.multiprocessors / load.programs
+    uneven = uneven if load.programs > device.multiprocessors else 1.0
+    costs = sorted(
+        (
+            memory / bandwidth * (1 + (uneven - 1) / 2),
+            cache / through_cache,
+            tensor / share * uneven,
+            plain / share * uneven,
+        )
+    )
+    return start_seconds(device) + costs[-1] + _OVERLAP * sum(costs[:-1])
+
+
+def _blocks(extent: int, block: int) -> int:
+    return -(-extent // block)

@@ -1,0 +1,63 @@
+"""A kernel's segments, each with the template that prints it and the work that it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sympy import Expr
+
+from tilewright.ir.loops import AttentionForm, Segment, attention_form, scalarize
+from tilewright.ir.module import Op
+
+from .attention import emit_attention
+from .expression import Context
+from .generic import emit_generic
+from .matmul import emit_matmul, find_product
+from .pointwise import emit_pointwise
+from .reduction import emit_reduction, row_symbols
+from .row_loops import plan_stages
+from .tiling import Tile
+from .work import Sizes, Work, attention_work, product_work, stream_work
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A segment (None for an attention), its template, and ``emit(tile, context, interpret)``, which prints it into
+    ``context.base`` and gives the number of programs."""
+
+    template: str
+    work: Work
+    segment: Segment | None
+    emit: Callable[[Tile, Context, bool], Expr]
+
+
+def plan_parts(op: Op, sizes: Sizes) -> tuple[Plan, ...]:
+    """The segments of a ``kernel`` op. Raises VerifyError when it has no loop form."""
+    form = attention_form(op)
+    if form is not None:
+        return (_attention(form, sizes),)
+    return tuple(_segment(segment, sizes) for segment in scalarize(op).segments)
+
+
+def _attention(form: AttentionForm, sizes: Sizes) -> Plan:
+    def emit(tile: Tile, context: Context, interpret: bool) -> Expr:
+        return emit_attention(form, tile, context, "pid", interpret)
+
+    return Plan("attention", attention_work(form, sizes), None, emit)
+
+
+def _segment(segment: Segment, sizes: Sizes) -> Plan:
+    product = find_product(segment)
+    if product is not None:
+        work = product_work(product, segment, sizes)
+        return Plan("matmul", work, segment, lambda t, c, i: emit_matmul(product, segment, t, c, "pid", i))
+    stream, stages = stream_work(segment, sizes), plan_stages(segment, row_symbols(segment))
+    if stages:
+        return Plan(
+            "reduction", stream, segment, lambda t, c, i: emit_reduction(segment, stages, t, c, "pid")
+        )
+    if stages is None:
+        # Its reductions are loops around blocks of points: blocks are those of a pointwise kernel.
+        return Plan("generic", stream.pointwise, segment, lambda t, c, i: emit_generic(segment, t, c, "pid"))
+    return Plan("pointwise", stream, segment, lambda t, c, i: emit_pointwise(segment, t, c, "pid"))

@@ -1,0 +1,142 @@
+"""What a segment has to do, in numbers, whatever its tile: the input of the cost model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import sympy
+from sympy import Expr, Integer
+
+from tilewright.ir.index import sym
+from tilewright.ir.loops import Apply, AttentionForm, Load, Reduce, Segment
+from tilewright.ir.types import Value
+
+from .matmul import Product
+from .row_loops import below
+
+
+@dataclass(frozen=True)
+class ProductWork:
+    """``dots`` products [rows, k] x [k, columns], ``batch`` times over.
+
+    rows: 0 for a single row without an axis. itemsize: bytes of an operand as it is multiplied. weight_bytes: of a
+    right operand's element in memory, a fraction where several share a byte. weight_ops, row_ops: operations that make
+    a factor of an element of the right and of the left operand. stored_bytes: of an element of the result.
+    """
+
+    rows: int
+    columns: int
+    k: int
+    dots: int
+    itemsize: int
+    weight_bytes: float
+    weight_ops: int
+    stored_bytes: int
+    row_ops: int = 0
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class AttentionWork:
+    """``parts`` times (batch rows, KV heads, splits): ``queries`` rows against ``context`` positions.
+
+    depth: of keys and values together. stored_bytes: of an element of the result. causal: half of a square is computed.
+    """
+
+    parts: int
+    queries: int
+    context: int
+    depth: int
+    itemsize: int
+    stored_bytes: int
+    causal: bool
+
+
+@dataclass(frozen=True)
+class StreamWork:
+    """``points`` that are computed one by one. longest: of the reduced axes; 0 without one, None at run time only."""
+
+    points: int
+    longest: int | None
+    bytes: int
+
+    @property
+    def pointwise(self) -> StreamWork:
+        """The same, seen as points alone."""
+        return replace(self, longest=0)
+
+
+Work = ProductWork | AttentionWork | StreamWork
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers for index expressions: the value of every run-time dim."""
+
+    dims: dict[sympy.Symbol, int]
+
+    def of(self, *extents: Expr) -> int:
+        """The product of extents; 2**31 when one has no known size."""
+        value = sympy.prod(extents, start=Integer(1)).subs(self.dims)
+        return int(value) if value.is_Integer else 2**31
+
+    def bytes(self, values: set[Value]) -> int:
+        return sum(self.of(*v.shape) * v.dtype.itemsize for v in values)
+
+
+def product_work(product: Product, segment: Segment, sizes: Sizes) -> ProductWork:
+    form = product.form
+    columns, k = sizes.of(*(a.extent for a in form.columns)), sizes.of(form.k.extent)
+    inside = {n for d in form.dots for n in below(d.b)}
+    batch = sizes.of(*(a.extent for a in product.batch))
+    weights = sizes.bytes({n.value for n in inside if isinstance(n, Load)})
+    elements = max(1, batch * columns * k * len(form.dots))
+    return ProductWork(
+        rows=sizes.of(*(a.extent for a in form.rows)) if form.rows else 0,
+        columns=columns,
+        k=k,
+        dots=len(form.dots),
+        itemsize=form.dots[0].b.dtype.itemsize,
+        weight_bytes=min(float(form.dots[0].b.dtype.itemsize), weights / elements),
+        weight_ops=-(-sum(isinstance(n, Apply) for n in inside) // len(form.dots)),
+        stored_bytes=sum(s.target.dtype.itemsize for s in segment.stores),
+        row_ops=sum(isinstance(n, Apply) for n in below(form.a)),
+        batch=batch,
+    )
+
+
+def attention_work(form: AttentionForm, sizes: Sizes) -> AttentionWork:
+    q, k, v = form.op.operands[:3]
+    batch, heads, new, _ = (sizes.of(d) for d in q.shape)
+    groups, splits = sizes.of(k.shape[1]), max(1, int(form.op.attr("splits", 0)))
+    context = min(sizes.of(k.shape[2]), int(form.op.attr("window") or 2**31) + new)
+    return AttentionWork(
+        parts=batch * groups * splits,
+        queries=new * heads // groups,
+        context=-(-context // splits),
+        depth=sizes.of(k.shape[3]) + sizes.of(v.shape[3]),
+        itemsize=q.dtype.itemsize,
+        stored_bytes=form.stores[0][0].dtype.itemsize,
+        causal=bool(form.op.attr("causal")) and new > 1,
+    )
+
+
+def stream_work(segment: Segment, sizes: Sizes) -> StreamWork:
+    """A pointwise or reducing segment; of a table that is only gathered from, the rows that are read count."""
+    points = sizes.of(*(a.extent for a in segment.axes))
+    extents = [
+        sympy.prod([a.extent for a in n.axes], start=Integer(1))
+        for n in segment.nodes()
+        if isinstance(n, Reduce)
+    ]
+    longest = max((sizes.of(e) for e in extents), default=0)
+    loads = {n.value for n in segment.nodes() if isinstance(n, Load) and not n.indirect}
+    gathered = {n.value for n in segment.nodes() if isinstance(n, Load) and n.indirect} - loads
+    moved = sizes.bytes(loads) + points * sum(v.dtype.itemsize for v in gathered)
+    moved += points * sum(s.target.dtype.itemsize for s in segment.stores)
+    known = all(e.is_Integer for e in extents)
+    return StreamWork(points, longest if known else None, moved)
+
+
+def sizes_of(dims: dict[str, int]) -> Sizes:
+    return Sizes({sym(name): size for name, size in dims.items()})

@@ -1,0 +1,118 @@
+"""The programs that a model needs: one per decode bucket and prefill, in the ways that may be measured, or forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from tilewright.ir.module import Module
+from tilewright.ir.program import Program
+from tilewright.passes.base import PassOptions
+from tilewright.passes.pipeline import run_passes
+from tilewright.passes.plan_memory import plan_memory
+
+from .backends import ACTIVATION_GROUP, ROW_BLOCK, SPLITS, measures
+from .capture import Captured, capture
+from .lower import lower
+from .options import Options
+
+_LAST = PassOptions(last_tokens=True)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One program to build: its name, and what the passes have to know."""
+
+    name: str
+    phase: str
+    batch: int
+    passes: PassOptions
+    ranges: Mapping[str, tuple[int, int]]
+
+
+def phases_of(captured: Captured, lowered: Module, options: Options) -> list[Phase]:
+    """The programs of a model: one decode program per batch size and then prefill, or forward alone."""
+    known = {name: (low, high) for name, low, high in lowered.symbols}
+    if captured.kind != "decoder":
+        ranges = {}
+        if "B" in known and captured.kind == "encoder":
+            ranges["B"] = (1, options.max_batch)
+        if "S" in known:
+            ranges["S"] = (1, min(known["S"][1], options.max_length))
+        return [Phase("forward", "forward", options.max_batch, PassOptions(), ranges)]
+    context = {"T": (1, options.max_length)}
+    decode = [
+        Phase(
+            f"decode_b{size}",
+            "decode",
+            size,
+            PassOptions((("B", size), ("S", 1), ("L", 1)), last_tokens=True, splits=SPLITS[options.backend]),
+            context,
+        )
+        for size in options.batch_sizes
+    ]
+    wide = context | {"B": (1, options.max_batch), "S": (1, options.chunk)}
+    ours = Phase("prefill", "prefill", options.max_batch, _LAST, wide)
+    vendor = replace(ours, name="prefill_vendor", passes=replace(ours.passes, vendor_matmul=True))
+    # The vendor's library knows no quantised weights.
+    if options.autotune == "off" or options.weights or not measures(options):
+        return [*decode, ours]
+    return [*decode, ours, vendor]
+
+
+def quantized_phases(phases: list[Phase], options: Options, keep_wide: tuple[str, ...]) -> list[Phase]:
+    """The phases with quantised weights. Where many rows share a weight, time goes into arithmetic on floats, so only
+    decode steps round their activations."""
+
+    def quantized(phase: Phase) -> PassOptions:
+        group = ACTIVATION_GROUP[options.backend] if phase.phase == "decode" else 0
+        return replace(
+            phase.passes,
+            weights=options.weights,
+            row_block=ROW_BLOCK[options.backend],
+            activation_group=group,
+            keep_wide=keep_wide,
+        )
+
+    return [replace(phase, passes=quantized(phase)) for phase in phases]
+
+
+def plan_programs(model: nn.Module, options: Options) -> list[Program]:
+    """The programs that ``compile`` would build, from the shapes of a model alone: no weight is read.
+
+    A weight that cannot be quantised (it holds a NaN, say) is taken for one that can. Raises CaptureError,
+    LoweringError.
+    """
+    captured = capture(model)
+    lowered = lower(captured)
+    phases = phases_of(captured, lowered, options)
+    if options.weights:
+        phases = quantized_phases(phases, options, ())
+    modules = [run_passes(lowered.with_symbols(**phase.ranges), phase.passes) for phase in phases]
+    return [
+        plan_memory(module, phase.name, phase.phase, phase.batch, options.max_length)
+        for module, phase in zip(modules, phases, strict=True)
+    ]
+
+
+def rival_phases(phases: list[Phase]) -> list[int]:
+    """Numbers of the phases that are candidates for the prefill program, of which a model needs one."""
+    return [n for n, phase in enumerate(phases) if phase.phase == "prefill"]
+
+
+def without_losers(phases: list[Phase], chosen: int) -> list[int]:
+    """Numbers of the phases that stay when ``chosen`` has won among the rivals."""
+    losers = set(rival_phases(phases)) - {chosen}
+    return [n for n in range(len(phases)) if n not in losers]
+
+
+def report_dims(program: Program, options: Options) -> dict[str, int]:
+    """Sizes that the report counts for: a decode step at a context of 512, one chunk of a prompt, or all of it."""
+    highs = {name: high for name, _, high in program.symbols}
+    context = min(512, options.max_length)
+    if program.phase == "decode":
+        return {"B": program.batch, "S": 1, "L": 1, "T": context}
+    sizes = {"B": 1, "S": context, "T": context, "L": 1}
+    return {name: min(size, highs[name]) for name, size in sizes.items() if name in highs}

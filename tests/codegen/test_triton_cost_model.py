@@ -1,0 +1,146 @@
+"""The cost model: never below the floor, right about what binds, and never out of what a GPU has."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.strategies import examples
+from tilewright.codegen.triton.candidates import interpreter_tile, ranked
+from tilewright.codegen.triton.cost_model import INFEASIBLE, floor_seconds, seconds, start_seconds
+from tilewright.codegen.triton.device import A100, H100, Device, device_like
+from tilewright.codegen.triton.kernel import Environment, candidates, estimated_seconds
+from tilewright.codegen.triton.plan import plan_parts
+from tilewright.codegen.triton.tiling import Tile
+from tilewright.codegen.triton.work import AttentionWork, ProductWork, StreamWork, Work
+from tilewright.codegen.tunables import tuned
+
+from .triton_cases import CAPACITY, CASES, RANGES
+
+DOWN = ProductWork(
+    rows=16, columns=4096, k=11008, dots=1, itemsize=2, weight_bytes=2.0, weight_ops=0, stored_bytes=2
+)
+"""The down projection of Llama2-7B for 16 rows."""
+
+PRODUCTS = st.builds(
+    ProductWork,
+    rows=st.sampled_from([0, 1, 2, 7, 16, 33, 64, 512]),
+    columns=st.sampled_from([1, 100, 576, 4096, 32000]),
+    k=st.sampled_from([1, 64, 100, 4096, 11008]),
+    dots=st.sampled_from([1, 2, 4]),
+    itemsize=st.sampled_from([2, 4]),
+    weight_bytes=st.sampled_from([0.75, 1.0, 2.0]),
+    weight_ops=st.sampled_from([0, 6]),
+    stored_bytes=st.sampled_from([2, 4]),
+)
+ATTENTIONS = st.builds(
+    AttentionWork,
+    parts=st.sampled_from([1, 12, 512]),
+    queries=st.sampled_from([1, 3, 8, 64, 2048]),
+    context=st.sampled_from([1, 100, 1024]),
+    depth=st.sampled_from([32, 128, 256, 512]),
+    itemsize=st.sampled_from([2, 4]),
+    stored_bytes=st.just(4),
+    causal=st.booleans(),
+)
+STREAMS = st.builds(
+    StreamWork,
+    points=st.sampled_from([1, 100, 4096, 10**7]),
+    longest=st.sampled_from([0, None, 64, 100000]),
+    bytes=st.sampled_from([4, 10**4, 10**8]),
+)
+
+
+@examples(200)
+@given(work=st.one_of(PRODUCTS, ATTENTIONS, STREAMS), device=st.sampled_from([H100, A100]))
+def test_some_tile_fits_and_the_best_comes_first(work: Work, device: Device) -> None:
+    tiles = ranked(work, device)
+    times = [seconds(work, tile, device) for tile in tiles]
+    assert times == sorted(times)
+    assert start_seconds(device) < times[0] < INFEASIBLE
+    assert all(time <= 2 * times[0] for time in times)
+
+
+@examples(100)
+@given(work=PRODUCTS, device=st.sampled_from([H100, A100]))
+def test_no_estimate_is_below_the_floor(work: ProductWork, device: Device) -> None:
+    """Bytes and FLOPs counted independently of any tile."""
+    weights = int(work.columns * work.k * work.dots * work.weight_bytes)
+    flops = 2 * max(1, work.rows) * work.columns * work.k * work.dots
+    # A single row is multiplied on the plain units whatever its dtype.
+    half = work.itemsize == 2 and work.rows > 0
+    assert seconds(work, ranked(work, device)[0], device) > floor_seconds(weights, flops, half, device)
+
+
+def test_memory_binds_decoding_and_arithmetic_binds_prefill() -> None:
+    """Twice as fast a memory helps 16 rows, twice the tensor rate 4096; not the other way round."""
+    prompt = replace(DOWN, rows=4096)
+    memory = replace(
+        A100,
+        bandwidth=2 * A100.bandwidth,
+        cache_bandwidth=2 * A100.cache_bandwidth,
+        latency=A100.latency / 2,
+    )
+    tensor = replace(A100, tensor_flops=2 * A100.tensor_flops)
+    assert best(DOWN, memory) < 0.6 * best(DOWN, A100)
+    assert best(DOWN, tensor) > 0.95 * best(DOWN, A100)
+    assert best(prompt, tensor) < 0.8 * best(prompt, A100)
+    assert best(prompt, memory) > 0.9 * best(prompt, A100)
+
+
+def test_weights_in_fewer_bits_are_read_faster() -> None:
+    one = replace(DOWN, rows=0)
+    assert best(replace(one, weight_bytes=1.0, weight_ops=2), H100) < 0.75 * best(one, H100)
+
+
+def test_few_rows_stand_on_the_short_side_of_hoppers_tensor_cores() -> None:
+    wide = replace(DOWN, columns=32000)
+    assert ranked(wide, H100)[0].transposed
+    assert not any(tile.transposed for tile in ranked(wide, A100))
+
+
+def test_what_a_gpu_does_not_have_is_infeasible() -> None:
+    too_much_shared = Tile(128, 256, 256, num_warps=8, num_stages=5)
+    too_many_registers = Tile(256, 256, 64, num_warps=4, num_stages=2)
+    prompt = replace(DOWN, rows=4096)
+    assert seconds(prompt, too_much_shared, H100) == INFEASIBLE
+    assert seconds(prompt, too_many_registers, H100) == INFEASIBLE
+    assert math.isfinite(seconds(prompt, Tile(128, 128, 64, num_warps=8, num_stages=3), H100))
+
+
+def test_other_gpus_are_scaled_from_the_nearest() -> None:
+    assert device_like("H100", 90, H100.multiprocessors) == replace(H100, name="H100")
+    half = device_like("half", 80, A100.multiprocessors // 2, bandwidth=1e12)
+    assert (half.bandwidth, half.tensor_flops) == (1e12, A100.tensor_flops / 2)
+    assert not half.has_dependent_launch
+    assert device_like("new", 100, 148).has_dependent_launch
+
+
+@pytest.mark.parametrize(
+    "name", ["linear-bf16-many", "linear-bf16-four", "linear-bf16-one", "attention-bf16"]
+)
+def test_candidates_are_whole_tiles_and_begin_with_the_default(name: str) -> None:
+    kernel = CASES[name]().kernel
+    env = Environment(CAPACITY, {n: high for n, (_, high) in RANGES.items()})
+    found = candidates(kernel, env)
+    assert found[0] == {}
+    assert 1 < len(found) <= 6
+    assert len({tuple(c.items()) for c in found}) == len(found)
+    plans = plan_parts(kernel, env.sizes)
+    (default,) = env.tiles(kernel, plans)
+    assert all(tuned(default, changes) in ranked(plans[0].work, H100) for changes in found)
+    dims = dict(env.largest)
+    assert 0 < estimated_seconds(kernel, env, dims) < 1
+
+
+def test_the_interpreter_gets_few_large_programs() -> None:
+    tile = interpreter_tile(DOWN)
+    assert (tile.block_m, tile.block_n, tile.block_k) == (16, 512, 512)
+
+
+def best(work: Work, device: Device) -> float:
+    return seconds(work, ranked(work, device)[0], device)
