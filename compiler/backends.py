@@ -10,8 +10,8 @@ from torch import Tensor
 from tilewright.codegen.cpp import kernel as cpp_kernel
 from tilewright.codegen.cpp.build import build_libraries
 from tilewright.codegen.cpp.program import print_program
-from tilewright.codegen.triton import kernel as triton_kernel
-from tilewright.codegen.triton.kernel import Environment
+from tilewright.codegen.triton import estimate
+from tilewright.codegen.triton.environment import Environment
 from tilewright.codegen.triton.program import emit_program
 from tilewright.codegen.tunables import NONE, Changes, Tunables
 from tilewright.ir.module import Op
@@ -60,7 +60,7 @@ def candidates(options: Options) -> Candidates:
         device = gpu(options.device)
 
         def of_triton(op: Op, program: Program) -> tuple[Changes, ...]:
-            return triton_kernel.candidates(op, Environment.of(program, False, {}, device))
+            return estimate.candidates(op, Environment.of(program, False, {}, device))
 
         return of_triton
     return _cpp_candidates if options.backend == "cpp" else no_candidates

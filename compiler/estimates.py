@@ -10,7 +10,8 @@ import torch
 
 from tilewright.codegen.triton.cost_model import floor_seconds
 from tilewright.codegen.triton.device import H100, Device, device_like
-from tilewright.codegen.triton.kernel import Environment, estimated_seconds, tiles_text
+from tilewright.codegen.triton.environment import Environment
+from tilewright.codegen.triton.estimate import estimated_seconds, tiles_text
 from tilewright.codegen.tunables import Tunables
 from tilewright.ir.module import walk
 from tilewright.ir.program import Program, Step

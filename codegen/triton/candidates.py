@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import product
 
 from .cost_model import INFEASIBLE, seconds
@@ -54,13 +55,23 @@ def interpreter_tile(work: Work) -> Tile:
 
 def _tiles(work: Work, device: Device) -> Iterable[Tile]:
     match work:
-        case ProductWork(rows=0):
-            return _vector_tiles(work)
         case ProductWork():
-            return _few_rows(work, device) if work.rows <= 64 else _many_rows(work)
+            return _without_thrift(_product_tiles(work, device), device)
         case AttentionWork():
             return _attention_tiles(work)
     return _stream_tiles(work)
+
+
+def _product_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
+    if not work.rows:
+        return _vector_tiles(work)
+    return _few_rows(work, device) if work.rows <= 64 else _many_rows(work)
+
+
+def _without_thrift(tiles: Iterable[Tile], device: Device) -> Iterator[Tile]:
+    """Before Hopper, the assembler spills some bytes rather than take more than 80 or 128 registers, unless it may."""
+    for tile in tiles:
+        yield replace(tile, max_registers=255) if device.arch < 90 else tile
 
 
 def _vector_tiles(work: ProductWork) -> Iterator[Tile]:

@@ -55,11 +55,13 @@ class Operand:
 
 @dataclass(frozen=True)
 class Pointers:
-    """What a kernel knows of its tensors: argument names, capacity of T, and ranges of the run-time dims."""
+    """What a kernel knows of its tensors: argument names, capacity of T, ranges of the run-time dims, and which tensors
+    are weights, which no kernel writes."""
 
     names: Mapping[Value, str]
     capacity: int
     largest: Mapping[str, int]
+    constants: frozenset[Value] = frozenset()
 
     def shape(self, value: Value) -> tuple[Expr, ...]:
         """The dims that the tensor is laid out with."""
@@ -164,20 +166,24 @@ class Context:
 
     def load(self, node: Load, convert: bool) -> Operand:
         """A load; ``convert`` widens it to the compute dtype."""
-        indirect = {symbol: self.named(index, "row") for symbol, index in node.indirect}
-        pointer = self.pointers.names[node.value]
-        wide = self.pointers.is_large(node.value)
-        address = linear_index(node.index, self.pointers.shape(node.value))
-        text, scope = self._index(address, wide, indirect)
-        mask = self._mask(node)
-        where = "" if text == "0" else f" + {text}" if text.isidentifier() else f" + ({text})"
+        address, mask, scope = self.address(node)
         guard = f", mask={mask}, other={'0.0' if node.dtype.is_float else '0'}" if mask else ""
-        value = scope.bind(f"tl.load({pointer}{where}{guard})", pointer.removeprefix("p_"))
+        hint = self.pointers.names[node.value].removeprefix("p_")
+        value = scope.bind(f"tl.load({address}{guard})", hint)
         if convert and node.dtype is DType.bool:
             value = scope.bind(f"{value} != 0", value)
         elif convert and compute_dtype(node.dtype) is not node.dtype:
             value = scope.bind(f"{value}.to({TRITON_TYPES[compute_dtype(node.dtype)]})", value)
         return Operand(value, scope)
+
+    def address(self, node: Load) -> tuple[str, str, Scope]:
+        """Text of the address of a load, its mask ("" where every lane is in range), and the scope that both need."""
+        indirect = {symbol: self.named(index, "row") for symbol, index in node.indirect}
+        wide = self.pointers.is_large(node.value)
+        offset = linear_index(node.index, self.pointers.shape(node.value))
+        text, scope = self._index(offset, wide, indirect)
+        where = "" if text == "0" else f" + {text}" if text.isidentifier() else f" + ({text})"
+        return f"{self.pointers.names[node.value]}{where}", self._mask(node), scope
 
     def operand(self, node: Node, dtype: DType) -> Operand:
         """A factor of a product, rounded to the operand dtype as tensor cores see it."""

@@ -2,99 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import sympy
 from sympy import Expr, Integer
 
-from tilewright.codegen.tunables import NONE, Changes, Tunables, tuned
 from tilewright.ir.index import IndexMap
 from tilewright.ir.module import Op, walk
-from tilewright.ir.program import Program
 from tilewright.ir.types import Value
 
-from .candidates import interpreter_tile, ranked
-from .cost_model import seconds, start_seconds
-from .device import H100, Device
+from .dependence import wait_for_predecessor
+from .environment import Environment
 from .expression import Context, Pointers, shared_nodes
 from .plan import Plan, plan_parts
 from .pointwise_ops import POINTER_TYPES
 from .text import INDENT, Names, Scope, identifier, print_index
 from .tiling import Tile
-from .work import Sizes, Work, sizes_of
-
-
-@dataclass(frozen=True)
-class Environment:
-    """What printing a kernel depends on besides the kernel: capacity of T, largest dims, target, tuned sizes.
-
-    stored: dims that kernels read from memory, so that a recorded launch (a CUDA graph) serves every size of them.
-    """
-
-    capacity: int
-    largest: Mapping[str, int]
-    interpret: bool = False
-    tunables: Tunables = field(default_factory=dict)
-    device: Device = H100
-    stored: frozenset[str] = frozenset()
-
-    @staticmethod
-    def of(program: Program, interpret: bool, tunables: Tunables, device: Device) -> Environment:
-        """The environment of a program's kernels."""
-        largest = {name: high for name, _, high in program.symbols} | {"T": program.capacity}
-        return Environment(program.capacity, largest, interpret, tunables, device)
-
-    @property
-    def sizes(self) -> Sizes:
-        """Largest sizes; generation asks for one position's logits, so L counts as 1."""
-        return sizes_of({**self.largest, "L": 1})
-
-    def tiles(self, op: Op, plans: Sequence[Plan]) -> list[Tile]:
-        """The tile of each segment: the default, changed where a tuner said so."""
-        changes = self.tunables.get(str(op.attr("name")), NONE)
-        return [tuned(self.default(plan.work), changes) for plan in plans]
-
-    def default(self, work: Work) -> Tile:
-        return interpreter_tile(work) if self.interpret else ranked(work, self.device)[0]
-
-
-def candidates(op: Op, env: Environment, most: int = 6) -> tuple[Changes, ...]:
-    """Ways to print a kernel that are worth a measurement: the default, then what the cost model puts next.
-
-    They are tiles of the segment that takes longest; the other segments change with it.
-    """
-    plans = plan_parts(op, env.sizes)
-    heaviest = max(plans, key=lambda plan: seconds(plan.work, env.default(plan.work), env.device))
-    default, *others = ranked(heaviest.work, env.device)
-    return (NONE, *(_differences(default, tile) for tile in others[: most - 1]))
-
-
-def _differences(default: Tile, tile: Tile) -> Changes:
-    named = ((f.name, getattr(default, f.name), getattr(tile, f.name)) for f in fields(Tile))
-    return {name: int(new) for name, old, new in named if old != new}
-
-
-def estimated_seconds(op: Op, env: Environment, dims: Mapping[str, int]) -> float:
-    """The cost model's time of a kernel with the tiles that it is printed with, at the given sizes of the dims."""
-    tiles = env.tiles(op, plan_parts(op, env.sizes))
-    times = [
-        seconds(plan.work, tile, env.device)
-        for plan, tile in zip(plan_parts(op, sizes_of(dims)), tiles, strict=True)
-    ]
-    start = start_seconds(env.device)
-    return start + sum(time - start for time in times)
-
-
-def tiles_text(op: Op, env: Environment) -> str:
-    """The tile of the segment that takes longest, for people."""
-    plans = plan_parts(op, env.sizes)
-    pairs = list(zip(plans, env.tiles(op, plans), strict=True))
-    plan, tile = max(pairs, key=lambda pair: seconds(pair[0].work, pair[1], env.device))
-    blocks = {"matmul": (tile.block_m, tile.block_n, tile.block_k), "attention": (tile.block_m, tile.block_n)}
-    size = "x".join(map(str, blocks.get(plan.template, (tile.block_m, tile.block_n))))
-    turned = " transposed" if tile.transposed else ""
-    return f"{plan.template} {size}{turned}, {tile.num_warps} warps, {tile.num_stages} stages"
 
 
 @dataclass(frozen=True)
@@ -125,7 +49,8 @@ class _Part:
 def print_kernel(op: Op, env: Environment) -> KernelSource:
     """Print a ``kernel`` op. Raises VerifyError when it has no loop form."""
     names = {v: f"p_{n}" for v, n in _pointer_names((*op.operands, *op.results)).items()}
-    pointers = Pointers(names, env.capacity, env.largest)
+    constants = env.constants.get(str(op.attr("name")), frozenset())
+    pointers = Pointers(names, env.capacity, env.largest, constants)
     dims = _dims(op)
     reserved = [*names.values(), *dims]
     plans = plan_parts(op, env.sizes)
@@ -153,6 +78,8 @@ def _options(tiles: list[Tile]) -> tuple[tuple[str, int], ...]:
     options["enable_fp_fusion"] = True
     if registers := max(t.max_registers for t in tiles):
         options["maxnreg"] = registers
+    if any(t.dependent for t in tiles):
+        options["launch_pdl"] = True
     return tuple(options.items())
 
 
@@ -181,6 +108,8 @@ def _print_part(plan: Plan, tile: Tile, env: Environment, pointers: Pointers, re
     scope = Scope(Names(reserved))
     shared = shared_nodes(plan.segment.nodes()) if plan.segment is not None else frozenset()
     context = Context(scope, pointers, {}, {}, shared)
+    if tile.dependent and plan.template != "matmul":
+        wait_for_predecessor(scope)  # a product first requests its weights
     return _Part(plan.template, scope, plan.emit(tile, context, env.interpret), tile)
 
 

@@ -22,6 +22,7 @@ from tilewright.ir.index import sym
 from tilewright.ir.loops import Axis, Dot, Load, MatmulForm, Segment, free_symbols, matmul_form
 from tilewright.ir.types import DType
 
+from .dependence import LINE, request, wait_for_predecessor
 from .expression import Block, Context, Operand, flatten
 from .pointwise_ops import TRITON_TYPES, compute_dtype
 from .row_loops import K, KBlock, RowLoop, Stage, below, plan_stages, reductions
@@ -118,6 +119,32 @@ class _Printer:
         self.context = self.context.extended(self.batch_axes, {Z: block})
         return self.base.bind(f"{pid} % {count}", "tile")
 
+    def begin(self, column: Context, subscript: str) -> None:
+        """Before anything that another kernel wrote: where the kernel may start early, request the first block of each
+        weight, then wait. ``column`` knows the columns; ``subscript`` shapes a block along K."""
+        if not self.tile.dependent:
+            return
+        for dot in self.form.dots:
+            loads = [n for n in below(dot.b) if isinstance(n, Load) and not n.indirect]
+            weights = [n for n in loads if n.value in self.context.pointers.constants]
+            if weights:
+                self._request(max(weights, key=_size), column, subscript)
+        wait_for_predecessor(self.base)
+
+    def _request(self, weight: Load, column: Context, subscript: str) -> None:
+        step = LINE // weight.dtype.itemsize
+        lines = max(1, self.tile.block_k // step)
+        text = self.base.bind(f"(tl.arange(0, {lines}) * {step}){subscript}", "line")
+        extent = self.form.k.extent
+        even = extent.is_Integer and int(extent) % (lines * step) == 0
+        mask = "" if even else self.base.bind(f"{text} < {print_index(extent)}", f"{text}_ok")
+        block = Block(text, mask, self.base, extent)
+        address, mask, scope = column.extended({self.form.k.symbol: K}, {K: block}).address(weight)
+        if mask:
+            base = self.context.pointers.names[weight.value]
+            address = f"tl.where({mask}, {address}, {base})"
+        request(scope, address)
+
     def accumulators(self, shape: str) -> dict[Dot, str]:
         """Zeroed accumulators, one per distinct product."""
         names = {}
@@ -157,6 +184,7 @@ class _TilePrinter(_Printer):
             pid_m, pid_n = base.bind(f"{pid_n} % {count}", "pid_m"), base.bind(f"{pid_n} // {count}", "pid_n")
         m = _range(base, "m", pid_m, self.block_m, tile.block_m, self.rows, self.row_lanes)
         self.n = _range(base, "n", pid_n, self.block_n, tile.block_n, self.columns, self.column_lanes)
+        self.begin(self.context.extended(self.column_axes, {N: self.n}), self.row_lanes)
         context = self.context.extended(self.row_axes, {M: m})
         loop = RowLoop(
             base,
@@ -213,6 +241,7 @@ class _VectorPrinter(_Printer):
         n = _range(base, "n", pid, self.block_n, self.tile.block_n, self.columns, "")
         mask = base.bind(f"{n.mask}[:, None]", "nb_ok") if n.mask else ""
         self.down = Block(base.bind(f"{n.text}[:, None]", "nb"), mask, base, self.columns)
+        self.begin(self.context.extended(self.column_axes, {N: self.down}), "[None, :]")
         loop = RowLoop(base, f"[{self.block_k}]", 0, False, "[]", wide=True)
         for stage in self.stages:
             self._stage(stage, loop)
@@ -249,3 +278,8 @@ class _VectorPrinter(_Printer):
                 scope.line(f"{names[dot]} += {product}")
             products[dot] = names[dot] if dot in names else scope.bind(product, "product")
         return products
+
+
+def _size(weight: Load) -> int:
+    numel = weight.value.type.numel
+    return int(numel) if numel.is_Integer else 0

@@ -13,7 +13,8 @@ from tilewright.ir.index import sym
 from tilewright.ir.program import Program
 
 from .device import H100, Device
-from .kernel import Environment, KernelSource, print_kernel
+from .environment import Environment
+from .kernel import KernelSource, print_kernel
 from .pointwise_ops import PRELUDE
 from .text import print_index
 

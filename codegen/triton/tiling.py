@@ -20,6 +20,8 @@ class Tile:
     """Registers per thread that the assembler may use; 0 leaves it to its own (sometimes too thrifty) choice."""
     transposed: bool = False
     """Whether a product's tile is columns x rows, so that few rows stand on the short side of the tensor cores."""
+    dependent: bool = False
+    """Whether the kernel may start before its predecessor has ended (see ``dependence``)."""
 
 
 def reduction_tile(rows: int, extent: int | None, interpret: bool) -> Tile:

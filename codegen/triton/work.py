@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import sympy
@@ -138,5 +139,5 @@ def stream_work(segment: Segment, sizes: Sizes) -> StreamWork:
     return StreamWork(points, longest if known else None, moved)
 
 
-def sizes_of(dims: dict[str, int]) -> Sizes:
+def sizes_of(dims: Mapping[str, int]) -> Sizes:
     return Sizes({sym(name): size for name, size in dims.items()})

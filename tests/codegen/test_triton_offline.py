@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import pytest
 
+from tilewright.codegen.triton.device import A100, H100
 from tilewright.codegen.triton.offline import SHARED_LIMIT, Resources, compile_program
 from tilewright.codegen.triton.program import TritonSource
 
@@ -49,6 +51,17 @@ def test_transposed_tiles_reach_hoppers_tensor_cores(name: str, arch: int) -> No
     assert ("mma.sync" in transposed.ptx) == (arch == 80)
 
 
+@pytest.mark.parametrize("name", ["norm_linear-bf16-one", "gated-bf16-four", "attention-bf16", "softmax"])
+def test_kernels_overlap_their_predecessors_on_hopper(name: str) -> None:
+    """A kernel lets the next one start, and waits for the one before it; only indices come earlier."""
+    ptx = _compile(name, 90).ptx
+    start, wait = ptx.index("griddepcontrol.launch_dependents"), ptx.index("griddepcontrol.wait")
+    assert start < wait
+    assert not re.search(r"(ld|st)\.global|cp\.async", ptx[:wait])
+    assert "griddepcontrol" not in _compile(name, 80).ptx
+    assert "griddepcontrol" not in _compile(name, 90, {"dependent": 0}).ptx
+
+
 def test_limits() -> None:
     assert not Resources("k", 80, 255, 8, 0).fits
     assert not Resources("k", 80, 255, 0, SHARED_LIMIT[80] + 1).fits
@@ -56,6 +69,6 @@ def test_limits() -> None:
 
 
 def _compile(name: str, arch: int, tuned: Mapping[str, int] | None = None) -> Resources:
-    kernel, text = source_of(CASES[name](), False, tuned)
+    kernel, text = source_of(CASES[name](), False, tuned, {80: A100, 90: H100}[arch])
     (resources,) = compile_program(TritonSource(name, text, (kernel,)), arch)
     return resources

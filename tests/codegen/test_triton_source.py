@@ -7,7 +7,8 @@ import re
 import pytest
 import sympy
 
-from tilewright.codegen.triton.kernel import Environment, print_kernel
+from tilewright.codegen.triton.environment import Environment
+from tilewright.codegen.triton.kernel import print_kernel
 from tilewright.codegen.triton.pointwise_ops import TRITON
 from tilewright.codegen.triton.text import Names, Scope, print_index
 from tilewright.ir.errors import OptionError

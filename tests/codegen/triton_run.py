@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewright.codegen.triton.kernel import Environment, KernelSource, print_kernel
+from tilewright.codegen.triton.device import H100, Device
+from tilewright.codegen.triton.environment import Environment
+from tilewright.codegen.triton.kernel import KernelSource, print_kernel
 from tilewright.codegen.triton.program import print_source
+from tilewright.estimates import gpu
 from tilewright.ir.module import Module
 from tilewright.ir.program import physical_shape
 from tilewright.ir.reference import evaluate
@@ -21,12 +24,12 @@ from .triton_cases import CAPACITY, CASES, RANGES, Case
 
 
 def source_of(
-    case: Case, interpret: bool, tuned: Mapping[str, int] | None = None
+    case: Case, interpret: bool, tuned: Mapping[str, int] | None = None, gpu: Device = H100
 ) -> tuple[KernelSource, str]:
-    """The case's kernel, with fields of its tile ``tuned``, and the text of a module that holds it."""
+    """The case's kernel for a GPU, with fields of its tile ``tuned``, and the text of a module that holds it."""
     largest = {name: high for name, (_, high) in RANGES.items()}
     tunables = {str(case.kernel.attr("name")): tuned or {}}
-    kernel = print_kernel(case.kernel, Environment(CAPACITY, largest, interpret, tunables))
+    kernel = print_kernel(case.kernel, Environment(CAPACITY, largest, interpret, tunables, gpu))
     return kernel, print_source("case", (kernel,))
 
 
@@ -53,7 +56,7 @@ def run(
     case: Case, interpret: bool, device: str, path: Path, tuned: Mapping[str, int] | None = None
 ) -> tuple[Tensor, ...]:
     """The kernel's results at their logical shapes."""
-    _, text = source_of(case, interpret, tuned)
+    _, text = source_of(case, interpret, tuned, gpu(torch.device(device)))
     module = load(text, path)
     inputs, past = case.inputs(), case.past()
     slots = {op.result: op.attr("slot") for op in case.kernel.body if op.opcode == "append"}

@@ -1,0 +1,74 @@
+"""What printing a program's kernels depends on besides the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from tilewright.codegen.tunables import NONE, Tunables, tuned
+from tilewright.ir.module import Op
+from tilewright.ir.program import BufferKind, Program
+from tilewright.ir.types import Value
+
+from .candidates import interpreter_tile, ranked
+from .device import H100, Device
+from .plan import Plan
+from .tiling import Tile
+from .work import Sizes, Work, sizes_of
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What printing a kernel depends on besides the kernel: capacity of T, largest dims, target, tuned sizes.
+
+    stored: dims that kernels read from memory, so that a recorded launch (a CUDA graph) serves every size of them.
+    constants: kernel name -> its operands that are weights, which no kernel writes.
+    """
+
+    capacity: int
+    largest: Mapping[str, int]
+    interpret: bool = False
+    tunables: Tunables = field(default_factory=dict)
+    device: Device = H100
+    stored: frozenset[str] = frozenset()
+    constants: Mapping[str, frozenset[Value]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(program: Program, interpret: bool, tunables: Tunables, device: Device) -> Environment:
+        """The environment of a program's kernels."""
+        largest = {name: high for name, _, high in program.symbols} | {"T": program.capacity}
+        return Environment(
+            program.capacity, largest, interpret, tunables, device, constants=_constants(program)
+        )
+
+    @property
+    def sizes(self) -> Sizes:
+        """Largest sizes; generation asks for one position's logits, so L counts as 1."""
+        return sizes_of({**self.largest, "L": 1})
+
+    def tiles(self, op: Op, plans: Sequence[Plan]) -> list[Tile]:
+        """The tile of each segment: the default, changed where a tuner said so."""
+        changes = self.tunables.get(str(op.attr("name")), NONE)
+        return [tuned(self.default(plan.work), changes) for plan in plans]
+
+    def default(self, work: Work) -> Tile:
+        """The interpreter's tile, or the cost model's first."""
+        if self.interpret:
+            return interpreter_tile(work)
+        return replace(ranked(work, self.device)[0], dependent=self.device.has_dependent_launch)
+
+
+def _constants(program: Program) -> dict[str, frozenset[Value]]:
+    """The operands of each kernel that are weights in every call of its routine."""
+    found: dict[str, frozenset[Value]] = {}
+    for number, routine in enumerate(program.routines):
+        calls = [c for c in program.calls if c.routine == number]
+        fixed = {
+            slot
+            for slot in range(len(routine.slots))
+            if all(program.buffers[c.buffers[slot]].kind is BufferKind.param for c in calls)
+        }
+        for step in routine.steps:
+            pairs = zip(step.op.operands, step.reads, strict=True)
+            found[step.name] = frozenset(value for value, slot in pairs if slot in fixed)
+    return found

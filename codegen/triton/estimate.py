@@ -1,0 +1,57 @@
+"""Ways to print a kernel, and what the cost model expects of the one it is printed in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+
+from tilewright.codegen.tunables import NONE, Changes
+from tilewright.ir.module import Op
+
+from .candidates import ranked
+from .cost_model import seconds, start_seconds
+from .environment import Environment
+from .plan import plan_parts
+from .tiling import Tile
+from .work import sizes_of
+
+
+def candidates(op: Op, env: Environment, most: int = 6) -> tuple[Changes, ...]:
+    """Ways to print a kernel that are worth a measurement: the default, then what the cost model puts next.
+
+    They are tiles of the segment that takes longest; the other segments change with it.
+    """
+    plans = plan_parts(op, env.sizes)
+    heaviest = max(plans, key=lambda plan: seconds(plan.work, env.default(plan.work), env.device))
+    default, *others = ranked(heaviest.work, env.device)
+    ways = [NONE, *(_differences(default, tile) for tile in others)][:most]
+    if env.default(heaviest.work).dependent:
+        ways = [*ways[: most - 1], {"dependent": 0}]
+    return tuple(ways)
+
+
+def _differences(default: Tile, tile: Tile) -> Changes:
+    named = ((f.name, getattr(default, f.name), getattr(tile, f.name)) for f in fields(Tile))
+    return {name: int(new) for name, old, new in named if old != new}
+
+
+def estimated_seconds(op: Op, env: Environment, dims: Mapping[str, int]) -> float:
+    """The cost model's time of a kernel with the tiles that it is printed with, at the given sizes of the dims."""
+    tiles = env.tiles(op, plan_parts(op, env.sizes))
+    times = [
+        seconds(plan.work, tile, env.device)
+        for plan, tile in zip(plan_parts(op, sizes_of(dims)), tiles, strict=True)
+    ]
+    start = start_seconds(env.device)
+    return start + sum(time - start for time in times)
+
+
+def tiles_text(op: Op, env: Environment) -> str:
+    """The tile of the segment that takes longest, for people."""
+    plans = plan_parts(op, env.sizes)
+    pairs = list(zip(plans, env.tiles(op, plans), strict=True))
+    plan, tile = max(pairs, key=lambda pair: seconds(pair[0].work, pair[1], env.device))
+    blocks = {"matmul": (tile.block_m, tile.block_n, tile.block_k), "attention": (tile.block_m, tile.block_n)}
+    size = "x".join(map(str, blocks.get(plan.template, (tile.block_m, tile.block_n))))
+    turned = " transposed" if tile.transposed else ""
+    return f"{plan.template} {size}{turned}, {tile.num_warps} warps, {tile.num_stages} stages"
