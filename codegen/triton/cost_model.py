@@ -141,8 +141,8 @@ def _vectors(work: ProductWork, tile: Tile, device: Device) -> float:
     unique = work.batch * work.columns * (work.k * work.dots * work.weight_bytes + work.stored_bytes) + float(
         work.batch * work.k * work.itemsize
     )
-    # Each lane also widens its element, multiplies and adds; a block begins with addresses and ends with a branch.
-    instructions = steps * (elements * (3.0 + work.weight_ops) + 24.0 * threads)
+    # Each lane also widens its element, and multiplies and adds in one; a block has addresses and a branch besides.
+    instructions = steps * (elements * (2.0 + work.weight_ops) + 24.0 * threads)
     return _total(
         load,
         device,

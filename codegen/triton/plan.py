@@ -13,8 +13,9 @@ from tilewright.ir.module import Op
 from .attention import emit_attention
 from .expression import Context
 from .generic import emit_generic
-from .matmul import emit_matmul, find_product
+from .matmul import emit_matmul
 from .pointwise import emit_pointwise
+from .product import find_product
 from .reduction import emit_reduction, row_symbols
 from .row_loops import plan_stages
 from .tiling import Tile

@@ -9,10 +9,10 @@ import sympy
 from sympy import Expr, Integer
 
 from tilewright.ir.index import sym
-from tilewright.ir.loops import Apply, AttentionForm, Load, Reduce, Segment
+from tilewright.ir.loops import Apply, AttentionForm, Load, Node, Reduce, Segment
 from tilewright.ir.types import Value
 
-from .matmul import Product
+from .product import Product
 from .row_loops import below
 
 
@@ -99,11 +99,18 @@ def product_work(product: Product, segment: Segment, sizes: Sizes) -> ProductWor
         dots=len(form.dots),
         itemsize=form.dots[0].b.dtype.itemsize,
         weight_bytes=min(float(form.dots[0].b.dtype.itemsize), weights / elements),
-        weight_ops=-(-sum(isinstance(n, Apply) for n in inside) // len(form.dots)),
+        weight_ops=-(-sum(map(_is_instruction, inside)) // len(form.dots)),
         stored_bytes=sum(s.target.dtype.itemsize for s in segment.stores),
-        row_ops=sum(isinstance(n, Apply) for n in below(form.a)),
+        row_ops=sum(map(_is_instruction, below(form.a))),
         batch=batch,
     )
+
+
+def _is_instruction(node: Node) -> bool:
+    """Whether a node costs an instruction; between floats, a cast is none."""
+    if not isinstance(node, Apply):
+        return False
+    return node.op != "cast" or not (node.dtype.is_float and node.args[0].dtype.is_float)
 
 
 def attention_work(form: AttentionForm, sizes: Sizes) -> AttentionWork:
