@@ -11,11 +11,15 @@ of a tile on the left, and on the right all of it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import sympy
 from sympy import Expr
 
 from tilewright.ir.loops import Dot, Segment
 from tilewright.ir.types import DType
 
+from .codes import GROUP, PLACE, Codes, GroupLoop, stored_codes
 from .expression import Block, Context, Operand
 from .matvec import VectorPrinter
 from .product import M, N, Product, ProductPrinter, index_range
@@ -57,8 +61,14 @@ class _TilePrinter(ProductPrinter):
             self._across(self.block_m, "1"),
             wide=False,
         )
+        codes = stored_codes(self.form)
         for stage in self.stages:
-            self._stage(stage, loop, context)
+            if codes is None or not stage.dots:
+                self._stage(stage, loop, context)
+                continue
+            if stage.reduces:
+                self._stage(replace(stage, dots=()), loop, context)
+            self._multiply_codes(codes, context, pid_n)
         self.store(context.extended(self.column_axes, {N: self.n}), M, N)
         return tiles_m * tiles_n * self.batch
 
@@ -86,6 +96,33 @@ class _TilePrinter(ProductPrinter):
             b = column.operand(dot.b, self.operand)
             b = column.shaped(b, dot.b, (K, N), self._across(self.block_k, self.block_n), "b")
             scope.line(f"{name} = {self._dot(a, b.text, name)}")
+
+    def _multiply_codes(self, codes: Codes, context: Context, pid_n: str) -> None:
+        """The dots, group by group of the columns that share a scale; each half of the bytes is its own product."""
+        base, block_n = self.base, self.block_n
+        n = index_range(base, "nc", pid_n, block_n, self.tile.block_n, self.columns, "[:, None, None]")
+        names = self.accumulators(self._across(self.block_m, block_n))
+        groups = GroupLoop.begin(base, codes, self.form.k.extent, self.tile.block_k)
+        scope, shape = groups.scope, groups.shape(block_n)
+        block_j = base.constant("BLOCK_J", groups.size * codes.places)
+        j = scope.bind(f"(start * {groups.places} + tl.arange(0, {block_j})){self.column_lanes}", "j")
+        extent = sympy.expand(self.form.k.extent / codes.halves)
+        mask = scope.bind(f"{j} < {print_index(extent)}", "j_ok") if groups.blocks[GROUP].mask else ""
+        for half in range(codes.halves):
+            k = self.form.k.symbol
+            row = context.extended({k: codes.column_of_byte(half)}, {K: Block(j, mask, scope, extent)})
+            a = self.row_operand(scope, row, (M, K), self._across(self.block_m, block_j)).text
+            column = self.context.extended(
+                {**self.column_axes, k: codes.column(half)}, {**groups.blocks, N: n}
+            )
+            for dot, name in names.items():
+                b = column.operand(dot.b, self.operand)
+                b = column.shaped(b, dot.b, (N, GROUP, PLACE), shape, "b")
+                flat = f"tl.reshape({b.text}, [{block_n}, {block_j}])"
+                b_tile = scope.bind(flat if self.tile.transposed else f"tl.trans({flat})", "b_tile")
+                scope.line(f"{name} = {self._dot(a, b_tile, name)}")
+        base.close(scope)
+        context.bound.update({dot: Operand(name, base) for dot, name in names.items()})
 
     def _dot(self, a: str, b: str, name: str) -> str:
         left, right = (b, a) if self.tile.transposed else (a, b)

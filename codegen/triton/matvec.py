@@ -1,31 +1,23 @@
 """Products of a single row (decoding one sequence): sums of products in registers, as a matrix-vector product gains
 nothing from tensor cores.
 
-A program sums BLOCK_N x BLOCK_K products per iteration. Weights that are stored as codes with a scale per group of
-columns are walked group by group, in blocks of [columns, groups, columns of a group], so that a scale is loaded once
-for its group. Where two columns share a byte (int4), the sum over k becomes two sums over bytes j,
-
-    sum over k of a[k] * w[k]  =  sum over halves h, bytes j of a[k(j, h)] * w[k(j, h)],   k = 8 (j // 4) + 4 h + j % 4
-
-in which both halves read the same byte: codes are loaded once, in whole vectors. Weights that are computed stay in
-float32; nothing asks for them in half precision.
+A program sums BLOCK_N x BLOCK_K products per iteration, or as many codes (see ``codes``). Weights that are computed
+stay in float32; nothing asks for them in half precision.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from sympy import Expr, Integer
+from sympy import Expr
 
-from tilewright.ir.index import FloorDiv, Mod, sym
-from tilewright.ir.loops import Dot, Load, MatmulForm
+from tilewright.ir.loops import Dot, Load
 
+from .codes import GROUP, PLACE, Codes, GroupLoop, stored_codes
 from .expression import Block, Context, Operand
 from .product import N, ProductPrinter, index_range
-from .row_loops import K, KBlock, RowLoop, Stage, below
-from .text import Scope, ceil_div, print_index
-
-GROUP, PLACE = sym("group"), sym("place")
+from .row_loops import K, KBlock, RowLoop, Stage
+from .text import Scope, ceil_div
 
 
 class VectorPrinter(ProductPrinter):
@@ -86,69 +78,24 @@ class VectorPrinter(ProductPrinter):
 
     def _sum_codes(self, codes: Codes, n: Block) -> None:
         """The dots, group by group of the columns that share a scale."""
-        base, size = self.base, max(1, self.tile.block_k // codes.group)
-        groups = FloorDiv(self.form.k.extent, Integer(codes.group))
-        block_g = base.constant("BLOCK_G", size)
-        places = base.constant("PLACES", codes.group // codes.halves)
-        shape = f"[{self.block_n}, {block_g}, {places}]"
-        names = self.accumulators(shape)
-        place = Block(
-            base.bind(f"tl.arange(0, {places})[None, None, :]", "place"),
-            "",
-            base,
-            Integer(codes.group // codes.halves),
-        )
+        base = self.base
         mask = base.bind(f"{n.mask}[:, None, None]", "nc_ok") if n.mask else ""
         down = Block(base.bind(f"{n.text}[:, None, None]", "nc"), mask, base, self.columns)
-        scope = base.open(f"for start in range(0, {print_index(groups)}, {block_g}):")
-        g = scope.bind(f"(start + tl.arange(0, {block_g}))[None, :, None]", "g")
-        even = groups.is_Integer and int(groups) % size == 0
-        g_mask = "" if even else scope.bind(f"{g} < {print_index(groups)}", "g_ok")
-        blocks = {GROUP: Block(g, g_mask, scope, groups), PLACE: place}
+        groups = GroupLoop.begin(base, codes, self.form.k.extent, self.tile.block_k)
+        shape = groups.shape(self.block_n)
+        names = self.accumulators(shape)
         for half in range(codes.halves):
             axes = {self.form.k.symbol: codes.column(half)}
-            row = self.context.extended(axes, blocks)
-            column = self.context.extended({**self.column_axes, **axes}, {**blocks, N: down})
+            row = self.context.extended(axes, groups.blocks)
+            column = self.context.extended({**self.column_axes, **axes}, {**groups.blocks, N: down})
             a = row.operand(self.form.a, self.operand)
-            a = row.shaped(a, self.form.a, (GROUP, PLACE), f"[1, {block_g}, {places}]", "a")
+            a = row.shaped(a, self.form.a, (GROUP, PLACE), groups.shape("1"), "a")
             for dot, name in names.items():
                 b = column.shaped(self._factor(column, dot), dot.b, (N, GROUP, PLACE), shape, "b")
-                scope.line(f"{name} += {a.text}.to({self.accumulator}) * {b.text}.to({self.accumulator})")
-        base.close(scope)
+                groups.scope.line(
+                    f"{name} += {a.text}.to({self.accumulator}) * {b.text}.to({self.accumulator})"
+                )
+        base.close(groups.scope)
         for dot, name in names.items():
-            self.context.bound[dot] = Operand(
-                base.bind(f"tl.sum(tl.sum({name}, axis=2), axis=1)", "dot"), base
-            )
-
-
-@dataclass(frozen=True)
-class Codes:
-    """Weights in groups of ``group`` columns that share a scale, ``halves`` columns to a byte."""
-
-    group: int
-    halves: int
-
-    def column(self, half: int) -> Expr:
-        """Column k at a GROUP and a PLACE in it (of a byte, where two columns share one)."""
-        start = self.group * GROUP
-        if self.halves == 1:
-            return start + PLACE
-        return start + 8 * FloorDiv(PLACE, Integer(4)) + 4 * half + Mod(PLACE, Integer(4))
-
-
-def stored_codes(form: MatmulForm) -> Codes | None:
-    """How the weights of a product are stored, when they are codes with a scale per group of columns."""
-    k = form.k.symbol
-    loads = [n for d in form.dots for n in below(d.b) if isinstance(n, Load) and not n.indirect]
-    indices = {e for load in loads for e in load.index if k in e.free_symbols}
-    groups = {
-        int(e.args[1]) for e in indices if isinstance(e, FloorDiv) and e.args[0] == k and e.args[1].is_Integer
-    }
-    packed = 4 * FloorDiv(k, Integer(8)) + Mod(k, Integer(4)) in indices
-    extent = form.k.extent
-    if not groups or not extent.is_Integer:
-        return None
-    group = max(groups)
-    if group & (group - 1) or group % 8 or int(extent) % group:
-        return None
-    return Codes(group, 2 if packed else 1)
+            total = base.bind(f"tl.sum(tl.sum({name}, axis=2), axis=1)", "dot")
+            self.context.bound[dot] = Operand(total, base)

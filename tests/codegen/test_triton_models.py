@@ -5,6 +5,7 @@ The models have real widths and vocabularies, but one layer each, since all laye
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -99,6 +100,8 @@ def test_large_models_compile_and_fit(name: str, batch_sizes: tuple[int, ...], w
     for kernel in (r for r in found if r.kernel.endswith("matmul")):
         # The first weights are requested before the kernel waits for its predecessor.
         assert kernel.ptx.index("prefetch.global.L2") < kernel.ptx.index("griddepcontrol.wait")
+        # Codes come in whole words, never byte by byte.
+        assert not re.search(r"ld\.global[.\w:]*\.[bus]8\b", kernel.ptx)
 
 
 def test_a_decoder_layer_is_few_kernels_at_decode() -> None:
