@@ -58,9 +58,9 @@ def main(
         console.print(rows_table(programs[0], gpu))
 
 
-def plans(name: str, weights: str, batch_sizes: Sequence[int], tokens: int) -> list[Program]:
-    """The Triton programs of a model: decode at each batch size, and prefill."""
-    built = without_values(name)
+def plans(name: str, weights: str, batch_sizes: Sequence[int], tokens: int, layers: int = 0) -> list[Program]:
+    """The Triton programs of a model, or of its first ``layers``: decode at each batch size, and prefill."""
+    built = without_values(name, layers)
     options = Options(
         batch_sizes=tuple(batch_sizes),
         max_length=max(2048, tokens),

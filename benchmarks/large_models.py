@@ -52,4 +52,6 @@ def without_values(name: str, layers: int = 0) -> PreTrainedModel:
         raise OptionError(f"model '{name}' is none of {', '.join(BUILDERS)}")
     with torch.device("meta"):
         model = BUILDERS[name](layers)
-    return model.to(torch.bfloat16).to_empty(device="cpu").eval()
+    model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
+    model.tie_weights()  # to_empty gives each parameter memory of its own
+    return model

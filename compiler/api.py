@@ -45,7 +45,6 @@ from .tune_native import choose, is_busy
 from .weights import BoundWeights, bind_weights, not_quantizable
 
 _LAST = PassOptions(last_tokens=True)
-_STAGES = {"off": 5, "cached": 7, "full": 8}  # of a compilation, at most
 
 
 def compile(
@@ -83,8 +82,13 @@ def compile(
     Raises OptionError, DeviceError, CaptureError, LoweringError, CompilerNotFoundError, KernelBuildError.
     """
     options = check_options(model, batch_sizes, max_length, weights, autotune, backend, dump)
-    with progress.step(f"Compiling {type(model).__name__}", total=_STAGES[options.autotune]) as advance:
+    with progress.step(f"Compiling {type(model).__name__}", total=_steps(options)) as advance:
         return _Compilation(model, options, advance).run(example_inputs)
+
+
+def _steps(options: Options) -> int:
+    """Steps that a compilation announces, at most."""
+    return {"off": 5, "cached": 7, "full": 9 + len(options.batch_sizes)}[options.autotune]
 
 
 @dataclass
@@ -214,6 +218,7 @@ class _Compilation:
         with self._stage("tune kernels"):
             spec = self._spec(captured, tuners[-1].program)
             for tuner in tuners:
+                self.advance(f"tune kernels of {tuner.program.name}")
                 variants = tuner.variants
                 tried = build([tuner.program] * len(variants), bound.tensors, self.options, variants)
                 choices = tuner.choose(tried.executors, Trial.of(tuner.program, spec))

@@ -15,6 +15,7 @@ from tilewright.passes.plan_memory import plan_memory
 
 from .backends import ACTIVATION_GROUP, ROW_BLOCK, SPLITS, measures
 from .capture import Captured, capture
+from .estimates import gpu
 from .lower import lower
 from .options import Options
 
@@ -48,7 +49,12 @@ def phases_of(captured: Captured, lowered: Module, options: Options) -> list[Pha
             f"decode_b{size}",
             "decode",
             size,
-            PassOptions((("B", size), ("S", 1), ("L", 1)), last_tokens=True, splits=SPLITS[options.backend]),
+            PassOptions(
+                (("B", size), ("S", 1), ("L", 1)),
+                last_tokens=True,
+                splits=SPLITS[options.backend],
+                multiprocessors=gpu(options.device).multiprocessors if options.backend == "triton" else 0,
+            ),
             context,
         )
         for size in options.batch_sizes

@@ -11,7 +11,7 @@
 | view | x -> result[i] = x[map(i)] | map (the result type gives the shape) |
 | concat | xs -> joined along ``axis`` | axis |
 | gather | table, index -> table with ``axis`` replaced by the index's shape | axis |
-| matmul | a[.., M, K], b[N, K] or b[.., N, K] -> [.., M, N]; float32 accumulation | (activation_group) |
+| matmul | a[.., M, K], b[N, K] or b[.., N, K] -> [.., M, N]; float32 accumulation | (activation_group, wide) |
 | quantize | w[N, K] -> codes, scale (and, for 4 bits, minimum); weights only, once at load | bits, group |
 | dequantize | codes, scale (, minimum) -> float[N, K] | bits, group |
 | attention | q[B,H,S,D], k, v [B,G,S,D], optional mask bool[B,T] -> [B,H,S,Dv] | scale, causal, window, softcap, slot |
@@ -25,6 +25,7 @@
 with slot "" it attends over exactly the given k and v, whose length may exceed q's (q is then the last S of T).
 ``matmul`` may carry ``activation_group``: runs of that many values of a's rows may then be rounded to int8, each run
 with a scale of its own, so that a kernel can multiply integers. Codes and scales are those of ``quantization``.
+With ``wide`` its result is the float32 of the accumulation.
 """
 
 from __future__ import annotations
@@ -172,7 +173,8 @@ def _matmul(op: Op, module: Module | None) -> Inferred:
     _need(b.type.rank == 2 or a.shape[:-2] == b.shape[:-2], op, f"batch dims differ: {a.type} and {b.type}")
     group = op.attr("activation_group", 1)
     _need(group >= 1 and a.shape[-1] % group == 0, op, f"K of {a.type} is no multiple of {group}")
-    return (TensorType(a.dtype, (*a.shape[:-1], b.shape[-2])),)
+    dtype = DType.f32 if op.attr("wide") and a.dtype is not DType.f64 else a.dtype
+    return (TensorType(dtype, (*a.shape[:-1], b.shape[-2])),)
 
 
 def _quantized(op: Op, rows: sympy.Expr, columns: sympy.Expr) -> tuple[TensorType, ...]:
@@ -281,7 +283,9 @@ OPS: dict[str, OpSpec] = {
     "view": OpSpec({"map": "map"}, _view),
     "concat": OpSpec({"axis": "int"}, _concat),
     "gather": OpSpec({"axis": "int"}, _gather),
-    "matmul": OpSpec({"activation_group": "int"}, _matmul, frozenset({"activation_group"})),
+    "matmul": OpSpec(
+        {"activation_group": "int", "wide": "int"}, _matmul, frozenset({"activation_group", "wide"})
+    ),
     "quantize": OpSpec({"bits": "int", "group": "int"}, _quantize),
     "dequantize": OpSpec({"bits": "int", "group": "int"}, _dequantize),
     "attention": OpSpec({**_ATTENTION, "slot": "str"}, _attention),

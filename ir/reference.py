@@ -258,6 +258,8 @@ def _matmul(run: Evaluation, op: Op, args: list[Tensor], scope: str) -> Tensor:
     a, b = args
     if group := op.attr("activation_group"):
         a = round_activations(a, group)
+    if op.attr("wide") and a.dtype != torch.float64:
+        a, b = a.float(), b.float()
     return a @ b.transpose(-1, -2)
 
 

@@ -15,7 +15,8 @@ class PassOptions:
     """What the passes need to know of the program that is being built.
 
     fixed: dims that are constants in it (decode: S=1, L=1). last_tokens: keep the logits of the last L positions.
-    splits: chunks of the context in decode attention; 0 leaves attention whole. vendor_matmul: products with weights go
+    splits: chunks of the context in decode attention; 0 leaves attention whole. multiprocessors: of the GPU that
+    products of a decode step are split over K to fill; 0 leaves products whole. vendor_matmul: products with weights go
     to the vendor's library. weights: "int8" or "int4" for the weights of products, "" for their own dtype. row_block:
     rows of such weights that are interleaved. activation_group: activations that share a scale where a product with
     such weights rounds them to int8; 0 keeps them. keep_wide: full names of weights that cannot be quantised.
@@ -24,6 +25,7 @@ class PassOptions:
     fixed: tuple[tuple[str, int], ...] = ()
     last_tokens: bool = False
     splits: int = 0
+    multiprocessors: int = 0
     vendor_matmul: bool = False
     weights: str = ""
     row_block: int = 1

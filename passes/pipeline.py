@@ -21,6 +21,7 @@ from .merge_matmuls import merge_matmuls
 from .quantize_weights import quantize_weights
 from .specialize import specialize
 from .split_attention import split_attention
+from .split_products import split_products
 from .vendor_matmul import vendor_matmul
 
 PIPELINE: tuple[Pass, ...] = (
@@ -34,6 +35,11 @@ PIPELINE: tuple[Pass, ...] = (
     Pass("split_attention", split_attention, "before fusion, so that the merge fuses like any other code"),
     Pass("fold_constants", fold_constants, "after merging has made expressions over weights"),
     Pass("quantize_weights", quantize_weights, "of the stacked weights, which products stream"),
+    Pass(
+        "split_products",
+        split_products,
+        "of matrices in their last form; the sum then fuses like any other code",
+    ),
     Pass("vendor_matmul", vendor_matmul, "once weights have the layout that a product streams"),
     Pass("canonicalize", canonicalize, "the rewrites above leave chains of views and casts"),
     Pass("cse", eliminate_common_subexpressions, "and duplicates"),

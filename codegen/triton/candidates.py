@@ -56,7 +56,7 @@ def interpreter_tile(work: Work) -> Tile:
 def _tiles(work: Work, device: Device) -> Iterable[Tile]:
     match work:
         case ProductWork():
-            return _without_thrift(_product_tiles(work, device), device)
+            return _without_thrift(_product_tiles(work, device), work, device)
         case AttentionWork():
             return _attention_tiles(work)
     return _stream_tiles(work)
@@ -68,10 +68,12 @@ def _product_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
     return _few_rows(work, device) if work.rows <= 64 else _many_rows(work)
 
 
-def _without_thrift(tiles: Iterable[Tile], device: Device) -> Iterator[Tile]:
-    """Before Hopper, the assembler spills some bytes rather than take more than 80 or 128 registers, unless it may."""
+def _without_thrift(tiles: Iterable[Tile], work: ProductWork, device: Device) -> Iterator[Tile]:
+    """Let the assembler take what it needs where it would rather spill some bytes than pass 80 or 128 registers: before
+    Hopper, and where a thread sums many products."""
     for tile in tiles:
-        yield replace(tile, max_registers=255) if device.arch < 90 else tile
+        sums = tile.block_n * tile.block_k * work.dots // (32 * tile.num_warps) if not work.rows else 0
+        yield replace(tile, max_registers=255) if device.arch < 90 or sums >= 64 else tile
 
 
 def _vector_tiles(work: ProductWork) -> Iterator[Tile]:

@@ -55,11 +55,15 @@ def stored_codes(form: MatmulForm) -> Codes | None:
     """How the weights of a product are stored, when they are codes with a scale per group of columns."""
     k = form.k.symbol
     loads = [n for d in form.dots for n in below(d.b) if isinstance(n, Load) and not n.indirect]
-    indices = {e for load in loads for e in load.index if k in e.free_symbols}
+    indices = [e for load in loads for e in load.index if k in e.free_symbols]
+    packed = any({FloorDiv(k, Integer(8)), Mod(k, Integer(4))} <= e.atoms(FloorDiv, Mod) for e in indices)
     groups = {
-        int(e.args[1]) for e in indices if isinstance(e, FloorDiv) and e.args[0] == k and e.args[1].is_Integer
+        int(d.args[1])
+        for e in indices
+        if not e.atoms(Mod)
+        for d in e.atoms(FloorDiv)
+        if d.args[0] == k and d.args[1].is_Integer
     }
-    packed = 4 * FloorDiv(k, Integer(8)) + Mod(k, Integer(4)) in indices
     extent = form.k.extent
     if not groups or not extent.is_Integer:
         return None

@@ -9,7 +9,7 @@ import sympy
 from sympy import Expr
 
 from tilewright.ir.index import sym
-from tilewright.ir.loops import Axis, Dot, Load, MatmulForm, Segment, free_symbols, matmul_form
+from tilewright.ir.loops import Dot, Load, MatmulForm, Segment, product_form
 from tilewright.ir.types import DType
 
 from .dependence import LINE, request, wait_for_predecessor
@@ -24,42 +24,21 @@ M, N, Z = sym("m"), sym("n"), sym("z")
 
 @dataclass(frozen=True)
 class Product:
-    """A segment as a product: rows, columns, the axes of a batch, and the loops it takes."""
+    """A segment as a product, and the loops it takes."""
 
     form: MatmulForm
-    batch: tuple[Axis, ...]
     stages: tuple[Stage, ...]
 
 
 def find_product(segment: Segment) -> Product | None:
-    """The segment as a product that this template can print, or None."""
-    plain = matmul_form(segment)
-    form, batch = _batched_form(segment) if plain is None else (plain, ())
+    """The segment as a product that these templates can print, or None."""
+    form = product_form(segment)
     if form is None or form.a.dtype is DType.f64:
         return None
     if any(reductions(below(d.b)) for d in form.dots):
         return None
-    stages = plan_stages(segment, frozenset(a.symbol for a in (*form.rows, *batch)), form.dots)
-    return None if stages is None else Product(form, batch, stages)
-
-
-def _batched_form(segment: Segment) -> tuple[MatmulForm | None, tuple[Axis, ...]]:
-    """The form of a product whose operands share axes, and those axes."""
-    dots = tuple(n for n in segment.nodes() if isinstance(n, Dot))
-    if not dots or any(d.a is not dots[0].a or d.axis != dots[0].axis for d in dots):
-        return None, ()
-    if any(isinstance(n, Dot) for d in dots for part in d.children for n in below(part)):
-        return None, ()
-    k = dots[0].axis
-    left = free_symbols(dots[0].a) - {k.symbol}
-    right = frozenset().union(*(free_symbols(d.b) for d in dots)) - {k.symbol}
-    if left | right != {a.symbol for a in segment.axes}:
-        return None, ()
-    rows = tuple(a for a in segment.axes if a.symbol in left - right)
-    columns = tuple(a for a in segment.axes if a.symbol in right - left)
-    return MatmulForm(rows, columns, k, dots[0].a, dots), tuple(
-        a for a in segment.axes if a.symbol in left & right
-    )
+    stages = plan_stages(segment, frozenset(a.symbol for a in (*form.rows, *form.batch)), form.dots)
+    return None if stages is None else Product(form, stages)
 
 
 def index_range(
@@ -90,7 +69,7 @@ class ProductPrinter:
         self.accumulator = TRITON_TYPES[compute_dtype(self.operand)]
         self.row_axes, self.rows = flatten(self.form.rows, M)
         self.column_axes, self.columns = flatten(self.form.columns, N)
-        self.batch_axes, self.batch = flatten(product.batch, Z)
+        self.batch_axes, self.batch = flatten(product.form.batch, Z)
         self.block_n = self.base.constant("BLOCK_N", tile.block_n)
         self.block_k = self.base.constant("BLOCK_K", tile.block_k)
 

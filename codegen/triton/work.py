@@ -89,7 +89,7 @@ def product_work(product: Product, segment: Segment, sizes: Sizes) -> ProductWor
     form = product.form
     columns, k = sizes.of(*(a.extent for a in form.columns)), sizes.of(form.k.extent)
     inside = {n for d in form.dots for n in below(d.b)}
-    batch = sizes.of(*(a.extent for a in product.batch))
+    batch = sizes.of(*(a.extent for a in form.batch))
     weights = sizes.bytes({n.value for n in inside if isinstance(n, Load)})
     elements = max(1, batch * columns * k * len(form.dots))
     return ProductWork(

@@ -20,6 +20,7 @@ from .forms import (
     elementwise_inputs,
     flops,
     matmul_form,
+    product_form,
 )
 from .nodes import (
     Apply,
@@ -41,5 +42,5 @@ from .text import print_loops, print_node
 __all__ = [
     "Apply", "AttentionForm", "Axis", "Const", "Dot", "Index", "Load", "Loops", "MatmulForm", "Node", "Reduce",
     "Segment", "Store", "attention_form", "elementwise_inputs", "flops", "free_symbols", "matmul_form", "print_loops",
-    "print_node", "scalarize",
+    "print_node", "product_form", "scalarize",
 ]  # fmt: skip

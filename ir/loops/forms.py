@@ -19,17 +19,19 @@ from .scalarize import Scalarizer
 
 @dataclass(frozen=True)
 class MatmulForm:
-    """A segment seen as a matrix product: ``dots`` share ``a`` (rows, k); each has its own ``b`` (columns, k)."""
+    """A segment seen as a matrix product: ``dots`` share ``a`` (rows, k); each has its own ``b`` (columns, k). Along
+    ``batch``, both operands move: so many products side by side."""
 
     rows: tuple[Axis, ...]
     columns: tuple[Axis, ...]
     k: Axis
     a: Node
     dots: tuple[Dot, ...]
+    batch: tuple[Axis, ...] = ()
 
 
-def matmul_form(segment: Segment) -> MatmulForm | None:
-    """The segment as a matrix product, or None when it is not one (no dots, shared batch axes, nested products)."""
+def product_form(segment: Segment) -> MatmulForm | None:
+    """The segment as a matrix product, perhaps one of a batch, or None when it is none (no dots, nested products)."""
     nodes = list(segment.nodes())
     dots = tuple(n for n in nodes if isinstance(n, Dot))
     if not dots or any(d.a is not dots[0].a or d.axis != dots[0].axis for d in dots):
@@ -42,8 +44,7 @@ def matmul_form(segment: Segment) -> MatmulForm | None:
     k = dots[0].axis
     row_symbols = free_symbols(dots[0].a) - {k.symbol}
     column_symbols = frozenset().union(*(free_symbols(d.b) for d in dots)) - {k.symbol}
-    every = {a.symbol for a in segment.axes}
-    if row_symbols & column_symbols or (row_symbols | column_symbols) != every:
+    if (row_symbols | column_symbols) != {a.symbol for a in segment.axes}:
         return None
     outside = (n for n in nodes if n not in inside)
     for node in outside:
@@ -51,9 +52,20 @@ def matmul_form(segment: Segment) -> MatmulForm | None:
             free_symbols(node) - row_symbols or any(isinstance(n, Dot) for n in post_order(node.body, set()))
         ):
             return None
-    rows = tuple(a for a in segment.axes if a.symbol in row_symbols)
-    columns = tuple(a for a in segment.axes if a.symbol in column_symbols)
-    return MatmulForm(rows, columns, k, dots[0].a, dots)
+
+    def among(symbols: frozenset[sympy.Symbol]) -> tuple[Axis, ...]:
+        return tuple(a for a in segment.axes if a.symbol in symbols)
+
+    shared = row_symbols & column_symbols
+    return MatmulForm(
+        among(row_symbols - shared), among(column_symbols - shared), k, dots[0].a, dots, among(shared)
+    )
+
+
+def matmul_form(segment: Segment) -> MatmulForm | None:
+    """The segment as a single matrix product, or None when it is no product or one of a batch."""
+    form = product_form(segment)
+    return None if form is None or form.batch else form
 
 
 @dataclass(frozen=True)

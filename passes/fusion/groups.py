@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tilewright.ir.errors import VerifyError
-from tilewright.ir.loops import attention_form, matmul_form, scalarize
+from tilewright.ir.loops import attention_form, product_form, scalarize
 from tilewright.ir.module import Function, Op, make_attrs
 from tilewright.ir.pointwise import POINTWISE
 from tilewright.ir.types import Value, concrete
@@ -111,7 +111,7 @@ class Groups:
         except VerifyError:
             return False
         if any(self.ops[n].opcode == "matmul" for n in members):
-            return all(matmul_form(s) is not None for s in loops.segments) or len(members) == 1
+            return all(product_form(s) is not None for s in loops.segments) or len(members) == 1
         return True
 
     def depends(self, start: Iterable[int], members: set[int]) -> bool:

@@ -13,7 +13,7 @@ from tilewright.ir.ops import Builder
 from tilewright.ir.quantization import quantize
 from tilewright.ir.types import DType, TensorType, Value, tensor_type
 
-from .triton_cases import Case, case, finish, rms_scale, rows_type, view
+from .triton_cases import Case, case, finish, parts_product, rms_scale, rows_type, view
 
 GROUP = 32
 KINDS = {"int8": (8, 0), "int8_groups": (8, GROUP), "int4": (4, GROUP)}
@@ -103,6 +103,15 @@ def rounded_halves(kind: str, half: int) -> Case:
     turned = b.add("concat", b.add("neg", high), low, axis=3)
     made = finish(b, b.add("add", z, turned))
     return Case(made.module, made.dims, given)
+
+
+@case("quantized_parts", *((kind, "rows", rows) for kind in KINDS for rows in ("one", "four", "many")))
+def quantized_parts(kind: str, layout: str, rows: str) -> Case:
+    """A product over codes in two parts along K, as split-K makes it."""
+    b = Builder()
+    x = b.param_value("x", rows_type(DType.f32, rows, 128))
+    w, given = stored(b, "w", (80, 128), kind, layout)
+    return Case(*parts_product(b, x, w), given)
 
 
 @case("quantized_table", *FORMS)

@@ -108,7 +108,7 @@ def test_a_walk_is_offered_where_there_is_a_choice() -> None:
     ways = walks()
     assert ways["linear-f32-one"] == ({}, {"unroll": 2}, {"unroll": 8}, {"weight_rows": 2})
     assert {"tile_rows": 4} in ways["linear-f32-many"]
-    assert candidates(CASES["layer_norm-f32-64"]().kernel) == ({},)
+    assert candidates(CASES["softmax"]().kernel) == ({},)
 
 
 def check_case(

@@ -299,6 +299,24 @@ def linear(dtype: DType, rows: str) -> Case:
     return finish(b, b.add("add", gelu, b.param_value("residual", y.type)), B=2, S=19)
 
 
+@case("parts", *ROWS)
+def parts(dtype: DType, rows: str) -> Case:
+    """A product in two parts along K, each stored in float32."""
+    b = Builder()
+    x = b.param_value("x", rows_type(dtype, rows, 70))
+    return Case(*parts_product(b, x, b.param_value("w", tensor_type(dtype, [90, 70]))))
+
+
+def parts_product(b: Builder, x: Value, w: Value) -> tuple[Module, dict[str, int]]:
+    """What ``split_products`` makes of a product, before the sum."""
+    lead, (columns, k) = x.shape[:-1], w.shape
+    half = int(k) // 2
+    left = view(b, x, [2, *lead, half], "i1", "i2", f"{half} * i0 + i3")
+    right = view(b, w, [2, lead[0], columns, half], "i2", f"{half} * i0 + i3")
+    made = finish(b, b.add("matmul", left, right, wide=1), B=2, S=19)
+    return made.module, made.dims
+
+
 @case("classifier", (DType.f32, "many"), (DType.bf16, "one"))
 def classifier(dtype: DType, rows: str) -> Case:
     """A product with a single column."""
