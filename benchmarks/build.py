@@ -75,13 +75,13 @@ def batches(plan: Plan, precision: str, sizes: tuple[int, ...]) -> tuple[Subject
     source = models.load(plan.model, precision, Progress())
     options: dict[str, Any] = {"backend": plan.backend, "batch_sizes": sizes, "progress": Progress()}
     fast = models.compiled(source, precision, **options)
-    return tuple(Subject(OURS, fast, partial(_our_bytes, fast, source, precision, n), n) for n in sizes)
+    return tuple(Subject(OURS, fast, partial(our_bytes, fast, source, precision, n), n) for n in sizes)
 
 
 def _build(plan: Plan, name: str, precision: str, source: Any) -> System:
     if name == OURS:
         fast = models.compiled(source, precision, backend=plan.backend, progress=Progress())
-        return Subject(OURS, fast, partial(_our_bytes, fast, source, precision, 1))
+        return Subject(OURS, fast, partial(our_bytes, fast, source, precision, 1))
     if name == EAGER:
         return Subject(EAGER, source, partial(models.bytes_per_step, source))
     if name == TORCH_COMPILE:
@@ -93,7 +93,7 @@ def _build(plan: Plan, name: str, precision: str, source: Any) -> System:
     return LlamaCpp(file, plan.threads, plan.room, models.kv_bytes(source, KV_ITEMSIZE))
 
 
-def _our_bytes(fast: Any, source: Any, precision: str, batch: int, context: int) -> int:
+def our_bytes(fast: Any, source: Any, precision: str, batch: int, context: int) -> int:
     """Bytes of a decode step of ours, per batch.
 
     At the model's own dtype they follow from the model, as for every other system that runs it. What quantised weights
@@ -101,7 +101,6 @@ def _our_bytes(fast: Any, source: Any, precision: str, batch: int, context: int)
     out 0.3 % above the former.
     """
     if PRECISIONS[precision].weights is None:
-        rest = models.bytes_per_step(source, context) - models.weight_bytes(source)
-        return models.weight_bytes(source) + batch * rest
+        return models.bytes_per_step(source, context, batch)
     program = fast._tilewright.engine.decode_executors[batch].program
     return program_cost(program, {"B": batch, "S": 1, "L": 1, "T": context}).bytes

@@ -34,6 +34,13 @@ def describe() -> dict[str, Any]:
     }
 
 
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or of the processor."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return str(describe()["cpu"])
+
+
 def warn_if_busy(facts: dict[str, Any], notes: Console) -> None:
     """Say so when the load before a run puts its figures in doubt; ``facts`` as ``describe`` gave them."""
     if facts["load"] > BUSY * facts["cores"]:

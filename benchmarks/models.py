@@ -92,10 +92,11 @@ def kv_bytes(model: PreTrainedModel, itemsize: int) -> int:
     return config.num_hidden_layers * 2 * heads * size * itemsize
 
 
-def bytes_per_step(model: PreTrainedModel, context: int) -> int:
-    """Bytes that one decode step has to read: every weight once, and the keys and values of ``context`` positions."""
+def bytes_per_step(model: PreTrainedModel, context: int, batch: int = 1) -> int:
+    """Bytes that one decode step has to read: every weight once, and the keys and values of ``context`` positions of
+    each sequence."""
     itemsize = model.get_output_embeddings().weight.element_size()
-    return weight_bytes(model) + context * kv_bytes(model, itemsize)
+    return weight_bytes(model) + batch * context * kv_bytes(model, itemsize)
 
 
 def tokenizer(name: str) -> Any:

@@ -52,3 +52,26 @@ def bandwidth_probe(threads: int, nbytes: int = DEFAULT_BYTES) -> Iterator[Bandw
         flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
         subprocess.run([cxx() or "g++", *flags, str(SOURCE), "-o", str(library)], check=True)
         yield BandwidthProbe(library, threads, nbytes)
+
+
+@contextmanager
+def device_probe(device: torch.device) -> Iterator[Callable[[], float]]:
+    """A function that gives the bytes per second at which ``device`` reads memory right now: on a GPU by summing a
+    buffer of a gibibyte, which PyTorch does at the speed of the memory; elsewhere as :func:`bandwidth_probe`."""
+    if device.type != "cuda":
+        with bandwidth_probe(torch.get_num_threads()) as probe:
+            yield probe
+        return
+    buffer = torch.ones(1 << 28, device=device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def read() -> float:
+        buffer.sum()
+        begin.record()
+        for _ in range(4):
+            buffer.sum()
+        end.record()
+        torch.cuda.synchronize(device)
+        return 4 * buffer.nbytes / (begin.elapsed_time(end) / 1e3)
+
+    yield read

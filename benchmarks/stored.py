@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
 
+from tilewright.runtime.files import write_atomically
+
 FOLDER = Path(__file__).parent / "results"
 
 
@@ -53,19 +55,27 @@ def from_json(cls: type[R], text: str) -> R:
 
 def save(result: Result, file: Path | None = None) -> Path:
     """Write to ``file``, by default ``results/<cpu>/<date>-<kind>.json``; returns where."""
-    if file is None:
-        name = f"{result.date[:19].replace(':', '')}-{result.KIND}.json"
-        file = FOLDER / _slug(str(result.machine["cpu"])) / name
+    file = file or place(result)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(to_json(result))
+    write_atomically(file, to_json(result))
     return file
+
+
+def place(result: Result) -> Path:
+    """Where a result goes: ``results/<device>/<date>-<kind>.json``; a CPU is a device too."""
+    name = f"{result.date[:19].replace(':', '')}-{result.KIND}.json"
+    return FOLDER / _slug(str(result.machine.get("device") or result.machine["cpu"])) / name
 
 
 def newest(cls: type[R], folder: Path) -> tuple[Path, R] | None:
     """The latest stored run of ``cls`` by its own date, and its file; None when there is none."""
+    return max(all_of(cls, folder), key=lambda pair: pair[1].date, default=None)
+
+
+def all_of(cls: type[R], folder: Path) -> list[tuple[Path, R]]:
+    """Every stored run of ``cls``, and its file."""
     texts = {file: file.read_text() for file in folder.rglob("*.json")}
-    found = [(file, from_json(cls, t)) for file, t in texts.items() if json.loads(t).get("kind") == cls.KIND]
-    return max(found, key=lambda pair: pair[1].date, default=None)
+    return [(file, from_json(cls, t)) for file, t in texts.items() if json.loads(t).get("kind") == cls.KIND]
 
 
 def records(cls: type[Any], rows: list[dict[str, Any]]) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.results import BATCHED, DECODE, FIRST_TOKEN, PREFILL
 from tilewright.timing import TimedStreamer
+from tilewright.trials import wait
 
 
 class Subject:
@@ -34,8 +35,10 @@ class Subject:
     def prefill(self, ids: Tensor) -> float:
         """Seconds to run a prompt i64[1, S] from an empty cache to the logits of its last token."""
         ids = self._rows(ids)
+        wait(ids.device)
         start = time.perf_counter()
         self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        wait(ids.device)
         return time.perf_counter() - start
 
     def first_token(self, ids: Tensor) -> float:
@@ -50,15 +53,21 @@ class Subject:
         """Seconds that ``generate`` takes for ``tokens`` tokens after the first one, with i64[1, S] as context.
 
         The context is in the cache already, and the cache is cut back afterwards, so that every sample starts alike.
+        On a GPU a streamer would have the host wait for every token, which callers without one do not: there it is the
+        time of the whole call for one token more, of which each takes as long.
         """
         ids = self._rows(ids)
         context = ids.shape[1]
         cache = self._context(ids)
-        streamer = TimedStreamer()
+        alone = ids.device.type == "cuda"
+        streamer = None if alone else TimedStreamer()
+        wait(ids.device)
         start = time.perf_counter()
         self._generate(ids, tokens + 1, streamer, past_key_values=cache)
+        wait(ids.device)
+        seconds = time.perf_counter() - start
         cache.crop(context - 1 - cache.get_seq_length())  # a negative count is removed from the end
-        return streamer.timing(start).rest
+        return seconds * tokens / (tokens + 1) if streamer is None else streamer.timing(start).rest
 
     def bytes_per_step(self, context: int) -> int:
         """As the caller of ``__init__`` counted them."""
@@ -71,7 +80,7 @@ class Subject:
     def _rows(self, ids: Tensor) -> Tensor:
         return ids.repeat(self.batch, 1)
 
-    def _generate(self, ids: Tensor, tokens: int, streamer: TimedStreamer, **options: Any) -> None:
+    def _generate(self, ids: Tensor, tokens: int, streamer: TimedStreamer | None, **options: Any) -> None:
         self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

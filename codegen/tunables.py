@@ -26,8 +26,8 @@ T = TypeVar("T")
 def tuned(tile: T, changes: Changes) -> T:
     """A tile (a dataclass of integers and switches) with fields replaced.
 
-    Raises OptionError for an unknown field, a negative value, a block size that is no power of two, or a switch that is
-    neither 0 nor 1.
+    Raises OptionError for an unknown field, a block size that is no power of two, a number below 1 (or 0, where that is
+    the field's default and leaves the choice to somebody else), or a switch that is neither 0 nor 1.
     """
     known: dict[str, Any] = {f.name: f.default for f in fields(tile)}  # type: ignore[arg-type]
     for name, value in changes.items():
@@ -36,7 +36,7 @@ def tuned(tile: T, changes: Changes) -> T:
         if isinstance(known[name], bool):
             if value not in (0, 1):
                 raise OptionError(f"tunable {name}={value} must be 0 or 1")
-        elif value < 1 or (name.startswith("block") and value & (value - 1)):
+        elif value < min(1, known[name]) or (name.startswith("block") and value & (value - 1)):
             raise OptionError(f"tunable {name}={value} must be a power of two")
     return replace(tile, **{name: type(known[name])(value) for name, value in changes.items()})  # type: ignore[type-var]
 

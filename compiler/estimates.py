@@ -42,7 +42,8 @@ def gpu(device: torch.device) -> Device:
     arch = 10 * found.major + found.minor
     if "H100" in found.name and found.multi_processor_count == H100.multiprocessors:
         return H100
-    return device_like(found.name, arch, found.multi_processor_count, _bandwidth(found))
+    shared = getattr(found, "shared_memory_per_block_optin", 0)
+    return device_like(found.name, arch, found.multi_processor_count, _bandwidth(found), shared)
 
 
 def _bandwidth(properties: Any) -> float:

@@ -17,7 +17,8 @@ _EARNED = 1.5
 def measure(executors: Sequence[Executor], spec: EngineSpec) -> list[float]:
     """Seconds that each prefill executor takes for a piece of prompt: the best of a few runs, taken in turns.
 
-    The weights of a model do not stay in cache from one run to the next, so these are the times of real prompts.
+    The weights of a model do not stay in cache from one run to the next, so these are the times of real prompts. A run
+    before them does not count: on a GPU, it compiles and loads kernels.
     """
     trial = Trial.prefill(spec)
 
@@ -28,8 +29,11 @@ def measure(executors: Sequence[Executor], spec: EngineSpec) -> list[float]:
 
         return run
 
-    wait(spec.device)
-    return time_in_turns([running(e) for e in executors], _RUNS)
+    runs = [running(e) for e in executors]
+    if spec.device.type == "cuda":
+        for run in runs:
+            run()
+    return time_in_turns(runs, _RUNS)
 
 
 def best(arenas: Sequence[int], seconds: Sequence[float]) -> int:

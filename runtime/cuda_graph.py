@@ -6,10 +6,14 @@ A graph holds addresses and launch arguments as they were. The kernels of a deco
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 
 import torch
+
+_one_at_a_time = threading.Lock()
+_failed: list[torch.cuda.CUDAGraph] = []  # the allocator may still point to a graph whose recording broke off
 
 
 def record(launches: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
@@ -18,16 +22,19 @@ def record(launches: Callable[[], None], device: torch.device) -> Callable[[], N
     Recording runs nothing. Whatever ``launches`` needs (compiled kernels, loaded modules) must be ready, so run it once
     before. It must not allocate.
     """
+    from triton.errors import TritonError
+
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     try:
-        with torch.cuda.stream(stream):
+        with _one_at_a_time, torch.inference_mode(False), torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 launches()
             finally:
                 graph.capture_end()
-    except RuntimeError as error:
+    except (RuntimeError, TritonError) as error:
+        _failed.append(graph)
         warnings.warn(f"decode steps are launched kernel by kernel: no CUDA graph, {error}", stacklevel=2)
         return None
     torch.cuda.current_stream(device).wait_stream(stream)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tilewright.ir.program import InputError
 
 from .executor import EngineSpec, Executor, TensorSpec
-from .host import clone
+from .host import clone, stream_number
 from .kv_state import RequestState
 
 
@@ -25,7 +25,9 @@ class Engine:
         self.spec = spec
         self.prefill_executor = prefill
         self.decode_executors = {e.batch: e for e in sorted(decode, key=lambda e: e.batch)}
-        self._idle: list[RequestState] = []  # states of stateless calls, kept for their arenas
+        # States of stateless calls, kept for their arenas. A call returns before a GPU is done with its arena, so
+        # another stream must not take it.
+        self._idle: dict[int, list[RequestState]] = {}
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -232,12 +234,13 @@ class Engine:
             if name in dims and not low <= dims[name] <= high:
                 raise InputError(f"dim {name} is {dims[name]}, but this model takes {low} to {high}")
         outputs = {o.name: o.empty(dims, self.spec.device) for o in self.spec.outputs}
+        idle = self._idle.setdefault(stream_number(self.spec.device), [])
         try:
-            state = self._idle.pop()
+            state = idle.pop()
         except IndexError:
             state = RequestState(self.spec, 0, 0)
         self.prefill_executor.run(ready, dims, state, outputs)
-        self._idle.append(state)
+        idle.append(state)
         return outputs
 
     def _check_input(self, spec: TensorSpec, value: Tensor | None, dims: dict[str, int]) -> Tensor:

@@ -219,7 +219,7 @@ def _on_its_way(flag: Tensor) -> Callable[[], bool]:
     host = torch.empty((), dtype=torch.bool, pin_memory=True)
     host.copy_(flag, non_blocking=True)
     arrived = torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(flag.device))
 
     def look() -> bool:
         arrived.synchronize()

@@ -37,6 +37,11 @@ def clone(source: Tensor) -> Tensor:
     return twin
 
 
+def stream_number(device: torch.device) -> int:
+    """Which of a GPU's streams the caller is on; 0 elsewhere."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def _bytes(tensor: Tensor) -> Any:
     return tensor.view(torch.uint8).numpy()
 

@@ -224,7 +224,8 @@ class TritonExecutor:
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):
                 return _cuda_seconds(steps)
-        return [_wall_seconds(name, run) for name, run in steps]
+        refused: set[str] = set()
+        return [_wall_seconds(name, run, refused) for name, run in steps]
 
     def _bound(self, state: RequestState | None) -> _Bound:
         if state is not None and self in state.scratch:
@@ -248,7 +249,7 @@ def _pointers(memory: Memory, step: Step, reads: tuple[int, ...], writes: tuple[
     return [memory.pointer(n, v) for n, v in zip((*reads, *writes), values, strict=True)]
 
 
-_HEAD_START = 20_000_000  # clock cycles, about 10 ms, in which the host queues the launches of a step
+_HEAD_START = 100_000  # clock cycles, about 50 microseconds, in which the host queues one launch
 
 
 def _cuda_seconds(steps: Sequence[tuple[str, Callable[[], None]]]) -> list[float]:
@@ -258,10 +259,11 @@ def _cuda_seconds(steps: Sequence[tuple[str, Callable[[], None]]]) -> list[float
     """
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in steps]
     failed = []
-    torch.cuda._sleep(_HEAD_START)
+    refused: set[str] = set()
+    torch.cuda._sleep(_HEAD_START * len(steps))
     for (name, run), (before, after) in zip(steps, marks, strict=True):
         before.record()
-        failed.append(not _survives(name, run))
+        failed.append(not _survives(name, run, refused))
         after.record()
     torch.cuda.synchronize()
     return [
@@ -270,18 +272,24 @@ def _cuda_seconds(steps: Sequence[tuple[str, Callable[[], None]]]) -> list[float
     ]
 
 
-def _wall_seconds(name: str, run: Callable[[], None]) -> float:
+def _wall_seconds(name: str, run: Callable[[], None], refused: set[str]) -> float:
     start = time.perf_counter()
-    return time.perf_counter() - start if _survives(name, run) else float("inf")
+    return time.perf_counter() - start if _survives(name, run, refused) else float("inf")
 
 
-def _survives(name: str, run: Callable[[], None]) -> bool:
-    """Run a step. False, with a warning, where Triton refuses it (it does not compile, or needs more than there is)."""
+def _survives(name: str, run: Callable[[], None], refused: set[str]) -> bool:
+    """Run a step. False, with a warning, where Triton refuses it (it does not compile, or needs more than there is).
+
+    refused: kernels that were, which are not tried again.
+    """
+    if name in refused:
+        return False
     from triton.errors import TritonError
 
     try:
         run()
     except (TritonError, RuntimeError) as error:
+        refused.add(name)
         warnings.warn(f"kernel {name} does not run with this tile: {error}", stacklevel=2)
         return False
     return True

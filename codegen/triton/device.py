@@ -39,8 +39,11 @@ H100 = Device("H100 80 GB", 90, 132, 3.0e12, 5.5e12, 0.65e-6, 798e12, 60e12, 227
 A100 = Device("A100 80 GB", 80, 108, 1.75e12, 4.0e12, 0.6e-6, 270e12, 19e12, 163 * 1024, 1.5e-6)
 
 
-def device_like(name: str, arch: int, multiprocessors: int, bandwidth: float = 0.0) -> Device:
-    """The nearest known device, scaled to a number of multiprocessors and, where it is known (bytes/s), bandwidth."""
+def device_like(
+    name: str, arch: int, multiprocessors: int, bandwidth: float = 0.0, shared: int = 0
+) -> Device:
+    """The nearest known device, scaled to a number of multiprocessors; with a bandwidth in bytes/s, and the bytes of
+    shared memory that a program may have, where these are known (above 0)."""
     nearest = H100 if arch >= 90 else A100
     share = multiprocessors / nearest.multiprocessors
     return replace(
@@ -50,6 +53,7 @@ def device_like(name: str, arch: int, multiprocessors: int, bandwidth: float = 0
         multiprocessors=multiprocessors,
         bandwidth=bandwidth or nearest.bandwidth * share,
         cache_bandwidth=nearest.cache_bandwidth * share,
+        shared=shared or nearest.shared,
         tensor_flops=nearest.tensor_flops * share,
         vector_flops=nearest.vector_flops * share,
     )

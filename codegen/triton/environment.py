@@ -22,7 +22,8 @@ class Environment:
     """What printing a kernel depends on besides the kernel: capacity of T, largest dims, target, tuned sizes.
 
     stored: dims that kernels read from memory, so that a recorded launch (a CUDA graph) serves every size of them.
-    constants: kernel name -> its operands that are weights, which no kernel writes.
+    constants: kernel name -> its operands that are weights, which no kernel writes. first: the kernel that a run begins
+    with; what comes before it is not ours, and writes the stored dims, so it starts when all of that is done.
     """
 
     capacity: int
@@ -32,13 +33,20 @@ class Environment:
     device: Device = H100
     stored: frozenset[str] = frozenset()
     constants: Mapping[str, frozenset[Value]] = field(default_factory=dict)
+    first: str = ""
 
     @staticmethod
     def of(program: Program, interpret: bool, tunables: Tunables, device: Device) -> Environment:
         """The environment of a program's kernels."""
         largest = {name: high for name, _, high in program.symbols} | {"T": program.capacity}
         return Environment(
-            program.capacity, largest, interpret, tunables, device, constants=_constants(program)
+            program.capacity,
+            largest,
+            interpret,
+            tunables,
+            device,
+            constants=_constants(program),
+            first=next((step.name for step, _, _ in program.trace()), ""),
         )
 
     @property
@@ -48,8 +56,10 @@ class Environment:
 
     def tiles(self, op: Op, plans: Sequence[Plan]) -> list[Tile]:
         """The tile of each segment: the default, changed where a tuner said so."""
-        changes = self.tunables.get(str(op.attr("name")), NONE)
-        return [tuned(self.default(plan.work), changes) for plan in plans]
+        name = str(op.attr("name"))
+        changes = self.tunables.get(name, NONE)
+        tiles = [tuned(self.default(plan.work), changes) for plan in plans]
+        return [replace(tile, dependent=False) for tile in tiles] if name == self.first else tiles
 
     def default(self, work: Work) -> Tile:
         """The interpreter's tile, or the cost model's first."""

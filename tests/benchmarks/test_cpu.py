@@ -166,21 +166,25 @@ def test_our_bytes_are_those_of_the_weights_in_use() -> None:
     assert sizes["int4"] < sizes["int8"]
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 def test_torch_compile_decodes_what_the_model_does(
-    monkeypatch: pytest.MonkeyPatch, both: tuple[PreTrainedModel, PreTrainedModel]
+    batch: int, monkeypatch: pytest.MonkeyPatch, both: tuple[PreTrainedModel, PreTrainedModel]
 ) -> None:
     """The loop around it is what is ours; compiling takes minutes, so here it compiles nothing."""
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     from benchmarks.torch_compile import TorchCompile
 
-    system = TorchCompile(both[0])
+    system = TorchCompile(both[0], batch)
     ids = models.prompt(both[0], 6)
     chosen: list[int] = []
     step = system._step
 
     def noted(token: torch.Tensor, cache: Any) -> torch.Tensor:
-        chosen.append(int(step(token, cache)))
-        return torch.tensor([[chosen[-1]]])
+        rows = step(token, cache)
+        assert rows.shape == (batch, 1)
+        assert len(set(rows.flatten().tolist())) == 1
+        chosen.append(int(rows[0]))
+        return rows
 
     monkeypatch.setattr(system, "_step", noted)
     expected = (

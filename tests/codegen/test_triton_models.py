@@ -23,7 +23,9 @@ from transformers import (
 )
 
 from benchmarks.large_models import without_values
-from tilewright.codegen.triton.device import A100, H100
+from tilewright.codegen.triton.device import A100, H100, Device
+from tilewright.codegen.triton.environment import Environment
+from tilewright.codegen.triton.estimate import candidates
 from tilewright.codegen.triton.offline import compile_program
 from tilewright.codegen.triton.program import emit_program
 
@@ -97,11 +99,29 @@ def test_large_models_compile_and_fit(name: str, batch_sizes: tuple[int, ...], w
     found = [r for p in programs for r in compile_program(emit_program(p), 90)]
     assert len(found) == sum(len(p.kernels()) for p in programs)
     assert [r for r in found if not r.fits] == []
+    # Nothing is known of what runs before a program, so its first kernel waits for all of it.
+    assert all("griddepcontrol" not in r.ptx for r in found if r.kernel == "main_0_gather")
     for kernel in (r for r in found if r.kernel.endswith("matmul")):
         # The first weights are requested before the kernel waits for its predecessor.
         assert kernel.ptx.index("prefetch.global.L2") < kernel.ptx.index("griddepcontrol.wait")
         # Codes come in whole words, never byte by byte.
         assert not re.search(r"ld\.global[.\w:]*\.[bus]8\b", kernel.ptx)
+
+
+@pytest.mark.parametrize("device", [A100, H100], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize(("name", "weights"), [("llama2-7b", ""), ("opt-6.7b", "int4")])
+def test_every_way_that_a_tuner_may_try_can_be_printed(name: str, weights: str, device: Device) -> None:
+    """At real sizes, where defaults and their rivals differ in every field of a tile."""
+    planned = plan(without_values(name, layers=1), (1, 64), 2048, splits=16, weights=weights)
+    for program in planned.programs.values():
+        env = Environment.of(program, False, {}, device)
+        ways = {s.name: candidates(s.op, env) for s in program.kernels()}
+        assert max(map(len, ways.values())) > 3
+        texts = set()
+        for n in range(max(map(len, ways.values()))):
+            tunables = {name: found[min(n, len(found) - 1)] for name, found in ways.items()}
+            texts.add(emit_program(program, tunables=tunables, device=device).text)
+        assert len(texts) == max(map(len, ways.values()))
 
 
 def test_a_decoder_layer_is_few_kernels_at_decode() -> None:

@@ -15,20 +15,23 @@ class _Tile:
     block_n: int = 16
     unroll: int = 4
     transposed: bool = False
+    registers: int = 0
 
 
 def test_fields_are_replaced_and_keep_their_type() -> None:
     assert tuned(_Tile(), {"block_n": 64, "transposed": 1}) == _Tile(64, 4, True)
     assert tuned(_Tile(), {"transposed": 1}).transposed is True
     assert tuned(_Tile(), {}) == _Tile()
+    assert tuned(_Tile(registers=255), {"registers": 0}).registers == 0
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_q": 1}, "unknown tunable 'block_q'; a kernel has block_n, transposed, unroll"),
+        ({"block_q": 1}, "unknown tunable 'block_q'; a kernel has block_n, registers, transposed, unroll"),
         ({"block_n": 48}, "power of two"),
         ({"unroll": 0}, "unroll=0"),
+        ({"registers": -1}, "registers=-1"),
         ({"transposed": 2}, "must be 0 or 1"),
     ],
 )

@@ -1,0 +1,130 @@
+"""What got slower between two result files: ``python -m benchmarks.compare before.json after.json``.
+
+Machines differ from hour to hour, so each figure is first set against something measured beside it in the same run:
+decoding against the time that its bytes take at the probe's bandwidth, everything else against Hugging Face eager. What
+is compared is how that ratio of ours changed. Files are of two kinds: speed (``benchmarks.cpu``) and chart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import stored
+from benchmarks.chart_results import Chart
+from benchmarks.results import EAGER, OURS, Measure, Results
+from benchmarks.samples import Spread
+from tilewright.cli import readable_errors
+from tilewright.errors import OptionError
+
+console = Console(width=120)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How one system stands at one task: its speed over that of ``beside``, median and quartiles."""
+
+    what: str
+    system: str
+    beside: str
+    value: Spread
+
+
+@dataclass(frozen=True)
+class Change:
+    """A standing in both runs. ratio: after over before, below 1 where it got slower. certain: whether the quartiles
+    of the two do not overlap."""
+
+    before: Standing
+    after: Standing
+
+    @property
+    def ratio(self) -> float:
+        return self.after.value.median / self.before.value.median
+
+    @property
+    def certain(self) -> bool:
+        a, b = self.before.value, self.after.value
+        return a.high < b.low or b.high < a.low
+
+
+def standings(file: Path) -> dict[tuple[str, str], Standing]:
+    """Every standing of ours in a result file, by task and system. Raises OptionError for a file that is none."""
+    try:
+        text = file.read_text()
+        kind = json.loads(text).get("kind")
+        if kind == Results.KIND:
+            speed = stored.from_json(Results, text)
+            found = [s for m in speed.measures for s in _of(f"{m.task} {m.size}, {m.precision}", m)]
+        elif kind == Chart.KIND:
+            chart = stored.from_json(Chart, text)
+            found = [
+                s
+                for p in chart.points
+                for m in (p.decode, p.first_token)
+                if m is not None
+                for s in _of(f"{p.model} {m.task}, batch {p.batch}, context {p.context}", m)
+            ]
+        else:
+            raise OptionError(f"{file} holds a result of kind {kind}; compare speed or chart results")
+    except (OSError, ValueError, AttributeError) as error:
+        raise OptionError(f"{file} is no result file: {error}") from error
+    return {(s.what, s.system): s for s in found if s.system.startswith(OURS)}
+
+
+def _of(what: str, measure: Measure) -> Iterator[Standing]:
+    eager = measure.of(EAGER)
+    for series in measure.series:
+        name = series.system + (f", batch {series.batch}" if series.batch > 1 else "")
+        if series.bytes_per_step:
+            yield Standing(what, name, "floor", measure.share_of_probe(series))
+        elif eager is not None and series is not eager:
+            yield Standing(what, name, EAGER, measure.ratio(series, eager))
+
+
+def changes(before: Path, after: Path) -> list[Change]:
+    """What both files have, the largest loss first. Raises OptionError where they have nothing in common."""
+    old, new = standings(before), standings(after)
+    found = [Change(old[key], new[key]) for key in old if key in new]
+    if not found:
+        raise OptionError(f"{before} and {after} have no task and system in common")
+    return sorted(found, key=lambda change: change.ratio)
+
+
+@readable_errors
+def main(
+    before: Annotated[Path, typer.Argument(help="Result file to start from.")],
+    after: Annotated[Path, typer.Argument(help="Result file to hold against it.")],
+    tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="Loss from which a change counts as slower.")
+    ] = 0.05,
+) -> None:
+    """Print what changed, slowest first; exit status 1 where something got slower beyond doubt."""
+    found = changes(before, after)
+    table = Table(title=f"{after.name} over {before.name}, each against its own run", title_justify="left")
+    for column in ("task", "system", "against", "before", "after", "after / before", ""):
+        table.add_column(
+            column, justify="right" if column in ("before", "after", "after / before") else "left"
+        )
+    slower = [c for c in found if c.ratio < 1 - tolerance and c.certain]
+    for change in found:
+        verdict = "slower" if change in slower else "" if change.certain else "within quartiles"
+        a, b = change.before.value.median, change.after.value.median
+        table.add_row(
+            change.before.what, change.before.system, change.before.beside, f"{a:.3f}", f"{b:.3f}",
+            f"{change.ratio:.3f}", verdict,
+        )  # fmt: skip
+    console.print(table)
+    if slower:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
