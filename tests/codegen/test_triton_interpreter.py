@@ -52,6 +52,15 @@ def test_matches_reference(name: str, interpret: Callable[[str], list[str]]) -> 
     assert interpret(name) == []
 
 
+TILED = ("linear", "parts", "norm_linear", "gated", "rope", "quantized", "attention", "classifier")
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(TILED)])
+def test_small_tiles_match_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
+    """Tiles of 16 x 16: rows, columns and contexts that are no multiple of a tile end in the middle of the last one."""
+    assert interpret(f"small:{name}") == []
+
+
 @pytest.mark.parametrize("name", [n for n in CASES if {"many", "four"} & set(n.split("-"))])
 def test_transposed_tiles_match_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
     """Products of several rows with columns on the left of the tensor cores: each block has its lanes exchanged."""

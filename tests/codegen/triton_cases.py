@@ -461,6 +461,28 @@ def attention_own_heads(opcode: str) -> Case:
     return attend(opcode, DType.f32, 16, queries=1, groups=6, **extra)
 
 
+HOSTILE = tuple(
+    (opcode, length, logits)
+    for opcode in ("attention", "attention_split")
+    for length, logits in ((1, "usual"), (13, "huge"), (17, "negative"), (33, "usual"))
+)
+
+
+@case("attention_hostile", *HOSTILE)
+def attention_hostile(opcode: str, length: int, logits: str) -> Case:
+    """One query against a single position, a prime number of them, one past a tile of 16 and of 32; scores in the
+    thousands, and all far below zero."""
+    extra = {"slot": ""} if opcode == "attention" else {"splits": 3}
+    made = attend(opcode, DType.f32, 16, queries=1, **extra)
+    generator = torch.Generator().manual_seed(length)
+    q, k = torch.randn(3, 6, 1, 16, generator=generator), torch.randn(3, 2, length, 16, generator=generator)
+    if logits == "huge":
+        q, k = 40 * q, 40 * k
+    if logits == "negative":
+        q, k = 40 * q.abs(), -40 * k.abs()
+    return Case(made.module, {**made.dims, "S": 1, "T": length}, {"q": q, "k": k})
+
+
 @case("attention_empty_splits")
 def attention_empty_splits() -> Case:
     """More splits than positions are left by the window, and a chunk size that does not divide the context."""
