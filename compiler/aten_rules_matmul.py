@@ -76,13 +76,14 @@ def opaque_attention(
     k: Value,
     v: Value,
     mask: Value | None,
+    sinks: Value | None,
     scale: float,
     softcap: float,
     window: int,
     causal: bool,
 ) -> Value:
     """``tilewright::attention``: q, k, v [B,H,S,D] -> [B,S,H,Dv]; ``ctx.slot`` names the KV state, or is empty."""
-    out = _attention_op(ctx, q, k, v, mask, scale, softcap, window, causal, ctx.slot)
+    out = _attention_op(ctx, q, k, v, mask, scale, softcap, window, causal, ctx.slot, sinks)
     return ctx.permute(out, (0, 2, 1, 3))
 
 
@@ -97,8 +98,10 @@ def _attention_op(
     window: int,
     causal: bool,
     slot: str,
+    sinks: Value | None = None,
 ) -> Value:
     operands = [q, k, v] + ([] if mask is None else [ctx.cast(mask, DType.bool)])
+    operands += [] if sinks is None else [ctx.cast(sinks, q.dtype)]
     attributes: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window, "causal": causal}
     return ctx.builder.add("attention", *operands, **attributes, slot=slot)
 

@@ -28,8 +28,8 @@ IMPLEMENTATION = "tilewright"
 
 _LIB = torch.library.Library("tilewright", "DEF")
 _LIB.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap, int window, bool causal)"
-    " -> Tensor"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float scale, float softcap, int window, "
+    "bool causal) -> Tensor"
 )
 _LIB.define("layer(Tensor x, Tensor[] rest, int index) -> Tensor")
 
@@ -63,7 +63,7 @@ def _attention_forward(
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in place of eager or SDPA attention: emit one opaque op."""
-    for name in ("position_bias", "s_aux", "head_mask"):
+    for name in ("position_bias", "head_mask"):
         if extra.get(name) is not None:
             raise CaptureError(
                 f"unsupported attention: {type(module).__name__} passes {name!r}, for which the attention op "
@@ -81,6 +81,7 @@ def _attention_forward(
         key,
         value,
         attention_mask,
+        extra.get("s_aux"),
         float(scale),
         float(softcap or 0.0),
         int(sliding_window or 0),

@@ -14,7 +14,7 @@
 | matmul | a[.., M, K], b[N, K] or b[.., N, K] -> [.., M, N]; float32 accumulation | (activation_group, wide) |
 | quantize | w[N, K] -> codes, scale (and, for 4 bits, minimum); weights only, once at load | bits, group |
 | dequantize | codes, scale (, minimum) -> float[N, K] | bits, group |
-| attention | q[B,H,S,D], k, v [B,G,S,D], optional mask bool[B,T] -> [B,H,S,Dv] | scale, causal, window, softcap, slot |
+| attention | q[B,H,S,D], k, v[B,G,S,D] (, mask[B,T], sinks[H]) -> [B,H,S,Dv] | scale, causal, window, softcap, slot |
 | append | x[B,G,S,D] -> the slot's whole cache [B,G,T,D], ending in x | slot |
 | attention_split | q, k, v [B,G,T,D], mask -> acc f32[B,H,S,P,Dv], max, sum f32[B,H,S,P] | as attention; splits |
 | call | values -> the callee's returns | callee, scope |
@@ -23,6 +23,8 @@
 
 ``attention`` with a non-empty ``slot`` owns the append of k and v to that slot of the request's KV state;
 with slot "" it attends over exactly the given k and v, whose length may exceed q's (q is then the last S of T).
+A sink is a score of each head that takes its share of the softmax and has no value (Xiao et al., "Efficient Streaming
+Language Models with Attention Sinks", 2023, in the learned form of gpt-oss).
 ``matmul`` may carry ``activation_group``: runs of that many values of a's rows may then be rounded to int8, each run
 with a scale of its own, so that a kernel can multiply integers. Codes and scales are those of ``quantization``.
 With ``wide`` its result is the float32 of the accumulation.
@@ -209,8 +211,9 @@ def _dequantize(op: Op, module: Module | None) -> Inferred:
 
 
 def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
-    _arity(op, 3, 4)
+    _arity(op, 3, 4, 5)
     q, k, v = op.operands[:3]
+    mask, sinks = mask_and_sinks(op)
     _need(q.type.rank == k.type.rank == v.type.rank == 4, op, "q, k and v need rank 4")
     _need(
         k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0], op, f"k and v do not fit: {k.type}, {v.type}"
@@ -229,8 +232,19 @@ def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
         op,
         "with a slot, k and v are the new tokens only",
     )
-    _need(len(op.operands) == 3 or op.operands[3].dtype is DType.bool, op, "mask must be bool")
+    _need(
+        op.operands == (q, k, v, *(x for x in (mask, sinks) if x)), op, "takes a bool mask, then float sinks"
+    )
+    _need(
+        sinks is None or sinks.type == TensorType(q.dtype, (heads,)), op, "sinks must be one per query head"
+    )
     return q, k, v
+
+
+def mask_and_sinks(op: Op) -> tuple[Value | None, Value | None]:
+    """What an attention has beside q, k and v: the key mask, bool[B, T], and the sinks, [H]."""
+    mask = next((v for v in op.operands[3:] if v.dtype is DType.bool), None)
+    return mask, next((v for v in op.operands[3:] if v.dtype is not DType.bool), None)
 
 
 def _attention(op: Op, module: Module | None) -> Inferred:
@@ -248,6 +262,7 @@ def _append(op: Op, module: Module | None) -> Inferred:
 def _attention_split(op: Op, module: Module | None) -> Inferred:
     q, _, v = _attention_operands(op)
     _need(q.dtype is not DType.f64, op, "its parts are f32; f64 is not split")
+    _need(mask_and_sinks(op)[1] is None, op, "sinks belong to the merge of its parts")
     partial = (*q.shape[:3], sympy.Integer(op.attr("splits")))
     row = TensorType(DType.f32, partial)
     return TensorType(DType.f32, (*partial, v.shape[3])), row, row

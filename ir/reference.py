@@ -19,6 +19,7 @@ from torch import Tensor
 from .errors import VerifyError
 from .index import IndexMap, extents_of, linear_index, simplify, sym
 from .module import Function, Module, Op
+from .ops import mask_and_sinks
 from .pointwise import POINTWISE
 from .quantization import dequantize, quantize, round_activations
 from .types import DType, Value, concrete
@@ -284,8 +285,16 @@ def _attention(run: Evaluation, op: Op, args: list[Tensor], scope: str) -> Tenso
             args[n] = _append(run, appended, [args[n]], scope)
     dtype = args[2].dtype
     scores, v = _scores(op, args)
-    p = torch.exp(scores - scores.amax(-1, keepdim=True)) * (scores > MASKED / 2)
-    return ((p @ v) / p.sum(-1, keepdim=True).clamp(min=1e-30)).to(dtype)
+    top = scores.amax(-1, keepdim=True)
+    sink = None
+    if mask_and_sinks(op)[1] is not None:
+        sink = args[-1].to(scores.dtype).view(1, -1, 1, 1)
+        top = torch.maximum(top, sink)
+    p = torch.exp(scores - top) * (scores > MASKED / 2)
+    total = p.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + torch.exp(sink - top)
+    return ((p @ v) / total.clamp(min=1e-30)).to(dtype)
 
 
 def _scores(op: Op, args: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -304,7 +313,7 @@ def _scores(op: Op, args: list[Tensor]) -> tuple[Tensor, Tensor]:
     if window := op.attr("window"):
         valid &= query - key < window
     valid = valid[None, None]
-    if len(args) == 4:
+    if mask_and_sinks(op)[0] is not None:
         valid = valid & args[3][:, None, None, :].bool()
     return scores.masked_fill(~valid, MASKED), v
 

@@ -16,11 +16,11 @@ def _function(function: Function) -> Function:
         if op.opcode != "attention" or not op.attr("slot"):
             rewriter.keep(op)
             continue
-        q, k, v, *mask = op.operands
+        q, k, v, *others = op.operands
         keys = rewriter.add("append", k, loc=op.loc, slot=f"{op.attr('slot')}.k")
         values = rewriter.add("append", v, loc=op.loc, slot=f"{op.attr('slot')}.v")
         attrs = dict(op.attrs) | {"slot": ""}
-        rewriter.replace(op.result, rewriter.add("attention", q, keys, values, *mask, loc=op.loc, **attrs))
+        rewriter.replace(op.result, rewriter.add("attention", q, keys, values, *others, loc=op.loc, **attrs))
     return rewriter.finish()
 
 

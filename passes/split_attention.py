@@ -7,13 +7,15 @@ ordinary ops, so it fuses like any other code:
 
     weight = exp(top - max_p(top));  result = sum_p(weight * acc) / max(sum_p(weight * total), tiny)
 
-A row without a valid position has total 0 and gives 0. The parts are float32, so float64 attention stays whole.
+Sinks enter here, as a part without values. A row without a valid position has total 0 and gives 0. The parts are
+float32, so float64 attention stays whole.
 """
 
 from __future__ import annotations
 
 from tilewright.ir.index import IndexMap, index_symbols
 from tilewright.ir.module import Attr, Function, Module, Op
+from tilewright.ir.ops import mask_and_sinks
 from tilewright.ir.types import DType, TensorType, Value
 
 from .base import PassOptions, Rewriter
@@ -38,18 +40,28 @@ def _function(function: Function, splits: int) -> Function:
 
 def _split(rewriter: Rewriter, op: Op, splits: int) -> Value:
     attrs = {k: v for k, v in op.attrs if k != "slot"}
-    acc, top, total = rewriter.add_multi("attention_split", *op.operands, loc=op.loc, splits=splits, **attrs)
+    sinks = mask_and_sinks(op)[1]
+    operands = op.operands if sinks is None else op.operands[:-1]
+    acc, top, total = rewriter.add_multi("attention_split", *operands, loc=op.loc, splits=splits, **attrs)
 
     def add(opcode: str, *operands: Value, type: TensorType | None = None, **more: Attr) -> Value:
         return rewriter.add(opcode, *operands, loc=op.loc, type=type, **more)
 
     highest = add("reduce", top, kind="max", axes=(3,), keepdim=True)
+    sink: Value | None = None
+    if sinks is not None:
+        row = TensorType(sinks.dtype, highest.shape)
+        sink = add("view", sinks, type=row, map=IndexMap(4, index_symbols(4)[1:2]))
+        sink = add("cast", sink, type=highest.type)
+        highest = add("maximum", highest, sink)
     weight = add("exp", add("sub", top, highest))
     index = index_symbols(5)
     column = TensorType(DType.f32, (*weight.shape, acc.shape[4] * 0 + 1))
     spread = add("view", weight, type=column, map=IndexMap(5, index[:4]))
     numerator = add("reduce", add("mul", acc, spread), kind="sum", axes=(3,), keepdim=False)
     denominator = add("reduce", add("mul", total, weight), kind="sum", axes=(3,), keepdim=True)
+    if sink is not None:
+        denominator = add("add", denominator, add("exp", add("sub", sink, highest)))
     tiny = add("const", type=TensorType(DType.f32, ()), value=1e-30)
     safe = add("maximum", denominator, tiny)
     return add("cast", add("div", numerator, safe), type=op.result.type)

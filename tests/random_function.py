@@ -664,9 +664,10 @@ class RandomFunction:
             self.slots |= {f"{slot}.k": k.type, f"{slot}.v": v.type}
         masks = [m for m in self.builder.params if m.dtype is DType.bool and m.shape == (b, length)]
         mask = masks[:1] if self.number(0, 1) else []
+        sinks = [self.weight(TensorType(q.dtype, q.shape[1:2]))] if self.number(0, 3) == 0 else []
         causal = bool(self.number(0, 1))
         out = self.add(
-            "attention", q, k, v, *mask, spec=Spec(-4, 4, False), scale=float(d) ** -0.5, causal=causal,
+            "attention", q, k, v, *mask, *sinks, spec=Spec(-4, 4, False), scale=float(d) ** -0.5, causal=causal,
             window=self.pick((0, 0, 2, 3)), softcap=float(self.pick((0, 0, 5))), slot=slot,  # type: ignore[arg-type]
         )  # fmt: skip
         flat = self.permute(out, (0, 2, 1, 3))

@@ -18,6 +18,7 @@ from tilewright.ir.errors import VerifyError
 from tilewright.ir.index import FloorDiv, Mod, linear_index, sym
 from tilewright.ir.loops import AttentionForm, Node, Store
 from tilewright.ir.module import Op
+from tilewright.ir.ops import mask_and_sinks
 from tilewright.ir.types import DType, Value
 
 from .expression import Block, Context, Operand
@@ -75,6 +76,7 @@ class _Attention:
         self.dtype = form.op.operands[0].dtype
         self.float = TRITON_TYPES[compute_dtype(self.dtype)]
         self.q, self.k, self.v = form.op.operands[:3]
+        self.mask, self.sinks = mask_and_sinks(form.op)
 
     def emit(self) -> Expr:
         base, sizes, tile = self.base, self.sizes, self.tile
@@ -94,8 +96,7 @@ class _Attention:
         q = self._load_query()
         names = {n: base.names.fresh(n) for n in ("acc", "top", "total")}
         base.line(f"{names['acc']} = tl.zeros([{self.block_m}, {self.block_v}], {self.float})")
-        base.line(f"{names['top']} = tl.full([{self.block_m}, 1], {MASKED}, {self.float})")
-        base.line(f"{names['total']} = tl.zeros([{self.block_m}, 1], {self.float})")
+        self._start(names)
         self._loop(low, high, q, query, names)
         self._store(names)
         return sympy.expand(sizes.batch * sizes.groups * tiles * max(1, sizes.splits))
@@ -169,6 +170,19 @@ class _Attention:
         mask = " & ".join(m for m in (self.rows.mask, d_ok) if m)
         return self.base.bind(f"tl.load({address}, mask={mask}, other=0.0)", "q")
 
+    def _start(self, names: dict[str, str]) -> None:
+        """The softmax before any key: nothing, or the head's sink."""
+        base = self.base
+        if self.sinks is None:
+            base.line(f"{names['top']} = tl.full([{self.block_m}, 1], {MASKED}, {self.float})")
+            base.line(f"{names['total']} = tl.zeros([{self.block_m}, 1], {self.float})")
+            return
+        share = self.sizes.share
+        address = self._address(self.sinks, (GROUP * share + Mod(ROW, share),), {ROW: self.rows.text})
+        address += f" + {self.rows.text} * 0"  # a block of rows even where all of them are of one head
+        base.line(f"{names['top']} = tl.load({address}, mask={self.rows.mask}, other=0.0).to({self.float})")
+        base.line(f"{names['total']} = tl.full([{self.block_m}, 1], 1.0, {self.float})")
+
     def _loop(self, low: str, high: str, q: str, query: str, names: dict[str, str]) -> None:
         base, op = self.base, self.op
         scope = base.open(f"for start in range({low}, {high}, {self.block_n}):")
@@ -204,9 +218,8 @@ class _Attention:
             parts.append(f"({key} <= {query})")
         if window := self.op.attr("window"):
             parts.append(f"({query} - {key} < {int(window)})")
-        if len(self.op.operands) == 4:
-            mask = self.op.operands[3]
-            address = self._address(mask, (BATCH, KEY), {KEY: key})
+        if self.mask is not None:
+            address = self._address(self.mask, (BATCH, KEY), {KEY: key})
             valid = scope.bind(f"tl.load({address}, mask={key} < {high}, other=0)", "valid")
             parts.append(f"({valid} != 0)")
         return scope.bind(" & ".join(parts), "seen")

@@ -413,10 +413,11 @@ def attend(opcode: str, dtype: DType, size: int, **attrs: object) -> Case:
     """Six query heads over two KV heads; ``mask`` hides a left margin, and all of the last row."""
     b = Builder()
     masked, queries, keys = attrs.pop("mask", False), attrs.pop("queries", "S"), attrs.pop("keys", "T")
-    groups = attrs.pop("groups", 2)
+    groups, sunk = attrs.pop("groups", 2), attrs.pop("sinks", False)
     q = b.param_value("q", tensor_type(dtype, ["B", 6, queries, size]))
     k, v = (b.param_value(n, tensor_type(dtype, ["B", groups, keys, size])) for n in "kv")
     extra = (b.param_value("mask", tensor_type("bool", ["B", keys])),) if masked else ()
+    extra += (b.param_value("sinks", tensor_type(dtype, [6])),) if sunk else ()
     full = {"scale": size**-0.5, "causal": True, "window": 0, "softcap": 0.0, **attrs}
     outs = b.add_multi(opcode, q, k, v, *extra, **full)  # type: ignore[arg-type]
     if opcode == "attention":
@@ -432,6 +433,12 @@ def attend(opcode: str, dtype: DType, size: int, **attrs: object) -> Case:
 @case("attention", *FLOATS, (DType.f64,))
 def attention(dtype: DType) -> Case:
     return attend("attention", dtype, 16, slot="", mask=True)
+
+
+@case("attention_sinks", *((d, q) for d in (DType.f32, DType.bf16) for q in ("S", 1)), (DType.f64, "S"))
+def attention_sinks(dtype: DType, queries: object) -> Case:
+    """A score of each head that has no value; a row that may see no key gives zeros."""
+    return attend("attention", dtype, 16, slot="", mask=True, sinks=True, queries=queries)
 
 
 @case("attention_window", (DType.f32,), (DType.f64,))

@@ -14,8 +14,8 @@ static inline void attend_row(const AttentionShape& s, long batch, long head, lo
     const double* from = q + s.q.at(batch, head, query);
     const long group = head / s.heads_per_group();
     const Range visible = s.visible(query);
-    double top = MASKED;
-    total = 0.0;
+    double top = s.sinks != nullptr ? static_cast<const double*>(s.sinks)[head] : MASKED;
+    total = s.sinks != nullptr ? 1.0 : 0.0;
     for (int i = 0; i < DV; i++) sum[i] = 0.0;
     for (long j = visible.begin; j < visible.end; j++) {
         if (s.mask != nullptr && s.mask[batch * s.mask_row + j] == 0) continue;

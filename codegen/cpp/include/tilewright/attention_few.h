@@ -194,7 +194,8 @@ static inline void attend_split(const Worker& worker, const AttentionShape& s, l
 template <class T, int DV>
 static inline void merge_parts(const AttentionShape& s, long batch, long head, long query, long parts,
                                const Partials& from, T* out) {
-    float top = MASKED, total = 0.0f;
+    const float sink = s.sink<T>(head);
+    float top = sink, total = 0.0f;
     for (long p = 0; p < parts; p++) {
         const float t = from.top[from.top_strides.at(batch, head, query, p)];
         top = t > top ? t : top;
@@ -206,6 +207,7 @@ static inline void merge_parts(const AttentionShape& s, long batch, long head, l
         total += weight * from.total[from.total_strides.at(batch, head, query, p)];
         for (int i = 0; i < DV; i++) sum[i] += weight * acc[i];
     }
+    if (s.sinks != nullptr) total += tw::exp(sink - top);
     const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
     T* to = out + s.out.at(batch, head, query);
     for (int i = 0; i < DV; i++) to[i * s.out.column] = from_f32<T>(sum[i] * inverse);

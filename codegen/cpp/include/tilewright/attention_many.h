@@ -33,7 +33,7 @@ struct PromptBlock {
             const T* from = source + s.q.at(batch, head(r), query(r));
             for (int i = 0; i < D; i++) q[r * D + i] = to_f32(from[i]) * s.scale;
             for (int i = 0; i < DVP; i++) acc[r * DVP + i] = 0.0f;
-            softmax[r] = SoftmaxRow{};
+            softmax[r] = SoftmaxRow{s.sink<T>(head(r)), s.sinks != nullptr ? 1.0f : 0.0f};
         }
     }
 

@@ -34,7 +34,14 @@ struct AttentionShape {
     bool causal;
     long window;       // keys further back than this are masked; 0: none
     double scale_f64;  // scale in full, for float64
+    const void* sinks = nullptr;  // [heads] of the element type: scores without values; or null
     long prefetch_bytes = 0;  // how far ahead of their use keys and values are requested
+
+    // The softmax of a row that has seen its head's sink, if there are any, and no key: highest score and total weight.
+    template <class T>
+    float sink(long head) const {
+        return sinks == nullptr ? MASKED : to_f32(static_cast<const T*>(sinks)[head]);
+    }
 
     long heads_per_group() const { return heads / groups; }
     // The keys that causality and window leave to a query.

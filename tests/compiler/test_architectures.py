@@ -1,0 +1,127 @@
+"""Architectures that nothing in the compiler knows by name: small random models of each beside Hugging Face's own.
+
+A left-padded prompt longer than any window, all logits, then greedy tokens. The reference backend shows that capture,
+lowering and passes keep a model's meaning; a few go through generated C++ as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from transformers import PretrainedConfig, PreTrainedModel
+
+import tilewright as tw
+
+_PLAIN = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+}
+_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_GROUPED = {**_PLAIN, **_IDS, "num_key_value_heads": 2}
+_HEADS = {**_GROUPED, "head_dim": 16}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LATENT = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_routed_experts": 4,
+}  # fmt: skip
+
+DECODERS: dict[str, PretrainedConfig] = {
+    "gpt_neox": hf.GPTNeoXConfig(**_PLAIN, **_IDS),
+    "mistral": hf.MistralConfig(**_GROUPED, sliding_window=16),
+    "mixtral": hf.MixtralConfig(**_GROUPED, num_local_experts=4),
+    "qwen2": hf.Qwen2Config(**_GROUPED),
+    "qwen3": hf.Qwen3Config(**_HEADS),
+    "qwen3_moe": hf.Qwen3MoeConfig(**_HEADS, **_EXPERTS, num_experts=4),
+    "gemma2": hf.Gemma2Config(**_HEADS, sliding_window=16),
+    "gemma3": hf.Gemma3TextConfig(**_HEADS, sliding_window=16),
+    "phi3": hf.Phi3Config(**_GROUPED),
+    "stablelm": hf.StableLmConfig(**_GROUPED),
+    "olmo2": hf.Olmo2Config(**_GROUPED),
+    "starcoder2": hf.Starcoder2Config(**_GROUPED),
+    "granite": hf.GraniteConfig(**_GROUPED),
+    "cohere": hf.CohereConfig(**_GROUPED),
+    "gpt_oss": hf.GptOssConfig(**_HEADS, num_local_experts=4, sliding_window=16),
+    "deepseek_v3": hf.DeepseekV3Config(**_PLAIN, **_IDS, **_EXPERTS, **_LATENT, num_key_value_heads=4),
+}
+ENCODERS: dict[str, PretrainedConfig] = {
+    "roberta": hf.RobertaConfig(**_PLAIN),
+    "distilbert": hf.DistilBertConfig(vocab_size=128, dim=64, n_layers=2, n_heads=4, hidden_dim=96),
+}
+WITHOUT_A_DISPATCH: dict[str, PretrainedConfig] = {
+    "gptj": hf.GPTJConfig(vocab_size=128, n_embd=64, n_layer=2, n_head=4, rotary_dim=8),
+    "mpt": hf.MptConfig(vocab_size=128, d_model=64, n_layers=2, n_heads=4),
+    "falcon": hf.FalconConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
+}
+
+
+def random(config: PretrainedConfig, kind: Any) -> PreTrainedModel:
+    """A model with weights large enough for its tokens to differ, sinks and biases among them."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = kind.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def prompt() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_says_what_hugging_face_says(name: str) -> None:
+    check_decoder(name, "reference")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
+def test_and_so_do_generated_kernels(name: str) -> None:
+    """Two windows in turn with norms of heads; sinks, and experts that PyTorch runs."""
+    check_decoder(name, "cpp")
+
+
+def check_decoder(name: str, backend: str) -> None:
+    model = random(DECODERS[name], hf.AutoModelForCausalLM)
+    fast = tw.compile(model, batch_sizes=(2,), max_length=64, backend=backend, autotune="off")
+    ids, mask = prompt()
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        found = fast(input_ids=ids, attention_mask=mask).logits
+    kept = mask.bool()
+    torch.testing.assert_close(
+        found[kept], expected[kept], rtol=2e-4, atol=2e-5 * expected.abs().max().item()
+    )
+    given: dict[str, Any] = {
+        "attention_mask": mask,
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    assert torch.equal(fast.generate(ids, **given), model.generate(ids, **given))
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_says_what_hugging_face_says(name: str) -> None:
+    model = random(ENCODERS[name], hf.AutoModel)
+    fast = tw.compile(model, batch_sizes=(2,), max_length=64, backend="reference", autotune="off")
+    ids, mask = prompt()
+    given = {"input_ids": ids.flip(1), "attention_mask": mask.flip(1)}
+    with torch.no_grad():
+        expected, found = (m(**given).last_hidden_state for m in (model, fast))
+    kept = given["attention_mask"].bool()
+    torch.testing.assert_close(found[kept], expected[kept], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_DISPATCH)
+def test_attention_that_cannot_be_told_apart_is_refused(name: str) -> None:
+    model = random(WITHOUT_A_DISPATCH[name], hf.AutoModelForCausalLM)
+    with pytest.raises(tw.CaptureError, match=r"unsupported attention.*run this model with Hugging Face"):
+        tw.compile(model, max_length=64, backend="reference")
