@@ -9,12 +9,14 @@ writes one result file. A part that fails is reported and the others go on; none
 from __future__ import annotations
 
 import datetime
+import os
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -163,7 +165,9 @@ class _Check:
 
     def tests(self) -> str:
         """pytest's summary of tests/gpu."""
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/gpu"]
+        command = [sys.executable, "-m", "pytest", "-q", "--maxfail=5", "-p", "no:cacheprovider", "tests/gpu"]
+        if find_spec("xdist") is not None:
+            command += ["-n", str(min(8, os.cpu_count() or 1))]  # most of it is compiling
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=self.plan.tests, check=False
         )

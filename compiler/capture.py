@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 from tilewright.ir.errors import CaptureError
 
 from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, flat_names, opaque_layers
-from .capture_ops import ATTENTION, opaque_attention
-from .capture_patches import PositionRule, position_rule
+from .capture_ops import ATTENTION, attention_forward, opaque_attention
+from .capture_patches import PositionRule, has_own_attention, position_rule, rerouted
 
 Kind = Literal["decoder", "encoder", "module"]
 
@@ -189,11 +189,12 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
     notes: list[str] = []
     skip: list[str] = []
     outer = _Outer(model)
-    dispatches = model._can_set_attn_implementation()
+    dispatches = model._can_set_attn_implementation() or has_own_attention(model)
     if kind == "decoder" and not dispatches:
         raise _unsupported_attention(model)
     # An encoder without the common dispatch keeps no state: its attention is captured as the ordinary ops it is.
-    with torch.no_grad(), opaque_attention(model) if dispatches else nullcontext():
+    opaque = opaque_attention(model) if dispatches else nullcontext()
+    with torch.no_grad(), opaque, rerouted(model, attention_forward):
         while True:
             try:
                 main, layers, calls = _capture_layered(model, outer, inputs, ranges, skip)

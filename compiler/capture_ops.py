@@ -49,7 +49,7 @@ def _layer_shape(x: Tensor, rest: list[Tensor], index: int) -> Tensor:
     return torch.empty_like(x)
 
 
-def _attention_forward(
+def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -118,7 +118,7 @@ def _mask_forward(
     return attention_mask
 
 
-AttentionInterface.register(IMPLEMENTATION, _attention_forward)
+AttentionInterface.register(IMPLEMENTATION, attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, _mask_forward)
 
 

@@ -32,6 +32,8 @@ _LATENT = {
 }  # fmt: skip
 
 DECODERS: dict[str, PretrainedConfig] = {
+    "gptj": hf.GPTJConfig(vocab_size=128, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, **_IDS),
+    "codegen": hf.CodeGenConfig(vocab_size=128, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, **_IDS),
     "gpt_neox": hf.GPTNeoXConfig(**_PLAIN, **_IDS),
     "mistral": hf.MistralConfig(**_GROUPED, sliding_window=16),
     "mixtral": hf.MixtralConfig(**_GROUPED, num_local_experts=4),
@@ -54,7 +56,7 @@ ENCODERS: dict[str, PretrainedConfig] = {
     "distilbert": hf.DistilBertConfig(vocab_size=128, dim=64, n_layers=2, n_heads=4, hidden_dim=96),
 }
 WITHOUT_A_DISPATCH: dict[str, PretrainedConfig] = {
-    "gptj": hf.GPTJConfig(vocab_size=128, n_embd=64, n_layer=2, n_head=4, rotary_dim=8),
+    "bloom": hf.BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4),
     "mpt": hf.MptConfig(vocab_size=128, d_model=64, n_layers=2, n_heads=4),
     "falcon": hf.FalconConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
 }
@@ -118,6 +120,18 @@ def test_an_encoder_says_what_hugging_face_says(name: str) -> None:
         expected, found = (m(**given).last_hidden_state for m in (model, fast))
     kept = given["attention_mask"].bool()
     torch.testing.assert_close(found[kept], expected[kept], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_is_left_as_it_was() -> None:
+    """Methods that capture replaces for a while are the model's own again."""
+    model = random(DECODERS["gptj"], hf.AutoModelForCausalLM)
+    ids, _ = prompt()
+    with torch.no_grad():
+        before = model(ids).logits
+    tw.compile(model, max_length=64, backend="reference", autotune="off")
+    assert all("_attn" not in vars(m) for m in model.modules())
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
 
 
 @pytest.mark.parametrize("name", WITHOUT_A_DISPATCH)

@@ -1,0 +1,60 @@
+"""Decode steps on a real GPU: recorded once per request, and the same tokens as Hugging Face's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tilewright as tw
+from tests.compiler.models import tiny
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any]:
+    model = tiny("llama").to("cuda")
+    return model, tw.compile(model, batch_sizes=(1, 3), max_length=128)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_replayed_steps_give_hugging_faces_tokens(batch: int, pair: tuple[Any, Any]) -> None:
+    """Forty steps, of which all but the first few are replays, with a left-padded row."""
+    model, fast = pair
+    ids = torch.randint(3, 128, (batch, 9), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[-1, :4] = 0
+    given = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(fast.generate(ids, **given), model.generate(ids, **given))
+
+
+def test_a_request_is_recorded_once(pair: tuple[Any, Any]) -> None:
+    """The third step and all after it run from the recording, which a new context length does not void."""
+    _, fast = pair
+    engine = fast._tilewright.engine
+    state = engine.new_state(1)
+    engine.step(state, torch.randint(3, 128, (1, 5), device="cuda"))
+    executor = engine.decode_executors[1]
+    replays = set()
+    for _ in range(6):
+        engine.advance(state)
+        bound = state.scratch[executor]
+        replays.add(bound.replay)
+    assert bound.replay is not None
+    assert len(replays) == 2  # none at first, then always the same
+
+
+def test_steps_are_timed_on_the_device(pair: tuple[Any, Any]) -> None:
+    from tilewright.trials import Trial
+
+    _, fast = pair
+    engine = fast._tilewright.engine
+    executor = engine.decode_executors[3]
+    trial = Trial.decode(engine.spec, 3)
+    seconds = executor.step_seconds(trial.inputs, trial.dims, trial.state, trial.outputs)
+    assert all(0 < s < 1 for s in seconds)
