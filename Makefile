@@ -40,7 +40,7 @@ format: $(VENV)/.stamp-dev  ## rewrite the sources in the project's format
 	@$(PY) -m ruff check --fix-only .
 	@$(PY) -m ruff format .
 
-bench: $(VENV)/.stamp-demo  ## measure ours beside Hugging Face eager
+bench: $(VENV)/.stamp-demo  ## measure ours beside eager, torch.compile and llama.cpp
 	@$(PY) -m benchmarks $(BENCH)
 
 clean:  ## remove .venv and what tools left behind

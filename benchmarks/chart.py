@@ -75,7 +75,11 @@ def main(
         str, typer.Option("--models", help="Some of the scale's models, separated by commas.")
     ] = "",
     systems: Annotated[
-        str, typer.Option(help=f"{', '.join(SHORT_NAMES)}, separated by commas; torch.compile takes long.")
+        str,
+        typer.Option(
+            help=f"{', '.join(SHORT_NAMES)}, separated by commas; torch.compile takes long. A point that lacks one of "
+            "them is measured anew, with these alone."
+        ),
     ] = ",".join(SHORT_NAMES),
     repeats: Annotated[int, typer.Option(min=1, help="Samples of each system per point.")] = 3,
     minutes: Annotated[

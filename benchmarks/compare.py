@@ -74,6 +74,8 @@ def standings(file: Path) -> dict[tuple[str, str], Standing]:
             ]
         else:
             raise OptionError(f"{file} holds a result of kind {kind}; compare speed or chart results")
+    except OptionError:
+        raise
     except (OSError, ValueError, AttributeError) as error:
         raise OptionError(f"{file} is no result file: {error}") from error
     return {(s.what, s.system): s for s in found if s.system.startswith(OURS)}

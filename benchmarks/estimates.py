@@ -1,6 +1,6 @@
 """What decode steps and prefill should take on a GPU, kernel by kernel: ``python -m benchmarks.estimates``.
 
-Nothing is measured and no GPU is needed: these are estimates, beside the least that bytes and FLOPs allow. The second
+Nothing is measured and no GPU is needed: these are estimates, beside the least that bytes and FLOPs allow. The last
 table says which tile the cost model gives a product at each number of rows, as FlashDecoding++ does with its choice
 between a matrix-vector product, a flat one and the vendor's (Hong et al., 2023, "heuristic dataflow").
 """
@@ -39,7 +39,7 @@ console = Console(width=140)
 def main(
     model: Annotated[str, typer.Option(help=f"{', '.join(BUILDERS)}, separated by commas.")] = "llama2-7b",
     precision: Annotated[str, typer.Option(help="bf16, int8 or int4.")] = "bf16",
-    batch_sizes: Annotated[str, typer.Option(help="Decode buckets, separated by commas.")] = "1,4,16,64",
+    batch_sizes: Annotated[str, typer.Option(help="Decode batch sizes, separated by commas.")] = "1,4,16,64",
     context: Annotated[str, typer.Option(help="Context of a decode step, and tokens of a prompt.")] = "1024",
     device: Annotated[str, typer.Option(help="h100 or a100.")] = "h100",
 ) -> None:

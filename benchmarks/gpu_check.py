@@ -68,8 +68,9 @@ SCALES = {
 
 @dataclass(frozen=True)
 class KernelTime:
-    """A kernel of a program: seconds of its best run, bytes and FLOPs of a run, seconds that the cost model expects (0
-    without one) and that the vendor's library takes for the same product or attention (0 where it has none)."""
+    """A kernel of a program: seconds of its best run, and bytes and FLOPs of a run. estimate: seconds that the cost
+    model expects of its default tile; 0 without one. peer: seconds that the vendor's library takes for the same product
+    or attention; 0 where it has none."""
 
     program: str
     tuned: bool

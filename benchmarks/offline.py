@@ -75,7 +75,7 @@ def main(
         WEIGHTS
     ),
     device: Annotated[str, typer.Option(help="GPUs, separated by commas.")] = ",".join(DEVICES),
-    batch_sizes: Annotated[str, typer.Option(help="Decode buckets, separated by commas.")] = "1,4,16,64",
+    batch_sizes: Annotated[str, typer.Option(help="Decode batch sizes, separated by commas.")] = "1,4,16,64",
     processes: Annotated[int, typer.Option(min=1, help="Compilers side by side.")] = os.cpu_count() or 1,
     output: Annotated[Path | None, typer.Option(help="Also write what was found there, as JSON.")] = None,
 ) -> None:
@@ -89,7 +89,7 @@ def main(
         for name in known("--model", model, tuple(BUILDERS))
         for form in known("--precision", precision, tuple(WEIGHTS))
     ]
-    table = Table(title=f"Triton {triton.__version__}, decode buckets {batch_sizes} and prefill")
+    table = Table(title=f"Triton {triton.__version__}, decode at batch {batch_sizes} and prefill")
     for column in ("model", "kernels", "most registers", "most shared KB", "on wgmma", "do not fit"):
         table.add_column(column, justify="left" if column == "model" else "right")
     results = {}

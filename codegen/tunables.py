@@ -1,6 +1,6 @@
 """What a tuner may change of a generated kernel: fields of a backend's ``Tile``, by kernel name.
 
-Both backends choose tiles by a heuristic; a tunable replaces one field of what it chose. Field names and sensible
+Both backends choose tiles themselves; a tunable replaces one field of what they chose. Field names and sensible
 values belong to the backend, which offers its candidates (``codegen.triton.candidates``, ``codegen.cpp.tiling``).
 """
 
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from tilewright.ir.errors import OptionError
 
 Changes = Mapping[str, int]
-"""Field of a ``Tile`` -> the value that replaces the heuristic's."""
+"""Field of a ``Tile`` -> the value that replaces what was chosen."""
 
 Tunables = Mapping[str, Changes]
 """Kernel name -> changes to the tile of every segment of that kernel."""
@@ -36,7 +36,9 @@ def tuned(tile: T, changes: Changes) -> T:
         if isinstance(known[name], bool):
             if value not in (0, 1):
                 raise OptionError(f"tunable {name}={value} must be 0 or 1")
-        elif value < min(1, known[name]) or (name.startswith("block") and value & (value - 1)):
+        elif value < min(1, known[name]):
+            raise OptionError(f"tunable {name}={value} is too small")
+        elif name.startswith("block") and value & (value - 1):
             raise OptionError(f"tunable {name}={value} must be a power of two")
     return replace(tile, **{name: type(known[name])(value) for name, value in changes.items()})  # type: ignore[type-var]
 

@@ -83,7 +83,7 @@ def build(
 ) -> Built:
     """Generate, build and load the kernels of all programs for ``options.backend``.
 
-    tunables: of each program's kernels; none leaves them to the heuristic. Raises KernelBuildError,
+    tunables: of each program's kernels; none leaves them to the printer. Raises KernelBuildError,
     CompilerNotFoundError or DeviceError.
     """
     makers = {"reference": _reference, "triton": _triton, "cpp": _cpp}

@@ -30,7 +30,7 @@ def position_rule(model_type: str) -> PositionRule:
 _OWN_METHODS = {"gptj": ("_attn", "scale_attn"), "codegen": ("_attn", "scale_attn")}
 
 Attend = Callable[..., tuple[Tensor, None]]
-"""The hook of ``AttentionInterface``: (module, query, key, value, mask, scaling=) -> ([B, S, H, D], None)."""
+"""The hook of ``AttentionInterface``: (module, query, key, value, mask, scaling=, is_causal=) -> [B, S, H, D], None."""
 
 
 def has_own_attention(model: PreTrainedModel) -> bool:

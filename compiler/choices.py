@@ -46,7 +46,7 @@ def _processor() -> str:
 
 @lru_cache(maxsize=1)
 def _printers() -> str:
-    """A hash of the code that prints kernels, which is a quarter of a megabyte at most."""
+    """A hash of the code that prints kernels."""
     digest = hashlib.sha256()
     for folder in codegen.__path__:
         for path in sorted(p for p in Path(folder).rglob("*") if p.suffix in (".py", ".h")):

@@ -210,6 +210,13 @@ def opt(
     ] = None,
     last_tokens: Annotated[bool, typer.Option(help="Keep only the last L positions' logits.")] = False,
     splits: Annotated[int, typer.Option(min=0, help="Chunks of the context in decode attention.")] = 0,
+    multiprocessors: Annotated[
+        int,
+        typer.Option(min=0, help="Multiprocessors of the GPU that 'split_products' is to fill; 0 for none."),
+    ] = 0,
+    vendor_matmul: Annotated[
+        bool, typer.Option(help="Give products with weights to the vendor's library.")
+    ] = False,
     weights: WeightsOption = None,
     show: Annotated[bool, typer.Option("--list", help="List the passes and stop.")] = False,
 ) -> None:
@@ -222,7 +229,12 @@ def opt(
         return
     steps = find_passes([name.strip() for name in passes.split(",") if name.strip()])
     options = PassOptions(
-        fixed=_dims(fix or []), last_tokens=last_tokens, splits=splits, weights=weights or ""
+        fixed=_dims(fix or []),
+        last_tokens=last_tokens,
+        splits=splits,
+        multiprocessors=multiprocessors,
+        vendor_matmul=vendor_matmul,
+        weights=weights or "",
     )
     module = parse_module(sys.stdin.read() if file == "-" else _read(Path(file)))
     if verify:

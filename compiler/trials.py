@@ -14,7 +14,7 @@ from tilewright.runtime.executor import EngineSpec
 from tilewright.runtime.kv_state import RequestState
 
 CONTEXT = 64
-TOKENS = 128  # enough rows that products are bound by arithmetic, as those of a full chunk are
+TOKENS = 128  # on a CPU enough that products are bound by arithmetic, as those of a full chunk are
 _BEHIND = 1.5
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .types import TensorType, Value
+from .types import Value
 
 Attr = Any
 """An attribute's value: int, float, str, bool, tuple of ints, sympy expression or IndexMap (see ``ops.OpSpec``)."""
@@ -161,8 +161,3 @@ class Names:
             self.counter += 1
         self.taken.add(name)
         return name
-
-
-def value_of(names: Names, type: TensorType, hint: str = "") -> Value:
-    """A fresh value of the given type."""
-    return Value(names.fresh(hint), type)

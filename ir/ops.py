@@ -233,8 +233,9 @@ def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
         "with a slot, k and v are the new tokens only",
     )
     _need(
-        op.operands == (q, k, v, *(x for x in (mask, sinks) if x)), op, "takes a bool mask, then float sinks"
+        op.operands == (q, k, v, *(x for x in (mask, sinks) if x)), op, "takes a mask [B, T], then sinks [H]"
     )
+    _need(mask is None or mask.dtype is DType.bool, op, "mask must be bool")
     _need(
         sinks is None or sinks.type == TensorType(q.dtype, (heads,)), op, "sinks must be one per query head"
     )
@@ -243,8 +244,8 @@ def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
 
 def mask_and_sinks(op: Op) -> tuple[Value | None, Value | None]:
     """What an attention has beside q, k and v: the key mask, bool[B, T], and the sinks, [H]."""
-    mask = next((v for v in op.operands[3:] if v.dtype is DType.bool), None)
-    return mask, next((v for v in op.operands[3:] if v.dtype is not DType.bool), None)
+    mask = next((v for v in op.operands[3:] if v.type.rank != 1), None)
+    return mask, next((v for v in op.operands[3:] if v.type.rank == 1), None)
 
 
 def _attention(op: Op, module: Module | None) -> Inferred:

@@ -69,7 +69,7 @@ def generate(
     The first ``held`` ids are in ``state`` already and not run again. Raises InputError before any work when the prompt
     does not fit. A streamer is given each step's tokens, i64[B], but not the prompt. look_every: steps between two
     looks of the host at which rows are finished; more than one lets a GPU run on meanwhile, and what it computed in
-    vain is taken back. By default 8 for greedy search on a GPU, else 1.
+    vain is taken back. By default 8 for greedy search on a GPU without a streamer, else 1.
     """
     ids = engine.check_prompt(input_ids)
     batch, prompt = ids.shape

@@ -15,8 +15,6 @@ from .ctypes_of import STORAGE
 from .expression import print_index
 from .kernel_context import KernelContext, strides
 
-_AXES = {"b": "batch", "h": "head", "s": "row", "d": "column", "p": "part"}
-
 
 def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
     """Print the body of an attention kernel. Raises VerifyError for layouts that the primitives cannot write."""

@@ -33,7 +33,7 @@ ROW, COLUMN, KEY, BATCH, GROUP, PART = (sym(n) for n in ("row", "column", "key",
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Dims of the op: query heads per KV head, KV heads, queries, context, head sizes, splits (0: not split)."""
+    """Dims of the op: batch rows, query heads per KV head, KV heads, queries, context, head sizes, splits (0: none)."""
 
     batch: Expr
     share: Expr

@@ -25,7 +25,7 @@ _WITHIN = 2.0
 
 
 def ranked(work: Work, device: Device) -> tuple[Tile, ...]:
-    """The tiles that fit, best first by the cost model; never empty."""
+    """The tiles that fit and are not far behind, best first by the cost model; where none fits, the first of all."""
     tiles = dict.fromkeys(_tiles(work, device))
     scored = [(seconds(work, tile, device), n, tile) for n, tile in enumerate(tiles)]
     best = min(scored)[0]

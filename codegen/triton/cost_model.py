@@ -6,11 +6,11 @@ Memory reaches its bandwidth only with enough bytes under way: by Little's law, 
 under way is what its pipeline holds, so tiles trade programs per multiprocessor against stages and sizes:
 
     under way = busy multiprocessors x programs on each x bytes of a block x (stages - 1)
-    seconds   = launch + latency + max(bytes / min(bandwidth, under way / latency), flops / rate, ...)
+    seconds   = launch + 2 latency + max(bytes / min(bandwidth, under way / latency), flops / rate, ...)
 
-The form is that of roofline models (Williams et al., 2009) with the concurrency term of Hong and Kim, "An analytical
-model for a GPU architecture with memory-level and thread-level parallelism awareness", 2009. Registers and shared
-memory are estimates too; ``offline.compile_program`` tells the truth.
+and a little of what the largest hides. The form is that of roofline models (Williams et al., 2009) with the concurrency
+term of Hong and Kim, "An analytical model for a GPU architecture with memory-level and thread-level parallelism
+awareness", 2009. Registers and shared memory are estimates too; ``offline.compile_program`` tells the truth.
 """
 
 from __future__ import annotations
@@ -29,10 +29,8 @@ _WARPS = 64  # of a multiprocessor
 _PROGRAMS = 32
 _CACHE_LATENCY = 0.45  # of the second-level cache, as a share of device memory's
 _OVERLAP = 0.15  # how much of the lesser costs shows beside the largest
-_WGMMA, _MMA = (
-    0.75,
-    0.5,
-)  # shares of the tensor rate that generated loops reach on Hopper with either instruction
+# Assumed shares of the tensor rate: with the instruction that a GPU was built for, and with an older one.
+_WGMMA, _MMA = 0.75, 0.5
 
 
 @dataclass(frozen=True)

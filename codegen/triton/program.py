@@ -1,6 +1,6 @@
 """A whole Program as one Python module: every kernel, and a function that launches it.
 
-The module depends on torch-free Triton alone. ``LAUNCH[name](pointers, dims)`` launches a kernel; of the dims, those in
+The module imports Triton alone. ``LAUNCH[name](pointers, dims)`` launches a kernel; of the dims, those in
 ``STORED_DIMS`` are given as tensors of one i32. The runtime needs to know nothing else of it.
 """
 

@@ -20,7 +20,7 @@ from tilewright.ir.types import DType
 
 from .expression import Block, Context, Operand, flatten
 from .pointwise_ops import TRITON_TYPES, compute_dtype
-from .text import Scope, next_power_of_two, print_index
+from .text import Scope, print_index
 
 K = sym("k")
 """The block symbol of the reduced axis."""
@@ -215,10 +215,3 @@ class RowLoop:
 
 def _accumulator(reduce: Reduce) -> DType:
     return DType.i32 if reduce.dtype is DType.bool else compute_dtype(reduce.dtype)
-
-
-def fitting_block(extent: Expr, largest: int) -> int:
-    """A power of two that covers ``extent`` when that is a constant of at most ``largest``, else ``largest``."""
-    if extent.is_Integer and int(extent) <= largest:
-        return next_power_of_two(int(extent))
-    return largest
