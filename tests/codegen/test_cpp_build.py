@@ -113,10 +113,10 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert _answer(path) == 42
 
 
-def _process(folder: Path) -> subprocess.Popen[bytes]:
+def _process(folder: Path, compiler: str | None = None) -> subprocess.Popen[bytes]:
     code = (
         "import sys; from pathlib import Path; from tilewright.codegen.cpp.build import build_libraries\n"
-        f"build_libraries({{'p': {SLOW!r}}}, Path({str(folder)!r}))"
+        f"build_libraries({{'p': {SLOW!r}}}, Path({str(folder)!r}), {compiler!r})"
     )
     return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
 
@@ -132,7 +132,10 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
 
 def test_an_interruption_leaves_nothing_half_written(tmp_path: Path) -> None:
     """Ctrl-C while the compiler runs: no library and no draft under a name that is looked for."""
-    process = _process(tmp_path)
+    never_done = tmp_path / "compiler"
+    never_done.write_text("#!/bin/sh\nexec sleep 100\n")
+    never_done.chmod(0o700)
+    process = _process(tmp_path, str(never_done))
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".build-*/kernels.cpp")) and time.monotonic() < deadline:
         time.sleep(0.01)
