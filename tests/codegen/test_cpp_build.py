@@ -115,6 +115,8 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 def _process(folder: Path, compiler: str | None = None) -> subprocess.Popen[bytes]:
     code = (
+        # A shell has what it runs in the background ignore Ctrl-C, and so would all that comes from it.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys; from pathlib import Path; from tilewright.codegen.cpp.build import build_libraries\n"
         f"build_libraries({{'p': {SLOW!r}}}, Path({str(folder)!r}), {compiler!r})"
     )
