@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chart_results import FORMS, SYSTEMS, Chart, Point
-from benchmarks.picture import GRID, STYLE, TEXT
+from benchmarks.picture import GRID, STYLE, TEXT, save
 from benchmarks.results import EAGER, TORCH_COMPILE
 from benchmarks.rows import figure
 from benchmarks.system import LeftOut
@@ -47,9 +47,7 @@ def draw(chart: Chart, file: Path) -> Path:
             "time that reading weights and KV state at the measured bandwidth would take, over that of a step",
             fontsize=8,
         )
-        options: dict[str, Any] = {"metadata": {"Date": None}} if file.suffix == ".svg" else {"dpi": 200}
-        canvas.savefig(file, **options)
-    return file
+        return save(canvas, file)
 
 
 def _panel(panel: Any, name: str, points: Sequence[Point]) -> dict[str, Any]:

@@ -74,8 +74,13 @@ def draw(results: Results, file: Path) -> Path:
             "medians, whiskers are quartiles",
             fontsize=8,
         )
-        options: dict[str, Any] = {"metadata": {"Date": None}} if file.suffix == ".svg" else {"dpi": 200}
-        canvas.savefig(file, **options)
+        return save(canvas, file)
+
+
+def save(canvas: Any, file: Path) -> Path:
+    """Write a figure so that the same results give the same file."""
+    options: dict[str, Any] = {"metadata": {"Date": None}} if file.suffix == ".svg" else {"dpi": 200}
+    canvas.savefig(file, **options)
     return file
 
 

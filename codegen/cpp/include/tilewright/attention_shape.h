@@ -37,7 +37,7 @@ struct AttentionShape {
     const void* sinks = nullptr;  // [heads] of the element type: scores without values; or null
     long prefetch_bytes = 0;  // how far ahead of their use keys and values are requested
 
-    // The softmax of a row that has seen its head's sink, if there are any, and no key: highest score and total weight.
+    // The highest score of a row before any key: its head's sink, where there are any (their weight is then 1).
     template <class T>
     float sink(long head) const {
         return sinks == nullptr ? MASKED : to_f32(static_cast<const T*>(sinks)[head]);
