@@ -49,7 +49,7 @@ def tiles_text(op: Op, env: Environment) -> str:
     plans = plan_parts(op, env.sizes)
     pairs = list(zip(plans, env.tiles(op, plans), strict=True))
     plan, tile = max(pairs, key=lambda pair: seconds(pair[0].work, pair[1], env.device))
-    blocks = {"matmul": (tile.block_m, tile.block_n, tile.block_k), "attention": (tile.block_m, tile.block_n)}
-    size = "x".join(map(str, blocks.get(plan.template, (tile.block_m, tile.block_n))))
+    blocks = (tile.block_m, tile.block_n, *((tile.block_k,) if plan.template == "matmul" else ()))
+    size = "x".join(map(str, blocks))
     turned = " transposed" if tile.transposed else ""
     return f"{plan.template} {size}{turned}, {tile.num_warps} warps, {tile.num_stages} stages"
