@@ -30,7 +30,8 @@ from tilewright.progress import Progress
 from tilewright.report import PhaseReport, kernel_table
 
 DEVICES = {"h100": H100, "a100": A100}
-WEIGHTS = {"bf16": "", "int8": "int8", "int4": "int4"}
+FORMS = {"bf16": ("", ""), "int8": ("int8", ""), "int4": ("int4", ""), "fp8": ("fp8", "f8")}
+"""Options ``weights`` and ``kv_cache``, by the name of the precision."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 console = Console(width=140)
 
@@ -38,18 +39,18 @@ console = Console(width=140)
 @readable_errors
 def main(
     model: Annotated[str, typer.Option(help=f"{', '.join(BUILDERS)}, separated by commas.")] = "llama2-7b",
-    precision: Annotated[str, typer.Option(help="bf16, int8 or int4.")] = "bf16",
+    precision: Annotated[str, typer.Option(help="bf16, int8, int4 or fp8 (weights and KV cache).")] = "bf16",
     batch_sizes: Annotated[str, typer.Option(help="Decode batch sizes, separated by commas.")] = "1,4,16,64",
     context: Annotated[str, typer.Option(help="Context of a decode step, and tokens of a prompt.")] = "1024",
     device: Annotated[str, typer.Option(help="h100 or a100.")] = "h100",
 ) -> None:
     """Print estimates for decode steps and prefill."""
     (gpu,) = (DEVICES[name] for name in known("--device", device, tuple(DEVICES))[:1])
-    (weights,) = (WEIGHTS[name] for name in known("--precision", precision, tuple(WEIGHTS))[:1])
+    (form,) = known("--precision", precision, tuple(FORMS))[:1]
     (tokens,) = lengths("--context", context)[:1]
     for name in known("--model", model, tuple(BUILDERS)):
         with Progress().step(f"Planning {name}"):
-            programs = plans(name, weights, [int(n) for n in batch_sizes.split(",")], tokens)
+            programs = plans(name, form, [int(n) for n in batch_sizes.split(",")], tokens)
         phases = [phase_report(p, tokens, gpu) for p in programs]
         for phase in phases:
             console.print(kernel_table(phase))
@@ -58,13 +59,16 @@ def main(
         console.print(rows_table(programs[0], gpu))
 
 
-def plans(name: str, weights: str, batch_sizes: Sequence[int], tokens: int, layers: int = 0) -> list[Program]:
-    """The Triton programs of a model, or of its first ``layers``: decode at each batch size, and prefill."""
+def plans(name: str, form: str, batch_sizes: Sequence[int], tokens: int, layers: int = 0) -> list[Program]:
+    """The Triton programs of a model, or of its first ``layers``, in a form of ``FORMS``: decode at each batch size, and
+    prefill."""
+    weights, kv_cache = FORMS[form]
     built = without_values(name, layers)
     options = Options(
         batch_sizes=tuple(batch_sizes),
         max_length=max(2048, tokens),
         weights=weights,
+        kv_cache=kv_cache,
         autotune="off",
         backend="triton",
         device=built.device,

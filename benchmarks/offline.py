@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.estimates import DEVICES, WEIGHTS, plans
+from benchmarks.estimates import DEVICES, FORMS, plans
 from benchmarks.large_models import BUILDERS
 from benchmarks.options import known
 from tilewright.cli import readable_errors
@@ -60,7 +60,7 @@ def compiled(job: Job) -> list[Kernel]:
     """Plan a model and compile its kernels. Raises KernelBuildError, naming the kernel that does not compile."""
     gpu = DEVICES[job.device]
     found = []
-    for program in plans(job.model, WEIGHTS[job.precision], job.batch_sizes, CONTEXT, layers=1):
+    for program in plans(job.model, job.precision, job.batch_sizes, CONTEXT, layers=1):
         for r in compile_program(emit_program(program, device=gpu), gpu.arch):
             found.append(
                 Kernel(program.name, r.kernel, r.registers, r.spills, r.shared, r.fits, "wgmma" in r.ptx)
@@ -72,7 +72,7 @@ def compiled(job: Job) -> list[Kernel]:
 def main(
     model: Annotated[str, typer.Option(help="Models, separated by commas.")] = ",".join(BUILDERS),
     precision: Annotated[str, typer.Option(help="Forms of the weights, separated by commas.")] = ",".join(
-        WEIGHTS
+        FORMS
     ),
     device: Annotated[str, typer.Option(help="GPUs, separated by commas.")] = ",".join(DEVICES),
     batch_sizes: Annotated[str, typer.Option(help="Decode batch sizes, separated by commas.")] = "1,4,16,64",
@@ -87,7 +87,7 @@ def main(
         Job(name, form, gpu, buckets)
         for gpu in known("--device", device, tuple(DEVICES))
         for name in known("--model", model, tuple(BUILDERS))
-        for form in known("--precision", precision, tuple(WEIGHTS))
+        for form in known("--precision", precision, tuple(FORMS))
     ]
     table = Table(title=f"Triton {triton.__version__}, decode at batch {batch_sizes} and prefill")
     for column in ("model", "kernels", "most registers", "most shared KB", "on wgmma", "do not fit"):

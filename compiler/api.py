@@ -54,6 +54,7 @@ def compile(
     batch_sizes: Sequence[int] = (1,),
     max_length: int | None = None,
     weights: str | None = None,
+    kv_cache: str | None = None,
     autotune: str = "cached",
     backend: str | None = None,
     dump: str | os.PathLike[str] | None = None,
@@ -66,9 +67,11 @@ def compile(
     batch_sizes: a program is built for each; a batch in between runs in the next one up. A batch counts beams and
     returned sequences. An encoder runs a larger batch in several goes.
     max_length: longest sequence, prompt and new tokens together; by default 2048 or what the model can.
-    weights: "int8" (one scale per output channel) or "int4" (scale and minimum per 32 columns) stores the weights of
-    matrix products in that form; an embedding that is tied to the last product is int8 in both. None keeps their dtype.
-    What cannot be quantised stays as it is, and the report says so.
+    weights: "int8" or "fp8" (e4m3; both have one scale per output channel) or "int4" (scale and minimum per 32 columns)
+    stores the weights of matrix products in that form; an embedding that is tied to the last product is int8 in "int4".
+    None keeps their dtype. What cannot be quantised stays as it is, and the report says so.
+    kv_cache: "bf16" or "fp8" (e4m3, without a scale) keeps keys and values in that form, where it is narrower than the
+    model's own dtype, which None keeps.
     autotune: what is chosen by measurement: how prefill computes matrix products, by generated kernels or by the
     vendor's library (timed on a piece of prompt of up to 128 tokens, best of three runs; not with ``weights``, which it
     cannot read), and on a CPU, for each decode program, how many threads run it and how far ahead weights are
@@ -82,7 +85,7 @@ def compile(
 
     Raises OptionError, DeviceError, CaptureError, LoweringError, CompilerNotFoundError, KernelBuildError.
     """
-    options = check_options(model, batch_sizes, max_length, weights, autotune, backend, dump)
+    options = check_options(model, batch_sizes, max_length, weights, kv_cache, autotune, backend, dump)
     with progress.step(f"Compiling {type(model).__name__}", total=_steps(options)) as advance:
         return _Compilation(model, options, advance).run(example_inputs)
 

@@ -21,6 +21,7 @@ from tilewright import pretrained
 from tilewright.errors import OptionError, TilewrightError, WeightsError
 from tilewright.ir.parser import parse_module
 from tilewright.ir.verify import verify_module
+from tilewright.options import cache_form, weights_form
 from tilewright.passes.base import PassOptions
 from tilewright.passes.pipeline import PIPELINE, find_passes, run_passes
 from tilewright.progress import Progress
@@ -55,8 +56,12 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights and activ
 WeightsOption = Annotated[
     str | None,
     typer.Option(
-        help="int8 or int4 stores the weights of products in that form; by default they stay as they are."
+        help="int8, int4 or fp8 stores the weights of products in that form; by default they stay as they are."
     ),
+]
+CacheOption = Annotated[
+    str | None,
+    typer.Option(help="bf16 or fp8 keeps keys and values in that form; by default in the model's dtype."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
 BackendOption = Annotated[
@@ -111,6 +116,7 @@ def generate(
     ] = False,
     dtype: DtypeOption = Dtype.f32,
     weights: WeightsOption = None,
+    kv_cache: CacheOption = None,
     device: DeviceOption = "cpu",
     backend: BackendOption = None,
     threads: ThreadsOption = None,
@@ -131,6 +137,7 @@ def generate(
         batch_sizes=(len(prompt),),
         max_length=max_length,
         weights=weights,
+        kv_cache=kv_cache,
         autotune=autotune,
         backend=backend,
         dump=dump,
@@ -170,6 +177,7 @@ def report(
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to build for; repeatable.")] = None,
     dtype: DtypeOption = Dtype.f32,
     weights: WeightsOption = None,
+    kv_cache: CacheOption = None,
     device: DeviceOption = "cpu",
     backend: BackendOption = None,
     threads: ThreadsOption = None,
@@ -186,6 +194,7 @@ def report(
         batch_sizes=tuple(batch or (1,)),
         max_length=max_length,
         weights=weights,
+        kv_cache=kv_cache,
         autotune=autotune,
         backend=backend,
         dump=dump,
@@ -218,6 +227,7 @@ def opt(
         bool, typer.Option(help="Give products with weights to the vendor's library.")
     ] = False,
     weights: WeightsOption = None,
+    kv_cache: CacheOption = None,
     show: Annotated[bool, typer.Option("--list", help="List the passes and stop.")] = False,
 ) -> None:
     """Read IR text, run the named passes, print the result: the compiler's middle, one step at a time."""
@@ -234,7 +244,8 @@ def opt(
         splits=splits,
         multiprocessors=multiprocessors,
         vendor_matmul=vendor_matmul,
-        weights=weights or "",
+        weights=weights_form(weights),
+        kv_cache=cache_form(kv_cache),
     )
     module = parse_module(sys.stdin.read() if file == "-" else _read(Path(file)))
     if verify:

@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 from tilewright.errors import DeviceError, OptionError
-from tilewright.passes.quantize_weights import BITS
+from tilewright.ir.ops import STORED_AS
+from tilewright.ir.types import DType
+from tilewright.passes.quantize_weights import FORMATS
 from tilewright.runtime.triton_executor import require_device
 
 BACKENDS = ("triton", "cpp", "reference")
-WEIGHTS = tuple(BITS)
+WEIGHTS = FORMATS
+KV_CACHE = {"bf16": DType.bf16, "fp8": DType.f8}
 AUTOTUNE = ("off", "cached", "full")
 DEFAULT_MAX_LENGTH = 2048
 CHUNK = 512
@@ -25,12 +28,13 @@ CHUNK = 512
 
 @dataclass(frozen=True)
 class Options:
-    """Options with every default filled in. ``max_length`` is 0 for a module that has no sequences; ``weights`` is ""
-    for the model's own dtype."""
+    """Options with every default filled in. ``max_length`` is 0 for a module that has no sequences; ``weights`` and
+    ``kv_cache`` are "" for the model's own dtype; otherwise ``kv_cache`` is an element type of the IR."""
 
     batch_sizes: tuple[int, ...]
     max_length: int
     weights: str
+    kv_cache: str
     autotune: str
     backend: str
     device: torch.device
@@ -51,6 +55,7 @@ def check_options(
     batch_sizes: Sequence[int],
     max_length: int | None,
     weights: str | None,
+    kv_cache: str | None,
     autotune: str,
     backend: str | None,
     dump: str | os.PathLike[str] | None,
@@ -58,17 +63,14 @@ def check_options(
     """Raise OptionError or DeviceError, naming the remedy, for options that cannot work with ``model``."""
     if not isinstance(model, nn.Module):
         raise OptionError(f"compile takes an nn.Module, got {type(model).__name__}")
-    if weights is not None and weights not in WEIGHTS:
-        raise OptionError(
-            f"weights={weights!r} is none of {', '.join(WEIGHTS)}; leave weights out to keep the model's own dtype"
-        )
     if autotune not in AUTOTUNE:
         raise OptionError(f"autotune={autotune!r} is none of {', '.join(AUTOTUNE)}")
     device = _device(model)
     return Options(
         batch_sizes=_batch_sizes(batch_sizes),
         max_length=_max_length(model, max_length),
-        weights=weights or "",
+        weights=weights_form(weights),
+        kv_cache=_kv_cache(model, kv_cache),
         autotune=autotune,
         backend=_backend(backend, device),
         device=device,
@@ -83,6 +85,40 @@ def _batch_sizes(sizes: Any) -> tuple[int, ...]:
     if not sizes or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in sizes):
         raise OptionError("batch_sizes must be positive integers, for example batch_sizes=(1, 4)")
     return tuple(sorted(set(sizes)))
+
+
+def weights_form(wanted: str | None) -> str:
+    """``weights`` as the passes take it: "" for None. Raises OptionError for an unknown form."""
+    return _form("weights", wanted, WEIGHTS)
+
+
+def cache_form(wanted: str | None) -> str:
+    """``kv_cache`` as the passes take it: an element type, or "" for None. Raises OptionError for an unknown form."""
+    form = _form("kv_cache", wanted, tuple(KV_CACHE))
+    return KV_CACHE[form].value if form else ""
+
+
+def _form(option: str, wanted: str | None, known: tuple[str, ...]) -> str:
+    if wanted is not None and wanted not in known:
+        raise OptionError(
+            f"{option}={wanted!r} is none of {', '.join(known)}; leave {option} out to keep the model's own dtype"
+        )
+    return wanted or ""
+
+
+def _kv_cache(model: nn.Module, wanted: str | None) -> str:
+    form = cache_form(wanted)
+    if not form:
+        return ""
+    dtype = DType(form)
+    own = {DType.from_torch(p.dtype) for p in model.parameters() if p.is_floating_point()}
+    if any(dtype is not d and dtype not in STORED_AS.get(d, ()) for d in own):
+        names = ", ".join(sorted(d.value for d in own))
+        raise OptionError(
+            f"kv_cache={wanted!r} does not go with a model in {names}; convert it with model.to(torch.bfloat16) or "
+            "model.to(torch.float32), or leave kv_cache out"
+        )
+    return "" if own == {dtype} else dtype.value
 
 
 def _max_length(model: nn.Module, wanted: int | None) -> int:

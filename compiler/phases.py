@@ -19,8 +19,6 @@ from .estimates import gpu
 from .lower import lower
 from .options import Options
 
-_LAST = PassOptions(last_tokens=True)
-
 
 @dataclass(frozen=True)
 class Phase:
@@ -52,6 +50,7 @@ def phases_of(captured: Captured, lowered: Module, options: Options) -> list[Pha
             PassOptions(
                 (("B", size), ("S", 1), ("L", 1)),
                 last_tokens=True,
+                kv_cache=options.kv_cache,
                 splits=SPLITS[options.backend],
                 multiprocessors=gpu(options.device).multiprocessors if options.backend == "triton" else 0,
             ),
@@ -60,7 +59,8 @@ def phases_of(captured: Captured, lowered: Module, options: Options) -> list[Pha
         for size in options.batch_sizes
     ]
     wide = context | {"B": (1, options.max_batch), "S": (1, options.chunk)}
-    ours = Phase("prefill", "prefill", options.max_batch, _LAST, wide)
+    passes = PassOptions(last_tokens=True, kv_cache=options.kv_cache)
+    ours = Phase("prefill", "prefill", options.max_batch, passes, wide)
     vendor = replace(ours, name="prefill_vendor", passes=replace(ours.passes, vendor_matmul=True))
     # The vendor's library knows no quantised weights.
     if options.autotune == "off" or options.weights or not measures(options):

@@ -22,7 +22,8 @@
 | kernel | outer values used -> body values used outside | name |
 
 ``attention`` with a non-empty ``slot`` owns the append of k and v to that slot of the request's KV state;
-with slot "" it attends over exactly the given k and v, whose length may exceed q's (q is then the last S of T).
+with slot "" it attends over exactly the given k and v, whose length may exceed q's (q is then the last S of T), and
+whose type may be narrower than q's (``STORED_AS``).
 A sink is a score of each head that takes its share of the softmax and has no value (Xiao et al., "Efficient Streaming
 Language Models with Attention Sinks", 2023, in the learned form of gpt-oss).
 ``matmul`` may carry ``activation_group``: runs of that many values of a's rows may then be rounded to int8, each run
@@ -104,6 +105,7 @@ def _pointwise(op: Op, module: Module | None) -> Inferred:
     dtype = typed[0].dtype
     _need(all(v.dtype == dtype for v in typed), op, "operands must have one dtype")
     _need(row.rule != "select" or op.operands[0].dtype is DType.bool, op, "condition must be bool")
+    _need(op.opcode == "cast" or dtype is not DType.f8, op, "f8 is for storage: cast it to compute with it")
     fits = {"float": dtype.is_float, "int": not dtype.is_float, "bool": dtype is DType.bool, "any": True}
     _need(fits[row.domain], op, f"does not take {dtype.value}")
     if row.rule == "any":
@@ -120,6 +122,7 @@ def _reduce(op: Op, module: Module | None) -> Inferred:
     axes = op.attr("axes")
     _need(op.attr("kind") in REDUCTIONS, op, f"unknown kind {op.attr('kind')!r}")
     _need(op.attr("kind") not in ("any", "all") or x.dtype is DType.bool, op, "any and all take bool")
+    _need(x.dtype is not DType.f8, op, "f8 is for storage: cast it to compute with it")
     _need(
         axes == tuple(sorted(set(axes))) and all(0 <= a < x.type.rank for a in axes), op, f"bad axes {axes}"
     )
@@ -167,7 +170,7 @@ def _matmul(op: Op, module: Module | None) -> Inferred:
     a, b = op.operands
     _need(a.type.rank >= 1 and b.type.rank >= 2, op, "a needs rank 1 or more, b rank 2 or more")
     _need(
-        a.dtype.is_float and a.dtype == b.dtype,
+        a.dtype.is_float and a.dtype == b.dtype and a.dtype is not DType.f8,
         op,
         f"needs one float dtype, got {a.dtype.value}, {b.dtype.value}",
     )
@@ -210,6 +213,12 @@ def _dequantize(op: Op, module: Module | None) -> Inferred:
     return None
 
 
+STORED_AS = {
+    DType.f32: (DType.bf16, DType.f16, DType.f8), DType.bf16: (DType.f8,), DType.f16: (DType.f8,),
+}  # fmt: skip
+"""Narrower types in which k and v of an attention may be stored, by q's type."""
+
+
 def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
     _arity(op, 3, 4, 5)
     q, k, v = op.operands[:3]
@@ -218,8 +227,11 @@ def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
     _need(
         k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0], op, f"k and v do not fit: {k.type}, {v.type}"
     )
+    _need(q.shape[3] == k.shape[3], op, "q and k differ in head size")
     _need(
-        q.shape[3] == k.shape[3] and q.dtype == k.dtype == v.dtype, op, "q and k differ in head size or dtype"
+        k.dtype == v.dtype and (k.dtype == q.dtype or k.dtype in STORED_AS.get(q.dtype, ())),
+        op,
+        f"k and v cannot be {k.dtype.value}, {v.dtype.value} for q in {q.dtype.value}",
     )
     heads, groups = q.shape[1], k.shape[1]
     _need(

@@ -22,7 +22,7 @@ from .module import Function, Module, Op
 from .ops import mask_and_sinks
 from .pointwise import POINTWISE
 from .quantization import dequantize, quantize, round_activations
-from .types import DType, Value, concrete
+from .types import F8_LARGEST, DType, Value, concrete
 
 MASKED = -1e30
 """Score of a masked position: finite, so that a row without any valid position gives zero rather than NaN."""
@@ -39,12 +39,14 @@ class Evaluation:
     exact: bool = False
 
     def dtype(self, dtype: DType) -> torch.dtype:
-        return torch.float64 if self.exact and dtype.is_float else dtype.torch
+        """How a value of ``dtype`` is held. f8 stays what it is: it says which numbers are stored."""
+        wide = self.exact and dtype.is_float and dtype is not DType.f8
+        return torch.float64 if wide else dtype.torch
 
     def call(self, function: Function, args: Sequence[Tensor], scope: str = "") -> tuple[Tensor, ...]:
         """Run a function; ``scope`` is the prefix of its weights and state slots."""
         env: dict[Value, Tensor] = {
-            p: a.to(self.dtype(p.dtype)) for p, a in zip(function.params, args, strict=True)
+            p: _as_dtype(a, self.dtype(p.dtype)) for p, a in zip(function.params, args, strict=True)
         }
         for op in function.ops:
             self.run(op, env, scope)
@@ -64,7 +66,7 @@ class Evaluation:
                 raise VerifyError(
                     f"{op.opcode} {value}: evaluated to {tuple(tensor.shape)}, declared {expected}"
                 )
-            env[value] = tensor.to(self.dtype(value.dtype))
+            env[value] = _as_dtype(tensor, self.dtype(value.dtype))
 
     def _evaluate(self, op: Op, args: list[Tensor], scope: str) -> tuple[Tensor, ...]:
         if op.opcode in POINTWISE:
@@ -93,6 +95,13 @@ class Evaluation:
             parts.append((p @ vs, top, p.sum(-1)))
         acc, top, total = (torch.stack(column, dim=3) for column in zip(*parts, strict=True))
         return acc, top, total
+
+
+def _as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in ``dtype``; values beyond the range of f8 become its largest, in every version of torch."""
+    if dtype == DType.f8.torch and tensor.dtype != dtype:
+        tensor = tensor.clamp(-F8_LARGEST, F8_LARGEST)
+    return tensor.to(dtype)
 
 
 def evaluate(
@@ -283,7 +292,7 @@ def _attention(run: Evaluation, op: Op, args: list[Tensor], scope: str) -> Tenso
         for n, which in ((1, "k"), (2, "v")):
             appended = op.with_attrs(slot=f"{slot}.{which}")
             args[n] = _append(run, appended, [args[n]], scope)
-    dtype = args[2].dtype
+    dtype = args[0].dtype
     scores, v = _scores(op, args)
     top = scores.amax(-1, keepdim=True)
     sink = None
@@ -299,7 +308,8 @@ def _attention(run: Evaluation, op: Op, args: list[Tensor], scope: str) -> Tenso
 
 def _scores(op: Op, args: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Scaled, capped and masked scores [B, H, S, T], and v [B, H, T, Dv], both in float32 or wider."""
-    q, k, v = (x if x.dtype == torch.float64 else x.float() for x in args[:3])
+    wide = torch.promote_types(args[0].dtype, torch.float32)
+    q, k, v = (x.to(wide) for x in args[:3])
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(-1, -2) * op.attr("scale")

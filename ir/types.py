@@ -18,12 +18,17 @@ if TYPE_CHECKING:
 
 
 class DType(enum.Enum):
-    """Element type. The value is the name used in IR text."""
+    """Element type. The value is the name used in IR text.
+
+    f8 is e4m3 of the OCP 8-bit floating point specification (2023): no infinity, 448 at most, which a cast makes of
+    whatever is larger. Tensors are stored in it; but for casts, views and copies no op computes in it.
+    """
 
     f64 = "f64"
     f32 = "f32"
     f16 = "f16"
     bf16 = "bf16"
+    f8 = "f8"
     i64 = "i64"
     i32 = "i32"
     i16 = "i16"
@@ -38,7 +43,7 @@ class DType(enum.Enum):
 
     @property
     def is_float(self) -> builtins.bool:
-        return self in (DType.f64, DType.f32, DType.f16, DType.bf16)
+        return self in (DType.f64, DType.f32, DType.f16, DType.bf16, DType.f8)
 
     @property
     def is_int(self) -> builtins.bool:
@@ -61,8 +66,11 @@ class DType(enum.Enum):
         raise VerifyError(f"the IR has no element type for {dtype}")
 
 
+F8_LARGEST = 448.0
+"""The largest finite f8."""
+
 _TORCH_NAMES = {
-    "f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16",
+    "f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "f8": "float8_e4m3fn",
     "i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8", "u8": "uint8", "bool": "bool",
 }  # fmt: skip
 

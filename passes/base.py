@@ -17,9 +17,11 @@ class PassOptions:
     fixed: dims that are constants in it (decode: S=1, L=1). last_tokens: keep the logits of the last L positions.
     splits: chunks of the context in decode attention; 0 leaves attention whole. multiprocessors: of the GPU that
     products of a decode step are split over K to fill; 0 leaves products whole. vendor_matmul: products with weights go
-    to the vendor's library. weights: "int8" or "int4" for the weights of products, "" for their own dtype. row_block:
-    rows of such weights that are interleaved. activation_group: activations that share a scale where a product with
-    such weights rounds them to int8; 0 keeps them. keep_wide: full names of weights that cannot be quantised.
+    to the vendor's library. weights: "int8", "int4" or "fp8" for the weights of products, "" for their own dtype.
+    row_block: rows of integer weights that are interleaved. activation_group: activations that share a scale where a
+    product with integer weights rounds them to int8; 0 keeps them. keep_wide: full names of weights that cannot be
+    quantised. kv_cache: element type in which keys and values are kept where it is narrower than their own; "" for
+    that.
     """
 
     fixed: tuple[tuple[str, int], ...] = ()
@@ -31,6 +33,7 @@ class PassOptions:
     row_block: int = 1
     activation_group: int = 0
     keep_wide: tuple[str, ...] = ()
+    kv_cache: str = ""
 
 
 @dataclass(frozen=True)

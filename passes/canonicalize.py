@@ -23,7 +23,12 @@ from tilewright.ir.types import DType, Value
 
 from .base import Rewriter, parameters_first, per_function
 
-_WIDER = {DType.f16: {DType.f32, DType.f64}, DType.bf16: {DType.f32, DType.f64}, DType.f32: {DType.f64}}
+_WIDER = {
+    DType.f8: {DType.f16, DType.bf16, DType.f32, DType.f64},
+    DType.f16: {DType.f32, DType.f64},
+    DType.bf16: {DType.f32, DType.f64},
+    DType.f32: {DType.f64},
+}
 
 
 def _view(op: Op, rewriter: Rewriter, made: dict[Value, Op]) -> Value | None:

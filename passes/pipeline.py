@@ -18,6 +18,7 @@ from .fold_constants import fold_constants
 from .fuse import fuse
 from .last_tokens import last_tokens
 from .merge_matmuls import merge_matmuls
+from .narrow_cache import narrow_cache
 from .quantize_weights import quantize_weights
 from .specialize import specialize
 from .split_attention import split_attention
@@ -30,6 +31,7 @@ PIPELINE: tuple[Pass, ...] = (
     Pass("canonicalize", canonicalize, "one shape per meaning before anything is compared"),
     Pass("cse", eliminate_common_subexpressions, "matmuls can be merged only if their inputs are one value"),
     Pass("expose_append", expose_append, "the cache append has to be visible to become an epilogue"),
+    Pass("narrow_cache", narrow_cache, "what is appended can be told apart, and is not fused yet"),
     Pass("merge_matmuls", merge_matmuls, "before commuting, so that a shared row factor is moved once"),
     Pass("commute_row_factors", commute_row_factors, "after merging; frees the matmul of its row statistics"),
     Pass("split_attention", split_attention, "before fusion, so that the merge fuses like any other code"),

@@ -1,4 +1,5 @@
-"""Stores the weights of matrix products as small integers, which a product turns back into floats as it reads them.
+"""Stores the weights of matrix products as small integers, which a product turns back into floats as it reads them, or
+in f8 (``f8_weights``).
 
     %w = param {name = "up.weight"} : f32[64, 32]
     %y = matmul %x, %w : f32[B, S, 64]
@@ -28,12 +29,14 @@ from sympy import Expr, Integer
 
 from tilewright.ir.index import FloorDiv, IndexMap, Mod, index_symbols
 from tilewright.ir.module import Function, Module, Names, Op, make_attrs, walk
-from tilewright.ir.ops import infer_types
+from tilewright.ir.ops import Builder, infer_types
 from tilewright.ir.types import TensorType, Value
 
 from .base import PassOptions, Rewriter
+from .f8_weights import multiply_f8, read_f8, store_f8
 
 BITS = {"int8": 8, "int4": 4}
+FORMATS = (*BITS, "fp8")
 GROUP = 32
 """Columns that share a scale in int4 and in tables, and activations that share one in any form."""
 SMALLEST = 1024
@@ -56,11 +59,14 @@ def quantize_weights(module: Module, options: PassOptions) -> Module:
 
 
 def quantizable(weight: Value, options: PassOptions) -> bool:
-    """True for a matrix whose sides fit the layout: columns in whole groups, rows in whole blocks."""
+    """True for a matrix that is worth it and whose sides fit the layout: of integers, columns in whole groups and rows
+    in whole blocks."""
     shape = weight.shape
     if len(shape) != 2 or not weight.dtype.is_float or not all(d.is_Integer for d in shape):
         return False
     rows, columns = map(int, shape)
+    if options.weights == "fp8":
+        return rows * columns >= SMALLEST
     return rows % options.row_block == 0 and columns % GROUP == 0 and rows * columns >= SMALLEST
 
 
@@ -98,7 +104,10 @@ class _Quantizer:
         for op in self.function.ops:
             if op.opcode == "param" and op.result in streamed and self._wanted(op):
                 codes[op.result] = self._prepare(rewriter, op)
-        for op in self.function.ops:
+        for op in rewriter:
+            if self.options.weights == "fp8" and op.opcode == "matmul" and op.operands[1] in codes:
+                rewriter.replace(op.result, multiply_f8(rewriter, op, *codes[op.operands[1]]))
+                continue
             table = {w: self._read(rewriter, w, codes[w]) for w in self._codes_of(op) if w in codes}
             op = op.with_operands(table)
             if table and op.opcode == "matmul" and self.options.activation_group:
@@ -148,10 +157,12 @@ class _Quantizer:
         weight = self.returns.get(name)
         if weight is None:
             weight = self._load("param", (), op.result.type, name=name)
+        stem = name if name.startswith("prepared.") else f"prepared.{name}"
+        if self.options.weights == "fp8":
+            return self._prepare_f8(rewriter, op, weight, stem)
         bits, group = self._format(op.result)
         draft = Op("quantize", (weight,), make_attrs({"bits": bits, "group": group}))
         types = _quantized_types(draft)
-        stem = name if name.startswith("prepared.") else f"prepared.{name}"
         full = [f"{stem}.int{bits}.{what}" for what in ("codes", "scale", "minimum")]
         blocked = self.options.row_block > 1
         parts = tuple(
@@ -164,6 +175,13 @@ class _Quantizer:
             self.returns[called] = stored
             params.append(rewriter.add("param", loc=op.loc, type=stored.type, name=called))
         return tuple(params)
+
+    def _prepare_f8(self, rewriter: Rewriter, op: Op, weight: Value, stem: str) -> tuple[Value, ...]:
+        builder = Builder(self.names, op.loc)
+        stored = store_f8(builder, weight, f"{stem}.f8")
+        self.ops += builder.ops
+        self.returns |= {value.name: value for value in stored}
+        return tuple(rewriter.add("param", loc=op.loc, type=v.type, name=v.name) for v in stored)
 
     def _into_blocks(self, part: Value, name: str) -> Value:
         index_map, shape = _into_blocks(part, self.options.row_block, name.endswith("codes"))
@@ -180,6 +198,8 @@ class _Quantizer:
 
     def _read(self, rewriter: Rewriter, weight: Value, stored: tuple[Value, ...]) -> Value:
         """The matrix that stored codes stand for."""
+        if self.options.weights == "fp8":
+            return read_f8(rewriter, weight.type, *stored)
         bits, group = self._format(weight)
         draft = Op("quantize", (weight,), make_attrs({"bits": bits, "group": group}))
         parts = []

@@ -65,7 +65,7 @@ def _parts(op: Op, multiprocessors: int) -> int:
     if (
         op.opcode != "matmul"
         or op.operands[1].type.rank != 2
-        or op.result.dtype not in (DType.bf16, DType.f16)
+        or op.operands[0].dtype not in (DType.bf16, DType.f16)
     ):
         return 1
     a, b = op.operands

@@ -52,14 +52,15 @@ class Memory:
         return self.named[buffer.kind][buffer.name].data_ptr()
 
     def pointer(self, number: int, value: Value) -> Tensor:
-        """A tensor that starts at a buffer's first byte, in ``value``'s dtype; bool as bytes."""
+        """A tensor that starts at a buffer's first byte, in ``value``'s dtype; bool and f8 as bytes."""
         buffer = self.program.buffers[number]
-        dtype = torch.uint8 if value.dtype is DType.bool else value.dtype.torch
+        as_bytes = value.dtype in (DType.bool, DType.f8)
+        dtype = torch.uint8 if as_bytes else value.dtype.torch
         if buffer.kind is BufferKind.arena:
             whole = self.arena[buffer.offset : buffer.offset + max(buffer.nbytes, dtype.itemsize)]
             return whole.view(dtype)
         tensor = self.named[buffer.kind][buffer.name]
-        return tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
+        return tensor.view(torch.uint8) if as_bytes else tensor
 
     def tensor(self, number: int, value: Value, dims: Mapping[str, int]) -> Tensor:
         """A buffer as a tensor of ``value``'s logical shape and dtype."""

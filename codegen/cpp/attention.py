@@ -46,7 +46,7 @@ def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
     writer.line(f"shape.causal = {str(bool(op.attr('causal'))).lower()};")
     writer.line(f"shape.window = {int(op.attr('window'))};")
     writer.line("shape.prefetch_bytes = worker.team.prefetch_bytes;")
-    kind = f"{STORAGE[q.dtype]}, {q.shape[3]}, {v.shape[3]}"
+    kind = f"{STORAGE[q.dtype]}, {STORAGE[k.dtype]}, {q.shape[3]}, {v.shape[3]}"
     if q.dtype is DType.f64:
         kind = f"{q.shape[3]}, {v.shape[3]}"
     tensors = ", ".join(kernel.names[x] for x in (q, k, v))

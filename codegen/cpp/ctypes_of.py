@@ -7,21 +7,24 @@ import math
 from tilewright.ir.types import DType
 
 STORAGE: dict[DType, str] = {
-    DType.f64: "double", DType.f32: "float", DType.f16: "tw::f16", DType.bf16: "tw::bf16", DType.i64: "int64_t",
-    DType.i32: "int32_t", DType.i16: "int16_t", DType.i8: "int8_t", DType.u8: "uint8_t", DType.bool: "uint8_t",
+    DType.f64: "double", DType.f32: "float", DType.f16: "tw::f16", DType.bf16: "tw::bf16", DType.f8: "tw::f8",
+    DType.i64: "int64_t", DType.i32: "int32_t", DType.i16: "int16_t", DType.i8: "int8_t", DType.u8: "uint8_t", DType.bool: "uint8_t",
 }  # fmt: skip
+
+NARROW = (DType.f16, DType.bf16, DType.f8)
+"""Floats that are stored only: scalars of them are computed in float."""
 
 
 def scalar(dtype: DType) -> str:
     """The type that values of ``dtype`` are computed in: half precision in float, bool as bool."""
-    if dtype in (DType.f16, DType.bf16):
+    if dtype in NARROW:
         return "float"
     return "bool" if dtype is DType.bool else STORAGE[dtype]
 
 
 def load(dtype: DType, address: str) -> str:
     """The scalar at an lvalue."""
-    if dtype in (DType.f16, DType.bf16):
+    if dtype in NARROW:
         return f"tw::to_f32({address})"
     return f"({address} != 0)" if dtype is DType.bool else address
 
@@ -33,6 +36,8 @@ def store(dtype: DType, value: str) -> str:
             return f"tw::to_bf16({value})"
         case DType.f16:
             return f"tw::to_f16({value})"
+        case DType.f8:
+            return f"tw::to_f8({value})"
         case DType.bool:
             return f"uint8_t({value})"
     return value

@@ -11,12 +11,12 @@ from __future__ import annotations
 from sympy import Integer
 
 from tilewright.codegen.tunables import NONE, Changes, tuned
-from tilewright.ir.loops import Axis, Load, MatmulForm, Segment
+from tilewright.ir.loops import Axis, MatmulForm, Segment
 
 from .ctypes_of import STORAGE, scalar
 from .expression import print_index
 from .kernel_context import KernelContext, product
-from .matmul_group import Group, direct_rows
+from .matmul_group import Group, direct_rows, weight_load
 from .pointwise import print_point, print_stores
 from .quantized import StoredWeight
 from .scalars import Scalars
@@ -101,7 +101,9 @@ class _Printer:
                 writer.pragma("omp simd")
                 k = form.k.symbol
                 with writer.block(f"for (long {k} = 0; {k} < k; {k}++)"), scalars.scope([form.k], simd=True):
-                    writer.line(f"to[{k}] = tw::to_activation<W>({scalars.text(form.a)});")
+                    writer.line(
+                        f"to[{k}] = tw::to_activation<W, {STORAGE[form.a.dtype]}>({scalars.text(form.a)});"
+                    )
                 writer.line("for (long i = k; i < lda; i++) to[i] = A{};")
 
     def _row_symbols(self, row: str) -> None:
@@ -120,8 +122,8 @@ class _Printer:
             self._column_symbols(form)
             ranges = {a.symbol: a.extent for a in form.columns}
             for n, dot in enumerate(form.dots):
-                load = dot.b
-                assert isinstance(load, Load)
+                load = weight_load(dot)
+                assert load is not None
                 start = tuple(e.xreplace({form.k.symbol: Integer(0)}) for e in load.index)
                 where = print_index(self.kernel.offset(load.value, start, ranges))
                 test = f"if (d == {n}) " if n + 1 < len(form.dots) else ""

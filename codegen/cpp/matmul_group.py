@@ -8,7 +8,18 @@ from functools import cached_property
 import sympy
 from sympy import Expr, Integer
 
-from tilewright.ir.loops import Axis, Dot, Load, MatmulForm, Node, Reduce, Segment, free_symbols, matmul_form
+from tilewright.ir.loops import (
+    Apply,
+    Axis,
+    Dot,
+    Load,
+    MatmulForm,
+    Node,
+    Reduce,
+    Segment,
+    free_symbols,
+    matmul_form,
+)
 from tilewright.ir.types import DType
 
 from .expression import print_index
@@ -83,9 +94,17 @@ class Group:
         return tuple(found)
 
 
-def _weight_type(dot: Dot, k: Axis) -> DType | None:
+def weight_load(dot: Dot) -> Load | None:
+    """The load behind a dot's weight, when it is used as it is stored; f8 is exact in every type it is cast to."""
     b = dot.b
-    if not isinstance(b, Load) or b.indirect or b.dtype not in _FLOATS or b.index[-1] != k.symbol:
+    if isinstance(b, Apply) and b.op == "cast" and b.args[0].dtype is DType.f8:
+        b = b.args[0]
+    return b if isinstance(b, Load) else None
+
+
+def _weight_type(dot: Dot, k: Axis) -> DType | None:
+    b = weight_load(dot)
+    if b is None or b.indirect or b.dtype not in (*_FLOATS, DType.f8) or b.index[-1] != k.symbol:
         return None
     return None if any(k.symbol in e.free_symbols for e in b.index[:-1]) else b.dtype
 
@@ -108,7 +127,9 @@ def direct_rows(kernel: KernelContext, group: Group) -> tuple[str, Expr] | None:
     """Address of the first row and distance of rows, when the row operand lies in memory as the product reads it."""
     a, k = group.forms[0].a, group.forms[0].k
     # Whether rows of bf16 are used as they are depends on the processor, which this text does not know.
-    if not isinstance(a, Load) or a.indirect or a.dtype is not DType.f32 or group.weight is not DType.f32:
+    if not isinstance(a, Load) or a.indirect or a.dtype is not DType.f32:
+        return None
+    if group.weight not in (DType.f32, DType.f8):
         return None
     if not k.extent.is_Integer or k.extent % 32 != 0:
         return None

@@ -193,7 +193,7 @@ class _Attention:
         k_mask = " & ".join(m for m in (f"({row} < {high})", d_ok) if m)
         v_mask = " & ".join(m for m in (f"({column} < {high})", e_ok) if m)
         address = self._address(self.k, (BATCH, GROUP, KEY, COLUMN), {KEY: row, COLUMN: d})
-        k = scope.bind(f"tl.load({address}, mask={k_mask}, other=0.0)", "k")
+        k = self._cached(scope, address, k_mask, "k")
         scores = scope.bind(f"{self._dot(q, k)} * {float(op.attr('scale'))!r}", "scores")
         if cap := op.attr("softcap"):
             bounded = TRITON["tanh"]((f"{scores} * {1.0 / float(cap)!r}",), compute_dtype(self.dtype))
@@ -204,12 +204,22 @@ class _Attention:
         p = scope.bind(f"tl.where({seen}, tl.exp2(({scores} - {top}) * {LOG2_E}), 0.0)", "p")
         decay = scope.bind(f"tl.exp2(({names['top']} - {top}) * {LOG2_E})", "decay")
         address = self._address(self.v, (BATCH, GROUP, KEY, COLUMN), {KEY: column, COLUMN: e})
-        v = scope.bind(f"tl.load({address}, mask={v_mask}, other=0.0)", "v")
+        v = self._cached(scope, address, v_mask, "v")
         scope.line(f"{names['total']} = {names['total']} * {decay} + tl.sum({p}, axis=1, keep_dims=True)")
         weights = p if self.dtype in (DType.f32, DType.f64) else scope.bind(f"{p}.to({v}.dtype)", "weights")
         scope.line(f"{names['acc']} = {names['acc']} * {decay} + {self._dot(weights, v)}")
         scope.line(f"{names['top']} = {top}")
         base.close(scope)
+
+    def _cached(self, scope: Scope, address: str, mask: str, hint: str) -> str:
+        """A block of keys or values in the type of the queries."""
+        stored = self.k.dtype
+        zero = "0" if stored is DType.f8 else "0.0"
+        text = scope.bind(f"tl.load({address}, mask={mask}, other={zero})", hint)
+        if stored is self.dtype:
+            return text
+        value = f"f8_to_float({text})" if stored is DType.f8 else text
+        return scope.bind(f"{value}.to({TRITON_TYPES[self.dtype]})", hint)
 
     def _condition(self, scope: Scope, key: str, query: str, high: str) -> str:
         """Which keys each query may see."""

@@ -154,7 +154,9 @@ def _attention(work: AttentionWork, tile: Tile, device: Device) -> float:
     threads = 32 * tile.num_warps
     tiles = _blocks(work.queries, tile.block_m)
     half = work.itemsize == 2
-    block = tile.block_n * work.depth * work.itemsize
+    block = tile.block_n * work.depth * work.cache_itemsize
+    operands = tile.block_n * work.depth * work.itemsize
+    widened = work.cache_itemsize < work.itemsize
     query = tile.block_m * work.depth // 2 * work.itemsize
     share = 0.5 + 0.5 / tiles if work.causal else 1.0  # of the positions that are visited
     visited = work.context * share
@@ -163,8 +165,8 @@ def _attention(work: AttentionWork, tile: Tile, device: Device) -> float:
         threads=threads,
         registers=48
         + tile.block_m * (work.depth // 2 + 2 * tile.block_n) // threads
-        + (0 if half else (block + query) // (4 * threads)),
-        shared=tile.num_stages * block + query,
+        + (0 if half else (operands + query) // (4 * threads)),
+        shared=tile.num_stages * block + query + (operands if widened else 0),
         under_way=float(block * max(1, tile.num_stages - 1)),
     )
     padded = math.ceil(visited / tile.block_n) * tile.block_n
@@ -173,12 +175,16 @@ def _attention(work: AttentionWork, tile: Tile, device: Device) -> float:
     return _total(
         load,
         device,
-        memory=work.parts * work.context * work.depth * float(work.itemsize)
+        memory=work.parts * work.context * work.depth * float(work.cache_itemsize)
         + results * (work.itemsize + work.stored_bytes),
-        cache=load.programs * padded * work.depth * work.itemsize,
+        cache=load.programs * padded * work.depth * work.cache_itemsize,
         tensor=flops / _tensor_rate(tile, half, device),
-        # A score costs a scale, a mask, an exponential (four slots), and its part of two reductions.
-        plain=12.0 * load.programs * tile.block_m * padded / (device.vector_flops / 2),
+        # A score costs a scale, a mask, an exponential (four slots), and its part of two reductions; an element of the
+        # cache that is stored in another type, its conversion.
+        plain=load.programs
+        * padded
+        * (12.0 * tile.block_m + (2.0 * work.depth if widened else 0.0))
+        / (device.vector_flops / 2),
     )
 
 

@@ -32,6 +32,11 @@ class Device:
         """Whether a kernel may start before its predecessor has ended (programmatic dependent launch)."""
         return self.arch >= 90
 
+    @property
+    def has_f8(self) -> bool:
+        """Whether it has instructions that convert 8-bit floats."""
+        return self.arch >= 89
+
 
 # Bandwidth and tensor rate of the H100 as measured (a copy of 3.0 TB/s, a bfloat16 product of 8192 cubed). Latency and
 # cache bandwidth after Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", 2024.

@@ -54,6 +54,11 @@ class Environment:
         """Largest sizes; generation asks for one position's logits, so L counts as 1."""
         return sizes_of({**self.largest, "L": 1})
 
+    @property
+    def f8_in_hardware(self) -> bool:
+        """Whether e4m3 is converted by an instruction; Triton's interpreter has none."""
+        return self.device.has_f8 and not self.interpret
+
     def tiles(self, op: Op, plans: Sequence[Plan]) -> list[Tile]:
         """The tile of each segment: the default, changed where a tuner said so."""
         name = str(op.attr("name"))

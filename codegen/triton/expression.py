@@ -167,11 +167,14 @@ class Context:
     def load(self, node: Load, convert: bool) -> Operand:
         """A load; ``convert`` widens it to the compute dtype."""
         address, mask, scope = self.address(node)
-        guard = f", mask={mask}, other={'0.0' if node.dtype.is_float else '0'}" if mask else ""
+        zero = "0.0" if node.dtype.is_float and node.dtype is not DType.f8 else "0"
+        guard = f", mask={mask}, other={zero}" if mask else ""
         hint = self.pointers.names[node.value].removeprefix("p_")
         value = scope.bind(f"tl.load({address}{guard})", hint)
         if convert and node.dtype is DType.bool:
             value = scope.bind(f"{value} != 0", value)
+        elif convert and node.dtype is DType.f8:
+            value = scope.bind(f"f8_to_float({value})", value)
         elif convert and compute_dtype(node.dtype) is not node.dtype:
             value = scope.bind(f"{value}.to({TRITON_TYPES[compute_dtype(node.dtype)]})", value)
         return Operand(value, scope)
@@ -217,7 +220,8 @@ class Context:
     def store(self, store: Store, scope: Scope, lanes: Iterable[sympy.Symbol] = ()) -> None:
         """Write a store into ``scope``. ``lanes`` are the blocks that shape the value; the address need not mention
         those of extent 1."""
-        value = self.named(store.value)
+        value = self.named(store.value).text
+        stored = f"float_to_f8({value})" if store.target.dtype is DType.f8 else value
         pointer = self.pointers.names[store.target]
         address = linear_index(store.index, self.pointers.shape(store.target))
         text, _ = self._index(address, self.pointers.is_large(store.target))
@@ -227,7 +231,7 @@ class Context:
         )
         mask = self._masks(mentioned | set(lanes))
         guard = f", mask={mask}" if mask else ""
-        scope.line(f"tl.store({pointer} + ({text}), {value.text}{guard})")
+        scope.line(f"tl.store({pointer} + ({text}), {stored}{guard})")
 
     def _symbols(self, expr: Expr) -> set[sympy.Symbol]:
         """The block symbols that an expression over axes depends on."""

@@ -64,23 +64,58 @@ def floor_mod(a, b):
 def multiply(a, b):
     """The combining function of a product reduction."""
     return a * b
+
+
+@triton.jit
+def float_to_f8(x):
+    """The bits of e4m3 nearest to a float32, ties to even; 448 for what is larger. Subnormal results are rounded by
+    adding a float whose last bit weighs 2^-9."""
+    bits = tl.cast(x, tl.float32).to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = (size - (120 << 23) + 0x7FFFF + ((size >> 20) & 1)) >> 20
+    subnormal = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    finite = tl.where(size < (121 << 23), subnormal, tl.where(size < 0x43E00000, normal, 0x7E))
+    return (tl.where(size > 0x7F800000, 0x7F, finite) | ((bits >> 24) & 0x80)).to(tl.uint8)
 '''
+
+READ_F8 = '''\
+@triton.jit
+def f8_to_float(code):
+    """The float32 of e4m3 bits: read as float16 they stand for a 256th."""
+    half = (code.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -16385
+    number = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where((half & 0x7FFF) == 0x3F80, float("nan"), number)
+'''
+
+READ_F8_IN_HARDWARE = '''\
+@triton.jit
+def f8_to_float(code):
+    """The float32 of e4m3 bits, by the conversion that the processor has."""
+    return code.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
+'''
+
+
+def prelude(f8_in_hardware: bool) -> str:
+    """The helpers of a generated module."""
+    return f"{PRELUDE.rstrip()}\n\n\n{READ_F8_IN_HARDWARE if f8_in_hardware else READ_F8}".rstrip()
+
 
 TRITON_TYPES = {
     DType.f64: "tl.float64", DType.f32: "tl.float32", DType.f16: "tl.float16", DType.bf16: "tl.bfloat16",
     DType.i64: "tl.int64", DType.i32: "tl.int32", DType.i16: "tl.int16", DType.i8: "tl.int8", DType.u8: "tl.uint8",
     DType.bool: "tl.int1",
 }  # fmt: skip
+"""Of f8 kernels see the bits only: Triton has no such type before compute capability 8.9."""
 
 POINTER_TYPES = {
-    DType.f64: "fp64", DType.f32: "fp32", DType.f16: "fp16", DType.bf16: "bf16", DType.i64: "i64", DType.i32: "i32",
-    DType.i16: "i16", DType.i8: "i8", DType.u8: "u8", DType.bool: "u8",
+    DType.f64: "fp64", DType.f32: "fp32", DType.f16: "fp16", DType.bf16: "bf16", DType.f8: "u8",
+    DType.i64: "i64", DType.i32: "i32", DType.i16: "i16", DType.i8: "i8", DType.u8: "u8", DType.bool: "u8",
 }  # fmt: skip
 
 
 def compute_dtype(dtype: DType) -> DType:
     """The type in which a scalar of ``dtype`` is held inside a kernel."""
-    return DType.f32 if dtype in (DType.f16, DType.bf16) else dtype
+    return DType.f32 if dtype in (DType.f16, DType.bf16, DType.f8) else dtype
 
 
 def literal(value: Any, dtype: DType) -> str:

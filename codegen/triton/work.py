@@ -10,7 +10,7 @@ from sympy import Expr, Integer
 
 from tilewright.ir.index import sym
 from tilewright.ir.loops import Apply, AttentionForm, Load, Node, Reduce, Segment
-from tilewright.ir.types import Value
+from tilewright.ir.types import DType, Value
 
 from .product import Product
 from .row_loops import below
@@ -41,7 +41,8 @@ class ProductWork:
 class AttentionWork:
     """``parts`` times (batch rows, KV heads, splits): ``queries`` rows against ``context`` positions.
 
-    depth: of keys and values together. stored_bytes: of an element of the result. causal: half of a square is computed.
+    depth: of keys and values together. cache_itemsize: bytes of one of their elements in memory, itemsize: as it is
+    multiplied. stored_bytes: of an element of the result. causal: half of a square is computed.
     """
 
     parts: int
@@ -49,6 +50,7 @@ class AttentionWork:
     context: int
     depth: int
     itemsize: int
+    cache_itemsize: int
     stored_bytes: int
     causal: bool
 
@@ -107,9 +109,11 @@ def product_work(product: Product, segment: Segment, sizes: Sizes) -> ProductWor
 
 
 def _is_instruction(node: Node) -> bool:
-    """Whether a node costs an instruction; between floats, a cast is none."""
+    """Whether a node costs an instruction; between floats, a cast is none, but from f8."""
     if not isinstance(node, Apply):
         return False
+    if node.op == "cast" and node.args[0].dtype is DType.f8:
+        return True
     return node.op != "cast" or not (node.dtype.is_float and node.args[0].dtype.is_float)
 
 
@@ -124,6 +128,7 @@ def attention_work(form: AttentionForm, sizes: Sizes) -> AttentionWork:
         context=-(-context // splits),
         depth=sizes.of(k.shape[3]) + sizes.of(v.shape[3]),
         itemsize=q.dtype.itemsize,
+        cache_itemsize=k.dtype.itemsize,
         stored_bytes=form.stores[0][0].dtype.itemsize,
         causal=bool(form.op.attr("causal")) and new > 1,
     )

@@ -28,7 +28,7 @@ def run(main: object, *arguments: str) -> tuple[int, str]:
 
 def test_a_decode_step_of_a_7b_model_is_near_its_floor() -> None:
     """All layers count; the floor is that of the bytes; the products are nearly all of it."""
-    (decode, prefill) = estimates.plans("llama2-7b", "", [1], 1024)
+    (decode, prefill) = estimates.plans("llama2-7b", "bf16", [1], 1024)
     report = estimates.phase_report(decode, 1024, H100)
     weights = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096)
     kv = 2 * 2 * 32 * 1024 * 4096

@@ -65,6 +65,15 @@ class Case:
                 found[op.attr("slot")] = torch.randn(shape, generator=generator).to(op.result.dtype.torch)
         return found
 
+    def exact_past(self) -> dict[str, Tensor]:
+        """The same in float64; f8 is a form of storage and stays what it is."""
+        return {n: t if t.dtype is DType.f8.torch else t.double() for n, t in self.past().items()}
+
+
+def comparable(tensor: Tensor) -> Tensor:
+    """The tensor, or its codes where it is f8: those are exact, and torch compares no f8."""
+    return tensor.view(torch.uint8) if tensor.dtype is DType.f8.torch else tensor
+
 
 CASES: dict[str, Callable[[], Case]] = {}
 
@@ -415,7 +424,8 @@ def attend(opcode: str, dtype: DType, size: int, **attrs: object) -> Case:
     masked, queries, keys = attrs.pop("mask", False), attrs.pop("queries", "S"), attrs.pop("keys", "T")
     groups, sunk = attrs.pop("groups", 2), attrs.pop("sinks", False)
     q = b.param_value("q", tensor_type(dtype, ["B", 6, queries, size]))
-    k, v = (b.param_value(n, tensor_type(dtype, ["B", groups, keys, size])) for n in "kv")
+    stored = attrs.pop("stored", dtype)
+    k, v = (b.param_value(n, tensor_type(stored, ["B", groups, keys, size])) for n in "kv")
     extra = (b.param_value("mask", tensor_type("bool", ["B", keys])),) if masked else ()
     extra += (b.param_value("sinks", tensor_type(dtype, [6])),) if sunk else ()
     full = {"scale": size**-0.5, "causal": True, "window": 0, "softcap": 0.0, **attrs}
@@ -496,4 +506,4 @@ def attention_empty_splits() -> Case:
     return attend("attention_split", DType.f32, 16, queries=1, splits=7, window=5)
 
 
-from . import quantized_cases  # noqa: E402, F401 - more of the list, with the helpers above
+from . import f8_cases, quantized_cases  # noqa: E402, F401 - more of the list, with the helpers above

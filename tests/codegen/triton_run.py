@@ -20,7 +20,9 @@ from tilewright.ir.program import physical_shape
 from tilewright.ir.reference import evaluate
 from tilewright.ir.types import Value, concrete
 
-from .triton_cases import CAPACITY, CASES, RANGES, Case
+from .triton_cases import CAPACITY, CASES, RANGES, Case, comparable
+
+AS_BYTES = (torch.bool, torch.float8_e4m3fn)
 
 
 def source_of(
@@ -29,8 +31,9 @@ def source_of(
     """The case's kernel for a GPU, with fields of its tile ``tuned``, and the text of a module that holds it."""
     largest = {name: high for name, (_, high) in RANGES.items()}
     tunables = {str(case.kernel.attr("name")): tuned or {}}
-    kernel = print_kernel(case.kernel, Environment(CAPACITY, largest, interpret, tunables, gpu))
-    return kernel, print_source("case", (kernel,))
+    env = Environment(CAPACITY, largest, interpret, tunables, gpu)
+    kernel = print_kernel(case.kernel, env)
+    return kernel, print_source("case", (kernel,), f8_in_hardware=env.f8_in_hardware)
 
 
 def load(text: str, path: Path) -> Any:
@@ -62,7 +65,7 @@ def run(
     slots = {op.result: op.attr("slot") for op in case.kernel.body if op.opcode == "append"}
     reads = [_buffer(v, inputs[v.name], case, device) for v in case.kernel.operands]
     writes = [_buffer(v, past[slots[v]] if v in slots else None, case, device) for v in case.kernel.results]
-    pointers = [t.view(torch.uint8) if t.dtype is torch.bool else t for t in reads + writes]
+    pointers = [t.view(torch.uint8) if t.dtype in AS_BYTES else t for t in reads + writes]
     module.LAUNCH["fused"](pointers, case.dims)
     shapes = [concrete(v.shape, case.dims) for v in case.kernel.results]
     return tuple(w[tuple(slice(0, n) for n in s)].cpu() for w, s in zip(writes, shapes, strict=True))
@@ -82,15 +85,14 @@ def _differences(case: Case, module: Module, found: tuple[Tensor, ...]) -> list[
     """The results that are not what ``module`` computes."""
     inputs = case.inputs()
     plain = evaluate(module, inputs, {}, case.dims, case.past())
-    exact = evaluate(
-        module, inputs, {}, case.dims, {k: v.double() for k, v in case.past().items()}, exact=True
-    )
+    exact = evaluate(module, inputs, {}, case.dims, case.exact_past(), exact=True)
     # Attention rounds its weights to the dtype of q, k and v, as eager does, even where partial results are float32.
     attends = any(op.opcode.startswith("attention") for op in case.kernel.body)
     coarse = case.kernel.operands[0].dtype.torch if attends else None
     wrong = []
     for value, ours, theirs, truth in zip(case.kernel.results, found, plain, exact, strict=True):
-        if not value.dtype.is_float:
+        ours, theirs = comparable(ours), comparable(theirs)
+        if not ours.is_floating_point():
             if not torch.equal(ours, theirs):
                 wrong.append(f"{value}: {ours} is not {theirs}")
             continue

@@ -1,4 +1,4 @@
-"""Models with weights as int8 and int4, against Hugging Face running on what is left of those weights.
+"""Models with weights as int8, int4 and fp8, against Hugging Face running on what is left of those weights.
 
 Prefill computes in floats, so it must equal that but for the order of sums. A decode step of the C++ backend rounds its
 activations to int8 as well; it is held to what the same rounding costs Hugging Face.
@@ -24,7 +24,9 @@ from tilewright.ir.quantization import dequantize, quantize, round_activations
 from .models import DECODERS, tiny
 
 BACKENDS = ("reference", "cpp")
-FORMS = ("int8", "int4")
+FORMS = ("int8", "int4", "fp8")
+ROUNDING = ("int8", "int4")
+"""Forms whose decode steps in C++ round activations as well."""
 GROUP = 32
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32, as for models in their own dtype (test_api.py)
 
@@ -58,6 +60,9 @@ def is_table(model: nn.Module, module: Any) -> bool:
 
 def through_codes(weight: Tensor, weights: str, table: bool) -> Tensor:
     """What is left of a matrix [N, K], in float32. (Models stack q, k and v first, but rows are coded one by one.)"""
+    if weights == "fp8":
+        scale = weight.float().abs().amax(1, keepdim=True) / 448
+        return (weight.float() / scale).to(torch.float8_e4m3fn).float() * scale
     bits = 8 if weights == "int8" or table else 4
     group = GROUP if bits == 4 or table else weight.shape[1]
     codes, scale, *minimum = quantize(weight.contiguous(), bits, group)
@@ -209,12 +214,21 @@ def check_decode_step(fast: Any, twin: Any, rows: int, all_rounded: bool) -> Non
 
 
 @pytest.mark.parametrize("family", DECODERS)
-@pytest.mark.parametrize("weights", FORMS)
+@pytest.mark.parametrize("weights", ROUNDING)
 def test_a_decode_step_in_cpp(weights: str, family: str) -> None:
     """Codes of activations with a wrong scale, sum or group. (Half a head of the tiny Llama is no block of rows: its
     q, k and v are read as floats.)"""
     _, fast, twin = compiled(family, weights, "cpp")
     check_decode_step(fast, twin, 3, all_rounded=family != "llama")
+
+
+@pytest.mark.parametrize("family", [*DECODERS, "wide"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_decode_step_of_fp8_in_cpp(rows: int, family: str) -> None:
+    """It reads codes as they are and keeps activations as floats."""
+    _, fast, twin = compiled(family, "fp8", "cpp", (1, 3))
+    prompt = batch(rows)
+    torch.testing.assert_close(decode_step(fast, prompt), decode_step(twin, prompt), **CLOSE)
 
 
 WIDE = {"int8": (1, 8), "int4": (3, 16, 17)}
@@ -231,7 +245,7 @@ def test_decode_steps_of_any_batch(weights: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("weights", FORMS)
+@pytest.mark.parametrize("weights", ROUNDING)
 def test_any_number_of_threads(weights: str, threads: int) -> None:
     """Columns are shared out in whole blocks, also where there are more threads than cores or blocks."""
     _, fast, twin = compiled("wide", weights, "cpp", WIDE[weights])
@@ -288,7 +302,7 @@ def test_greedy_tokens(backend: str, weights: str) -> None:
     )
     chosen = logits.gather(2, tokens[:, 9:, None]).squeeze(2)
     # Both the best token and the chosen one may be off by the largest error that rounding makes.
-    allowed = 2 * FACTOR * (rounded - logits).abs().max()
+    allowed = 2 * FACTOR * (rounded - logits).abs().max() if weights in ROUNDING else CLOSE["atol"]
     assert (logits.amax(-1) - chosen <= allowed).all()
 
 
@@ -343,13 +357,15 @@ def test_the_report_counts_the_codes(backend: str) -> None:
         matrices = [tuple(m.weight.shape) for _, m in products(model) if not is_table(model, m)]
         # int8: a byte and an f32 per row, in the tied embedding per group of 32; int4: half a byte, and two f16 per
         # group.
-        int8, int4 = (lambda n, k: n * k + 4 * n), (lambda n, k: n * k // 2 + 4 * n * k // 32)
-        form = int8 if weights == "int8" else int4
+        # fp8: as int8, and so is the tied embedding.
+        byte, half = (lambda n, k: n * k + 4 * n), (lambda n, k: n * k // 2 + 4 * n * k // 32)
+        form = half if weights == "int4" else byte
+        of_table = byte(*table) if weights == "fp8" else 128 * 64 * (1 + 4 / 32)
         memory = fast.report().memory
-        assert memory.prepared == sum(form(n, k) for n, k in matrices) + 128 * 64 * (1 + 4 / 32)
+        assert memory.prepared == sum(form(n, k) for n, k in matrices) + of_table
         assert memory.merged == 0
         original = 4 * sum(n * k for n, k in (*matrices, table))
-        assert memory.prepared < original / (3.5 if weights == "int8" else 4)
+        assert memory.prepared < original / (4 if weights == "int4" else 3.5)
         assert memory.shared < original / 20
         assert fast.report().notes == ()
 
@@ -368,8 +384,8 @@ def test_a_decode_step_moves_fewer_bytes() -> None:
 
 def test_unknown_formats_are_refused() -> None:
     """The error says which there are."""
-    for unknown in ("int3", "INT8", "fp8", ""):
-        with pytest.raises(tw.OptionError, match=r"int8, int4.*keep the model's own dtype"):
+    for unknown in ("int3", "INT8", "fp4", ""):
+        with pytest.raises(tw.OptionError, match=r"int8, int4, fp8.*keep the model's own dtype"):
             tw.compile(tiny("llama"), weights=unknown, backend="reference")
 
 

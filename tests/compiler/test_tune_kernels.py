@@ -50,7 +50,7 @@ class _Pretender:
 
 
 def tuner_of(compiled: Any, model: Any) -> KernelTuner:
-    options = check_options(model, (1,), 64, None, "full", "cpp", None)
+    options = check_options(model, (1,), 64, None, None, "full", "cpp", None)
     program = compiled._tilewright.engine.decode_executors[1].program
     return KernelTuner.of(program, candidates(options), options)
 

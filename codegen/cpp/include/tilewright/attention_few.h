@@ -113,9 +113,9 @@ struct Partials {
 };
 
 // One tile of keys for R rows of one KV head, starting at row `row`.
-template <class T, int D, int DV, int R>
+template <class T, class C, int D, int DV, int R>
 static inline void attend_tile(const AttentionShape& s, long batch, long group, long part, long row, long first,
-                               int count, const T* q, const T* k, const T* v, const Partials& to) {
+                               int count, const T* q, const C* k, const C* v, const Partials& to) {
     const long per_group = s.heads_per_group();
     alignas(64) float scaled[R * D], scores[R * LONG_TILE];
     float *acc[R], *top[R], *total[R], factors[R];
@@ -127,11 +127,11 @@ static inline void attend_tile(const AttentionShape& s, long batch, long group, 
         const T* from = q + s.q.at(batch, head, query);
         for (int i = 0; i < D; i++) scaled[r * D + i] = to_f32(from[i]) * s.scale;
     }
-    const T *keys = k + first * s.k.row, *values = v + first * s.v.row;
+    const C *keys = k + first * s.k.row, *values = v + first * s.v.row;
     // Behind the last keys come the values, and behind those the next keys.
-    const RowsAhead<T, D> after_key(s, keys, s.k.row, count, values, s.v.row);
-    const RowsAhead<T, DV> after_value(s, values, s.v.row, count, keys + count * s.k.row, s.k.row);
-    score_keys<T, D, R>(scaled, keys, s.k.row, count, scores, after_key);
+    const RowsAhead<C, D> after_key(s, keys, s.k.row, count, values, s.v.row);
+    const RowsAhead<C, DV> after_value(s, values, s.v.row, count, keys + count * s.k.row, s.k.row);
+    score_keys<C, D, R>(scaled, keys, s.k.row, count, scores, after_key);
     for (int r = 0; r < R; r++) {
         mask_scores(s, batch, (row + r) / per_group, first, count, scores + r * LONG_TILE);
         SoftmaxRow softmax{*top[r], *total[r]};
@@ -139,17 +139,17 @@ static inline void attend_tile(const AttentionShape& s, long batch, long group, 
         *top[r] = softmax.top;
         *total[r] = softmax.total;
     }
-    add_all_values<T, DV, R>(scores, count, factors, values, s.v.row, acc, after_value);
+    add_all_values<C, DV, R>(scores, count, factors, values, s.v.row, acc, after_value);
 }
 
 // The part [begin, end) of the context, for all rows of one batch row and KV head. Tile by tile over the keys, all rows
 // of a tile at a time: keys and values come from memory once.
-template <class T, int D, int DV>
+template <class T, class C, int D, int DV>
 static inline void attend_part(const AttentionShape& s, long batch, long group, long part, Range range, const T* q,
-                               const T* k, const T* v, const Partials& to) {
+                               const C* k, const C* v, const Partials& to) {
     const long per_group = s.heads_per_group(), rows = s.queries * per_group;
-    const T* kg = k + s.k.at(batch, group, 0);
-    const T* vg = v + s.v.at(batch, group, 0);
+    const C* kg = k + s.k.at(batch, group, 0);
+    const C* vg = v + s.v.at(batch, group, 0);
     for (long row = 0; row < rows; row++) {
         const long query = row / per_group, head = group * per_group + row % per_group;
         float* acc = to.acc + to.acc_strides.at(batch, head, query, part);
@@ -163,7 +163,7 @@ static inline void attend_part(const AttentionShape& s, long batch, long group, 
         for (long row = 0; row < rows;) {
             const auto tile = [&](auto size) {
                 constexpr int R = decltype(size)::value;
-                attend_tile<T, D, DV, R>(s, batch, group, part, row, first, count, q, kg, vg, to);
+                attend_tile<T, C, D, DV, R>(s, batch, group, part, row, first, count, q, kg, vg, to);
                 row += R;
             };
             switch (rows - row) {
@@ -178,15 +178,15 @@ static inline void attend_part(const AttentionShape& s, long batch, long group, 
 
 // Attention of few queries over `splits` equal chunks of the context, results left in parts. Every worker of the team
 // calls it; it needs no scratch, and s.out is unused.
-template <class T, int D, int DV>
-static inline void attend_split(const Worker& worker, const AttentionShape& s, long splits, const T* q, const T* k,
-                                const T* v, const Partials& to) {
+template <class T, class C, int D, int DV>
+static inline void attend_split(const Worker& worker, const AttentionShape& s, long splits, const T* q, const C* k,
+                                const C* v, const Partials& to) {
     const long chunk = (s.keys + splits - 1) / splits;
     const Range mine = split(worker, s.batch * s.groups * splits);
     for (long item = mine.begin; item < mine.end; item++) {
         const long pair = item / splits, part = item % splits;
         const long end = (part + 1) * chunk < s.keys ? (part + 1) * chunk : s.keys;
-        attend_part<T, D, DV>(s, pair / s.groups, pair % s.groups, part, {part * chunk, end}, q, k, v, to);
+        attend_part<T, C, D, DV>(s, pair / s.groups, pair % s.groups, part, {part * chunk, end}, q, k, v, to);
     }
 }
 
@@ -221,8 +221,8 @@ static inline long attention_parts_floats(long batch, long heads, long queries, 
 
 // Attention of few rows per KV head (a decode step). The context is split over the team when there are not enough KV
 // heads to go round; the parts meet in `scratch`, after a barrier.
-template <class T, int D, int DV>
-static inline void attend_few(const Worker& worker, const AttentionShape& s, const T* q, const T* k, const T* v, T* out,
+template <class T, class C, int D, int DV>
+static inline void attend_few(const Worker& worker, const AttentionShape& s, const T* q, const C* k, const C* v, T* out,
                               float* scratch) {
     const long pairs = s.batch * s.groups;
     const bool even = pairs % worker.size() == 0 || s.keys < 2 * KEY_TILE;
@@ -231,7 +231,7 @@ static inline void attend_few(const Worker& worker, const AttentionShape& s, con
     const Strides per_acc{per_row.batch * DV, per_row.head * DV, per_row.row * DV, 1, DV};
     float* top = scratch + rows * parts * DV;
     const Partials partials{scratch, top, top + rows * parts, per_acc, per_row, per_row};
-    attend_split<T, D, DV>(worker, s, parts, q, k, v, partials);
+    attend_split<T, C, D, DV>(worker, s, parts, q, k, v, partials);
     if (parts > 1) worker.barrier();
     // Without parts, this worker's KV heads are the ones that it has just computed.
     const Range mine = parts > 1 ? split(worker, rows) : split(worker, pairs);

@@ -15,7 +15,7 @@ static inline long attention_scratch_floats(long d, long dv) {
 }
 
 // One work item of a prompt: rows r = (query - q0) * heads + (head - head0), of one batch row and one KV head.
-template <class T, int D, int DV>
+template <class T, class C, int D, int DV>
 struct PromptBlock {
     static constexpr int DVP = (DV + PANEL - 1) / PANEL * PANEL;
     static constexpr int DP = (D + VW - 1) / VW * VW;
@@ -38,20 +38,20 @@ struct PromptBlock {
     }
 
     // Values as panels [DVP / PANEL][KEY_TILE][PANEL], zero beyond DV.
-    void pack_values(const T* source, int count) {
+    void pack_values(const C* source, int count) {
         for (int p = 0; p < DVP; p += PANEL) {
             float* panel = values + p * KEY_TILE;
             for (int j = 0; j < count; j++) {
-                const T* from = source + j * s.v.row + p;
+                const C* from = source + j * s.v.row + p;
                 for (int i = 0; i < PANEL; i++) panel[j * PANEL + i] = p + i < DV ? to_f32(from[i]) : 0.0f;
             }
         }
     }
 
-    void step(const T* k, const T* v, long first, int count) {
+    void step(const C* k, const C* v, long first, int count) {
         for (int p = 0; p < count; p += PANEL) {
             const int n = count - p < PANEL ? count - p : PANEL;
-            pack_rows<T, widened<T>>(keys + p * DP, n, D, [&](int j) { return k + (first + p + j) * s.k.row; });
+            pack_rows<C, widened<C>>(keys + p * DP, n, D, [&](int j) { return k + (first + p + j) * s.k.row; });
         }
         pack_values(v + first * s.v.row, count);
         for (int r = 0; r < rows; r += TILE_ROWS) {
@@ -84,10 +84,10 @@ struct PromptBlock {
 };
 
 // Attention of many queries (a prompt); every worker of the team calls it. scratch: attention_scratch_floats(D, DV).
-template <class T, int D, int DV>
-static inline void attend_many(const Worker& worker, const AttentionShape& s, const T* q, const T* k, const T* v,
+template <class T, class C, int D, int DV>
+static inline void attend_many(const Worker& worker, const AttentionShape& s, const T* q, const C* k, const C* v,
                                T* out, float* scratch) {
-    using Block = PromptBlock<T, D, DV>;
+    using Block = PromptBlock<T, C, D, DV>;
     const long per_group = s.heads_per_group();
     const long heads = per_group < QUERY_ROWS ? per_group : QUERY_ROWS, positions = QUERY_ROWS / heads;
     const long cuts = (per_group + heads - 1) / heads;  // of a group with more heads than rows
@@ -109,8 +109,8 @@ static inline void attend_many(const Worker& worker, const AttentionShape& s, co
         const long end = block.q0 + positions < s.queries ? block.q0 + positions : s.queries;
         block.rows = int((end - block.q0) * block.heads);
         block.load_queries(q);
-        const T* kg = k + s.k.at(block.batch, block.group, 0);
-        const T* vg = v + s.v.at(block.batch, block.group, 0);
+        const C* kg = k + s.k.at(block.batch, block.group, 0);
+        const C* vg = v + s.v.at(block.batch, block.group, 0);
         const long last = s.visible(end - 1).end;
         for (long first = s.visible(block.q0).begin; first < last; first += KEY_TILE) {
             block.step(kg, vg, first, int(last - first < KEY_TILE ? last - first : KEY_TILE));

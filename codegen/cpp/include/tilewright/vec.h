@@ -37,6 +37,19 @@ TW_INLINE vf vload(const bf16* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 TW_INLINE vf vload(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+// As to_f32(f8), all lanes at once.
+TW_INLINE vf widen_f8(__m128i codes) {
+    const __m512i wide = _mm512_cvtepu8_epi32(codes), magnitude = _mm512_and_si512(wide, _mm512_set1_epi32(0x7f));
+    const __m512i bits = _mm512_add_epi32(_mm512_slli_epi32(magnitude, 20), _mm512_set1_epi32(121 << 23));
+    const __mmask16 small = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(8));
+    vf x = _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0.5f));
+    x = _mm512_mask_sub_ps(x, small, _mm512_castsi512_ps(bits), _mm512_set1_ps(0x1p-6f));
+    const __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f));
+    const __m512i sign = _mm512_slli_epi32(_mm512_andnot_si512(_mm512_set1_epi32(0x7f), wide), 24);
+    const __m512i found = _mm512_mask_mov_epi32(_mm512_castps_si512(x), nan, _mm512_set1_epi32(0x7fc00000));
+    return _mm512_castsi512_ps(_mm512_or_si512(found, sign));
+}
+TW_INLINE vf vload(const f8* p) { return widen_f8(_mm_loadu_si128((const __m128i*)p)); }
 // The first n elements, zeros behind them; 0 <= n <= VW.
 TW_INLINE vf vload_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 TW_INLINE vf vload_n(const bf16* p, int n) {
@@ -44,6 +57,7 @@ TW_INLINE vf vload_n(const bf16* p, int n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 TW_INLINE vf vload_n(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+TW_INLINE vf vload_n(const f8* p, int n) { return widen_f8(_mm_maskz_loadu_epi8(first_lanes(n), p)); }
 TW_INLINE void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
 TW_INLINE void vstore_n(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
 TW_INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
@@ -74,15 +88,29 @@ TW_INLINE vf vload(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 TW_INLINE vf vload(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+// As to_f32(f8), all lanes at once.
+TW_INLINE vf vload(const f8* p) {
+    const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+    const __m256i magnitude = _mm256_and_si256(wide, _mm256_set1_epi32(0x7f));
+    const vf high = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(magnitude, 20), _mm256_set1_epi32(121 << 23)));
+    const vf small = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude));
+    const vf finite = _mm256_blendv_ps(_mm256_mul_ps(high, _mm256_set1_ps(0.5f)),
+                                       _mm256_sub_ps(high, _mm256_set1_ps(0x1p-6f)), small);
+    const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f)),
+                                         _mm256_set1_epi32(0x7fc00000));
+    const __m256i sign = _mm256_slli_epi32(_mm256_andnot_si256(_mm256_set1_epi32(0x7f), wide), 24);
+    return _mm256_or_ps(finite, _mm256_castsi256_ps(_mm256_or_si256(nan, sign)));
+}
 TW_INLINE vf vload_n(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
-template <class Half>
-TW_INLINE vf vload_half_n(const Half* p, int n) {
-    Half full[8] = {};
-    std::memcpy(full, p, size_t(n) * sizeof(Half));
+template <class Narrow>
+TW_INLINE vf vload_narrow_n(const Narrow* p, int n) {
+    Narrow full[8] = {};
+    std::memcpy(full, p, size_t(n) * sizeof(Narrow));
     return vload(full);
 }
-TW_INLINE vf vload_n(const bf16* p, int n) { return vload_half_n(p, n); }
-TW_INLINE vf vload_n(const f16* p, int n) { return vload_half_n(p, n); }
+TW_INLINE vf vload_n(const bf16* p, int n) { return vload_narrow_n(p, n); }
+TW_INLINE vf vload_n(const f16* p, int n) { return vload_narrow_n(p, n); }
+TW_INLINE vf vload_n(const f8* p, int n) { return vload_narrow_n(p, n); }
 TW_INLINE void vstore(float* p, vf x) { _mm256_storeu_ps(p, x); }
 TW_INLINE void vstore_n(float* p, vf x, int n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
 TW_INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
@@ -121,6 +149,7 @@ TW_INLINE vf vload(const float* p) {
 }
 TW_INLINE vf vload(const bf16* p) { return vload_n(p, VW); }
 TW_INLINE vf vload(const f16* p) { return vload_n(p, VW); }
+TW_INLINE vf vload(const f8* p) { return vload_n(p, VW); }
 TW_INLINE void vstore(float* p, vf x) { std::memcpy(p, &x, sizeof(x)); }
 TW_INLINE void vstore_n(float* p, vf x, int n) { std::memcpy(p, &x, size_t(n) * sizeof(float)); }
 TW_INLINE vf vadd(vf a, vf b) { return a + b; }
@@ -147,11 +176,11 @@ struct activation<bf16> {
 template <class W>
 using activation_t = typename activation<W>::type;
 
-// Activations are rounded to what eager mode would store them as, even when they are kept in float.
-template <class W>
+// Activations are rounded to what eager mode would store them as, T, even when they are kept in float.
+template <class W, class T>
 inline __attribute__((always_inline)) activation_t<W> to_activation(float x) {
     if constexpr (std::is_same_v<activation_t<W>, float>) {
-        return to_f32(from_f32<W>(x));
+        return to_f32(from_f32<T>(x));
     } else {
         return from_f32<W>(x);
     }

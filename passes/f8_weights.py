@@ -1,0 +1,59 @@
+"""Weights in f8 (e4m3), with a scale per output channel that a product applies to its sums.
+
+    %w = param {name = "up.weight"} : bf16[64, 32]
+    %y = matmul %x, %w : bf16[B, S, 64]
+=>
+    %c = param {name = "prepared.up.weight.f8.codes"} : f8[64, 32]
+    %s = param {name = "prepared.up.weight.f8.scale"} : f32[64, 1]
+    %1 = cast %c : bf16[64, 32]
+    %2 = matmul %x, %1 {wide = 1} : f32[B, S, 64]
+    %3 = view %s {map = (i0) -> (i0, 0)} : f32[64]
+    %4 = mul %2, %3 : f32[B, S, 64]
+    %y = cast %4 : bf16[B, S, 64]
+
+An f8 is exact in every wider type, so the product is that of the numbers that are stored. The largest weight of a row
+becomes the largest f8. (The format and the scaling by row: Micikevicius et al., "FP8 Formats for Deep Learning", 2022.)
+"""
+
+from __future__ import annotations
+
+from tilewright.ir.index import IndexMap, index_symbols
+from tilewright.ir.module import Op
+from tilewright.ir.ops import Builder
+from tilewright.ir.types import F8_LARGEST, DType, TensorType, Value
+
+from .base import Rewriter
+
+
+def store_f8(builder: Builder, weight: Value, name: str) -> tuple[Value, Value]:
+    """Ops that turn a matrix [N, K] into ``name``.codes, f8[N, K], and ``name``.scale, f32[N, 1], which is 1 for a row
+    of zeros."""
+    wide = builder.add("cast", weight, type=weight.type.with_dtype(DType.f32))
+    size = builder.add("abs", wide)
+    top = builder.add("reduce", size, kind="max", axes=(1,), keepdim=True)
+    scale = builder.add("div", top, builder.const(F8_LARGEST, DType.f32))
+    zero = builder.add("eq", top, builder.const(0.0, DType.f32))
+    scale = builder.add("where", zero, builder.const(1.0, DType.f32), scale, hint=f"{name}.scale")
+    codes = builder.add("div", wide, scale)
+    return builder.add("cast", codes, type=weight.type.with_dtype(DType.f8), hint=f"{name}.codes"), scale
+
+
+def multiply_f8(rewriter: Rewriter, op: Op, codes: Value, scale: Value) -> Value:
+    """The result of the product ``op`` with stored weights."""
+    x, weight = op.operands
+    stored = rewriter.add("cast", codes, loc=op.loc, type=weight.type)
+    product = rewriter.add("matmul", x, stored, loc=op.loc, wide=1)
+    (i,) = index_symbols(1)
+    row = rewriter.add(
+        "view", scale, loc=op.loc, type=TensorType(DType.f32, scale.shape[:1]), map=IndexMap(1, (i, 0 * i))
+    )
+    if row.dtype is not product.dtype:
+        row = rewriter.add("cast", row, loc=op.loc, type=row.type.with_dtype(product.dtype))
+    scaled = rewriter.add("mul", product, row, loc=op.loc)
+    return rewriter.add("cast", scaled, loc=op.loc, type=op.result.type)
+
+
+def read_f8(rewriter: Rewriter, type: TensorType, codes: Value, scale: Value) -> Value:
+    """The matrix that is stored, for a lookup by row."""
+    wide = rewriter.add("cast", codes, type=type.with_dtype(DType.f32))
+    return rewriter.add("cast", rewriter.add("mul", wide, scale), type=type)
