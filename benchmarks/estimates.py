@@ -60,8 +60,7 @@ def main(
 
 
 def plans(name: str, form: str, batch_sizes: Sequence[int], tokens: int, layers: int = 0) -> list[Program]:
-    """The Triton programs of a model, or of its first ``layers``, in a form of ``FORMS``: decode at each batch size, and
-    prefill."""
+    """The Triton programs of a model, or of its first ``layers``, in one of ``FORMS``: decode per batch, prefill."""
     weights, kv_cache = FORMS[form]
     built = without_values(name, layers)
     options = Options(

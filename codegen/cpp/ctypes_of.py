@@ -8,7 +8,8 @@ from tilewright.ir.types import DType
 
 STORAGE: dict[DType, str] = {
     DType.f64: "double", DType.f32: "float", DType.f16: "tw::f16", DType.bf16: "tw::bf16", DType.f8: "tw::f8",
-    DType.i64: "int64_t", DType.i32: "int32_t", DType.i16: "int16_t", DType.i8: "int8_t", DType.u8: "uint8_t", DType.bool: "uint8_t",
+    DType.i64: "int64_t", DType.i32: "int32_t", DType.i16: "int16_t", DType.i8: "int8_t", DType.u8: "uint8_t",
+    DType.bool: "uint8_t",
 }  # fmt: skip
 
 NARROW = (DType.f16, DType.bf16, DType.f8)

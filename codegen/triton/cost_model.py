@@ -165,7 +165,8 @@ def _attention(work: AttentionWork, tile: Tile, device: Device) -> float:
         threads=threads,
         registers=48
         + tile.block_m * (work.depth // 2 + 2 * tile.block_n) // threads
-        + (0 if half else (operands + query) // (4 * threads)),
+        + (0 if half else (operands + query) // (4 * threads))
+        + (tile.block_n * work.depth * 2 // threads if half and widened else 0),
         shared=tile.num_stages * block + query + (operands if widened else 0),
         under_way=float(block * max(1, tile.num_stages - 1)),
     )
