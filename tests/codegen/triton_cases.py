@@ -425,7 +425,7 @@ def attend(opcode: str, dtype: DType, size: int, **attrs: object) -> Case:
         flat = view(b, outs[0], ["B", queries, 6 * size], "i0", f"i2 // {size}", "i1", f"i2 % {size}")
         outs = (flat,)
     made = finish(b, *outs, B=3, S=19, T=45)
-    valid = torch.ones(3, 45 if keys == "T" else 19, dtype=torch.bool)
+    valid = torch.ones(3, {"T": 45, "S": 19}.get(keys, keys), dtype=torch.bool)
     valid[1, :30] = False
     valid[2] = False
     return Case(made.module, made.dims, {"mask": valid, "slopes": torch.linspace(-0.2, 0.6, 6)})
@@ -442,10 +442,15 @@ def attention_sinks(dtype: DType, queries: object) -> Case:
     return attend("attention", dtype, 16, slot="", extras=("mask", "sinks"), queries=queries)
 
 
-@case("attention_slopes", *((d, q) for d in (DType.f32, DType.bf16) for q in ("S", 1)), (DType.f64, "S"))
-def attention_slopes(dtype: DType, queries: object) -> Case:
-    """A bias by distance, of either sign, added to capped scores and before the mask."""
-    return attend("attention", dtype, 16, slot="", extras=("mask", "slopes"), queries=queries, softcap=2.0)
+@case(
+    "attention_slopes",
+    *((d, q, 150) for d in (DType.f32, DType.bf16) for q in ("S", 1)),
+    (DType.f64, "S", "T"),
+)
+def attention_slopes(dtype: DType, queries: object, keys: object) -> Case:
+    """A bias by distance, of either sign, added to capped scores and before the mask; keys of one tile, and of more."""
+    extras = ("mask", "slopes")
+    return attend("attention", dtype, 16, slot="", extras=extras, queries=queries, keys=keys, softcap=2.0)
 
 
 @case("attention_all_extras", ("S",), (1,))
@@ -476,8 +481,9 @@ def attention_split(dtype: DType) -> Case:
 
 @case("attention_split_slopes", *FLOATS)
 def attention_split_slopes(dtype: DType) -> Case:
-    """Each chunk measures distances from the query, not within itself."""
-    return attend("attention_split", dtype, 16, queries=1, splits=4, extras=("mask", "slopes"), softcap=2.0)
+    """Each chunk measures distances from the query, not within itself. Without a mask: the highest score of a row that
+    sees nothing is so large a number that it would hide what is wrong with the others."""
+    return attend("attention_split", dtype, 16, queries=1, splits=4, extras=("slopes",), softcap=2.0)
 
 
 @case("attention_own_heads", ("attention",), ("attention_split",))
