@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import sympy
 from sympy import Expr
@@ -77,33 +76,20 @@ def opaque_attention(
     v: Value,
     mask: Value | None,
     sinks: Value | None,
+    slopes: Value | None,
     scale: float,
     softcap: float,
     window: int,
     causal: bool,
 ) -> Value:
     """``tilewright::attention``: q, k, v [B,H,S,D] -> [B,S,H,Dv]; ``ctx.slot`` names the KV state, or is empty."""
-    out = _attention_op(ctx, q, k, v, mask, scale, softcap, window, causal, ctx.slot, sinks)
+    given = {"mask": (mask, DType.bool), "sinks": (sinks, q.dtype), "slopes": (slopes, DType.f32)}
+    extras = {name: ctx.cast(value, dtype) for name, (value, dtype) in given.items() if value is not None}
+    out = ctx.builder.add(
+        "attention", q, k, v, *extras.values(), extras=tuple(extras) or None,
+        scale=scale, softcap=softcap, window=window, causal=causal, slot=ctx.slot,
+    )  # fmt: skip
     return ctx.permute(out, (0, 2, 1, 3))
-
-
-def _attention_op(
-    ctx: Context,
-    q: Value,
-    k: Value,
-    v: Value,
-    mask: Value | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    causal: bool,
-    slot: str,
-    sinks: Value | None = None,
-) -> Value:
-    operands = [q, k, v] + ([] if mask is None else [ctx.cast(mask, DType.bool)])
-    operands += [] if sinks is None else [ctx.cast(sinks, q.dtype)]
-    attributes: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window, "causal": causal}
-    return ctx.builder.add("attention", *operands, **attributes, slot=slot)
 
 
 @rule("scaled_dot_product_attention.default")
@@ -127,7 +113,9 @@ def _sdpa(
     # PyTorch aligns causality at the first key, the IR at the last: the same only for equally many queries and keys.
     aligned = not is_causal or q.shape[-2] == k.shape[-2]
     if q.type.rank == 4 and attn_mask is None and aligned and q.shape[:1] == k.shape[:1]:
-        return _attention_op(ctx, q, k, v, None, factor, 0.0, 0, is_causal, "")
+        return ctx.builder.add(
+            "attention", q, k, v, scale=factor, softcap=0.0, window=0, causal=is_causal, slot=""
+        )
     return _spelled_out_attention(ctx, q, k, v, attn_mask, factor, is_causal)
 
 

@@ -28,8 +28,8 @@ IMPLEMENTATION = "tilewright"
 
 _LIB = torch.library.Library("tilewright", "DEF")
 _LIB.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float scale, float softcap, int window, "
-    "bool causal) -> Tensor"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, Tensor? slopes, float scale, float softcap, "
+    "int window, bool causal) -> Tensor"
 )
 _LIB.define("layer(Tensor x, Tensor[] rest, int index) -> Tensor")
 
@@ -60,9 +60,16 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    slopes: Tensor | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in place of eager or SDPA attention: emit one opaque op."""
+    """What transformers calls in place of eager or SDPA attention: emit one opaque op.
+
+    query, key, value [B, H, S, D] give [B, S, H, D]. ``s_aux`` [H] are sinks, under the name that transformers has for
+    them; ``slopes`` f32[H] are those of ALiBi, which only ``capture_patches`` passes. Raises CaptureError for a bias or
+    a mask that the op cannot express.
+    """
     for name in ("position_bias", "head_mask"):
         if extra.get(name) is not None:
             raise CaptureError(
@@ -81,7 +88,8 @@ def attention_forward(
         key,
         value,
         attention_mask,
-        extra.get("s_aux"),
+        s_aux,
+        slopes,
         float(scale),
         float(softcap or 0.0),
         int(sliding_window or 0),

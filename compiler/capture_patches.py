@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from tilewright.ir.errors import CaptureError
 
 PositionRule = Literal["past", "mask"]
 
@@ -24,40 +28,181 @@ def position_rule(model_type: str) -> PositionRule:
     return "mask" if model_type in _POSITIONS_FROM_MASK else "past"
 
 
-# Decoders whose attention modules multiply scores and values in a method of their own, over what the cache gave them,
-# instead of asking transformers.AttentionInterface: the method, and the attribute that scores are divided by. It takes
-# query, key, value, [B, H, S, D], and the mask, and gives the result in that layout, and weights.
-_OWN_METHODS = {"gptj": ("_attn", "scale_attn"), "codegen": ("_attn", "scale_attn")}
-
 Attend = Callable[..., tuple[Tensor, None]]
-"""The hook of ``AttentionInterface``: (module, query, key, value, mask, scaling=, is_causal=) -> [B, S, H, D], None."""
+"""The hook of ``AttentionInterface``: (module, query, key, value [B, H, S, D], mask, scaling=, is_causal=, slopes=) ->
+[B, S, H, D], None."""
+
+
+@dataclass(frozen=True)
+class _Override:
+    """An attribute that a module has while capture runs."""
+
+    module: nn.Module
+    name: str
+    value: Any
 
 
 def has_own_attention(model: PreTrainedModel) -> bool:
     """True for a model that has to be rerouted before its attention can be told apart."""
-    return model.config.model_type in _OWN_METHODS
+    return model.config.model_type in _REROUTES
 
 
 @contextmanager
 def rerouted(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
-    """Have the model's attention modules call ``attend`` while the block runs."""
-    method, divisor = _OWN_METHODS.get(model.config.model_type, ("", ""))
-    modules = [m for m in model.modules() if method and hasattr(m, method) and hasattr(m, divisor)]
+    """Have the model's attention modules call ``attend`` while the block runs.
 
-    def route(module: nn.Module) -> Callable[..., tuple[Tensor, None]]:
+    Raises CaptureError for a model whose attention no call of ``attend`` can say.
+    """
+    reroute = _REROUTES.get(model.config.model_type)
+    overrides = list(reroute(model, attend)) if reroute else []
+    saved = [vars(o.module).get(o.name, _ABSENT) for o in overrides]
+    for o in overrides:
+        o.module.__dict__[o.name] = o.value
+    try:
+        yield
+    finally:
+        for o, value in zip(overrides, saved, strict=True):
+            if value is _ABSENT:
+                del o.module.__dict__[o.name]
+            else:
+                o.module.__dict__[o.name] = value
+
+
+_ABSENT = object()
+
+# --- attention in a method ----------------------------------------------------------------------------------------
+
+
+def _reroute_attn(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]:
+    """Modules whose method ``_attn`` multiplies scores and values over what the cache gave them.
+
+    It takes query, key, value [B, H, S, D] and the mask, and gives the result in that layout, and weights; scores are
+    divided by ``scale_attn``.
+    """
+
+    def route(module: Any) -> Callable[..., tuple[Tensor, None]]:
         def attended(query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> tuple[Tensor, None]:
             result, _ = attend(
                 module, query.to(value.dtype), key.to(value.dtype), value, mask,
-                scaling=1.0 / float(getattr(module, divisor)), is_causal=True,
+                scaling=1.0 / float(module.scale_attn), is_causal=True,
             )  # fmt: skip
             return result.transpose(1, 2), None
 
         return attended
 
-    for module in modules:
-        object.__setattr__(module, method, route(module))
-    try:
-        yield
-    finally:
-        for module in modules:
-            object.__delattr__(module, method)
+    for module in model.modules():
+        if hasattr(module, "_attn") and hasattr(module, "scale_attn"):
+            yield _Override(module, "_attn", route(module))
+
+
+# --- attention in a forward ---------------------------------------------------------------------------------------
+#
+# These modules project, attend and project back in one forward, and ALiBi reaches them as a tensor over all keys. That
+# forward is written here anew around ``attend``, which is given the slopes instead; the tensor is not built. A row's
+# softmax cancels what all its keys share, so it makes no difference where a model starts to count positions. (That
+# BLOOM does not count masked keys makes one, but only where masked keys lie between others.)
+
+
+def _slopes(alibi: Tensor) -> Tensor:
+    """The slopes f32[H] in a bias f32[H, 1, 2] over two neighbouring keys, as the model itself computes it."""
+    return alibi[:, 0, 1] - alibi[:, 0, 0]
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """In place of what computes a value that a rerouted attention does not use."""
+
+
+def _reroute_bloom(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]:
+    from transformers.models.bloom.modeling_bloom import BloomAttention, BloomModel, build_alibi_tensor
+
+    def route(attention: Any) -> Callable[..., tuple[Tensor, None]]:
+        def forward(
+            x: Tensor, residual: Tensor, attention_mask: Tensor, **rest: object
+        ) -> tuple[Tensor, None]:
+            query, key, value = attention._reshape(attention.query_key_value(x))
+            result, _ = attend(
+                attention, query, key, value, attention_mask,
+                scaling=attention.inv_norm_factor, is_causal=True, slopes=slopes,
+            )  # fmt: skip
+            return residual + attention.dense(result.flatten(2)), None
+
+        return forward
+
+    two_keys = torch.ones(1, 2, dtype=torch.int64, device=model.device)
+    slopes = _slopes(build_alibi_tensor(two_keys, model.config.num_attention_heads, torch.float32))
+    for module in model.modules():
+        if isinstance(module, BloomModel):
+            yield _Override(module, "build_alibi_tensor", _nothing)
+        if isinstance(module, BloomAttention):
+            yield _Override(module, "forward", route(module))
+
+
+def _reroute_mpt(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]:
+    from transformers.models.mpt.modeling_mpt import MptAttention, MptModel, build_mpt_alibi_tensor
+
+    def route(attention: Any) -> Callable[..., tuple[Tensor, None]]:
+        def forward(x: Tensor, attention_mask: Tensor, **rest: object) -> tuple[Tensor, None]:
+            projected = attention.Wqkv(x)
+            if attention.clip_qkv:
+                projected = projected.clamp(min=-attention.clip_qkv, max=attention.clip_qkv)
+            heads = projected.unflatten(2, (3, attention.n_heads, attention.head_dim))
+            query, key, value = heads.permute(2, 0, 3, 1, 4).unbind()
+            result, _ = attend(
+                attention, query, key, value, attention_mask,
+                scaling=attention.softmax_scale, is_causal=True, slopes=slopes,
+            )  # fmt: skip
+            return attention.out_proj(result.flatten(2)), None
+
+        return forward
+
+    # The model passes no alibi_bias_max on, nor does it ask its config whether to use ALiBi at all.
+    slopes = _slopes(build_mpt_alibi_tensor(model.config.num_attention_heads, 2, device=model.device))
+    for module in model.modules():
+        if isinstance(module, MptModel):
+            yield _Override(module, "build_mpt_alibi_tensor", _nothing)
+        if isinstance(module, MptAttention):
+            yield _Override(module, "forward", route(module))
+
+
+def _reroute_falcon(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]:
+    from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
+
+    if model.config.alibi:
+        # Keys that lie together share one rounded bias, so that it depends on their places and not only on distances.
+        # With the exact bias one token in eight comes out otherwise (700 tokens, 32 heads, random weights).
+        raise CaptureError(
+            f"unsupported attention: {type(model).__name__} rounds its ALiBi bias to bfloat16 in every dtype, so that "
+            "it is no multiple of the distance; run this model with Hugging Face instead"
+        )
+
+    def route(attention: Any) -> Callable[..., tuple[Tensor, None]]:
+        def forward(
+            x: Tensor, attention_mask: Tensor, position_embeddings: tuple[Tensor, Tensor], **rest: object
+        ) -> tuple[Tensor, None]:
+            # In each variant the heads of a group lie together: its queries, its key, its value. A group keeps one key
+            # and value, which the model itself may repeat.
+            sizes = (attention.num_kv_heads, -1, attention.head_dim)
+            groups = attention.query_key_value(x).unflatten(2, sizes)
+            query = groups[..., :-2, :].flatten(2, 3).transpose(1, 2)
+            key, value = (groups[..., n, :].transpose(1, 2) for n in (-2, -1))
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            result, _ = attend(
+                attention, query, key, value, attention_mask,
+                scaling=attention.inv_norm_factor, is_causal=True,
+            )  # fmt: skip
+            return attention.dense(result.flatten(2)), None
+
+        return forward
+
+    for module in model.modules():
+        if isinstance(module, FalconAttention):
+            yield _Override(module, "forward", route(module))
+
+
+_REROUTES: dict[str, Callable[[PreTrainedModel, Attend], Iterator[_Override]]] = {
+    "gptj": _reroute_attn,
+    "codegen": _reroute_attn,
+    "bloom": _reroute_bloom,
+    "mpt": _reroute_mpt,
+    "falcon": _reroute_falcon,
+}

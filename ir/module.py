@@ -9,7 +9,7 @@ from typing import Any
 from .types import Value
 
 Attr = Any
-"""An attribute's value: int, float, str, bool, tuple of ints, sympy expression or IndexMap (see ``ops.OpSpec``)."""
+"""An attribute's value: int, float, str, bool, tuple of ints or names, sympy expression, IndexMap (``ops.OpSpec``)."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@
 | matmul | a[.., M, K], b[N, K] or b[.., N, K] -> [.., M, N]; float32 accumulation | (activation_group, wide) |
 | quantize | w[N, K] -> codes, scale (and, for 4 bits, minimum); weights only, once at load | bits, group |
 | dequantize | codes, scale (, minimum) -> float[N, K] | bits, group |
-| attention | q[B,H,S,D], k, v[B,G,S,D] (, mask[B,T], sinks[H]) -> [B,H,S,Dv] | scale, causal, window, softcap, slot |
+| attention | q[B,H,S,D], k, v[B,G,S,D], extras -> [B,H,S,Dv] | scale, causal, window, softcap, slot (, extras) |
 | append | x[B,G,S,D] -> the slot's whole cache [B,G,T,D], ending in x | slot |
-| attention_split | q, k, v [B,G,T,D], mask -> acc f32[B,H,S,P,Dv], max, sum f32[B,H,S,P] | as attention; splits |
+| attention_split | q, k, v [B,G,T,D], extras -> acc f32[B,H,S,P,Dv], max, sum f32[B,H,S,P] | as attention; splits |
 | call | values -> the callee's returns | callee, scope |
 | call_torch | tensors -> tensors; run by PyTorch at run time | target, template |
 | kernel | outer values used -> body values used outside | name |
@@ -24,8 +24,15 @@
 ``attention`` with a non-empty ``slot`` owns the append of k and v to that slot of the request's KV state;
 with slot "" it attends over exactly the given k and v, whose length may exceed q's (q is then the last S of T), and
 whose type may be narrower than q's (``STORED_AS``).
-A sink is a score of each head that takes its share of the softmax and has no value (Xiao et al., "Efficient Streaming
-Language Models with Attention Sinks", 2023, in the learned form of gpt-oss).
+Scores are scaled, capped, biased, then masked. ``extras`` names the operands that follow v, in the order of
+``ATTENTION_EXTRAS``:
+
+- mask bool[B, T]: the keys that may be attended to
+- sinks [H], of q's dtype: a score of each head that takes its share of the softmax and has no value (Xiao et al.,
+  "Efficient Streaming Language Models with Attention Sinks", 2023, in the learned form of gpt-oss)
+- slopes f32[H]: ``slopes[h] * (key - query)``, of the positions in the context, is added to each score (ALiBi: Press
+  et al., "Train Short, Test Long", 2022)
+
 ``matmul`` may carry ``activation_group``: runs of that many values of a's rows may then be rounded to int8, each run
 with a scale of its own, so that a kernel can multiply integers. Codes and scales are those of ``quantization``.
 With ``wide`` its result is the float32 of the accumulation.
@@ -33,8 +40,9 @@ With ``wide`` its result is the float32 of the accumulation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import sympy
 
@@ -45,13 +53,14 @@ from .pointwise import POINTWISE
 from .types import DType, TensorType, Value
 
 Inferred = tuple[TensorType, ...] | None
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class OpSpec:
     """Attributes (name -> kind), those that must be there, and type inference of one op.
 
-    Kinds: int, float, bool, str, ints, number, expr, map. ``infer`` gives the result types, or None where the
+    Kinds: int, float, bool, str, ints, names, number, expr, map. ``infer`` gives the result types, or None where the
     declared type is itself the information (param, cast, view, ...). It raises VerifyError on misuse.
     """
 
@@ -220,9 +229,9 @@ STORED_AS = {
 
 
 def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
-    _arity(op, 3, 4, 5)
+    extras = op.attr("extras", ())
+    _arity(op, 3 + len(extras))
     q, k, v = op.operands[:3]
-    mask, sinks = mask_and_sinks(op)
     _need(q.type.rank == k.type.rank == v.type.rank == 4, op, "q, k and v need rank 4")
     _need(
         k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0], op, f"k and v do not fit: {k.type}, {v.type}"
@@ -244,20 +253,26 @@ def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
         op,
         "with a slot, k and v are the new tokens only",
     )
-    _need(
-        op.operands == (q, k, v, *(x for x in (mask, sinks) if x)), op, "takes a mask [B, T], then sinks [H]"
-    )
-    _need(mask is None or mask.dtype is DType.bool, op, "mask must be bool")
-    _need(
-        sinks is None or sinks.type == TensorType(q.dtype, (heads,)), op, "sinks must be one per query head"
-    )
+    known = tuple(name for name in ATTENTION_EXTRAS if name in extras)
+    _need(extras == known, op, f"extras are some of {', '.join(ATTENTION_EXTRAS)}, in that order")
+    _need(op.attr("extras") != (), op, "extras are left out where there are none")
+    context = sym("T") if op.attr("slot", "") else k.shape[2]
+    types = {
+        "mask": TensorType(DType.bool, (q.shape[0], context)),
+        "sinks": TensorType(q.dtype, (heads,)),
+        "slopes": TensorType(DType.f32, (heads,)),
+    }
+    for name, value in attention_extras(op, op.operands).items():
+        _need(value.type == types[name], op, f"{name} must be {types[name]}, not {value.type}")
     return q, k, v
 
 
-def mask_and_sinks(op: Op) -> tuple[Value | None, Value | None]:
-    """What an attention has beside q, k and v: the key mask, bool[B, T], and the sinks, [H]."""
-    mask = next((v for v in op.operands[3:] if v.type.rank != 1), None)
-    return mask, next((v for v in op.operands[3:] if v.type.rank == 1), None)
+ATTENTION_EXTRAS = ("mask", "sinks", "slopes")
+
+
+def attention_extras(op: Op, operands: Sequence[T]) -> dict[str, T]:
+    """What an attention has beside q, k and v, by name. ``operands``: its own, or what stands for each of them."""
+    return dict(zip(op.attr("extras", ()), operands[3:], strict=True))
 
 
 def _attention(op: Op, module: Module | None) -> Inferred:
@@ -275,7 +290,7 @@ def _append(op: Op, module: Module | None) -> Inferred:
 def _attention_split(op: Op, module: Module | None) -> Inferred:
     q, _, v = _attention_operands(op)
     _need(q.dtype is not DType.f64, op, "its parts are f32; f64 is not split")
-    _need(mask_and_sinks(op)[1] is None, op, "sinks belong to the merge of its parts")
+    _need("sinks" not in op.attr("extras", ()), op, "sinks belong to the merge of its parts")
     partial = (*q.shape[:3], sympy.Integer(op.attr("splits")))
     row = TensorType(DType.f32, partial)
     return TensorType(DType.f32, (*partial, v.shape[3])), row, row
@@ -299,7 +314,7 @@ def _any(op: Op, module: Module | None) -> Inferred:
     return None
 
 
-_ATTENTION = {"scale": "float", "causal": "bool", "window": "int", "softcap": "float"}
+_ATTENTION = {"scale": "float", "causal": "bool", "window": "int", "softcap": "float", "extras": "names"}
 
 OPS: dict[str, OpSpec] = {
     "param": OpSpec({"name": "str"}, _declared()),
@@ -316,9 +331,9 @@ OPS: dict[str, OpSpec] = {
     ),
     "quantize": OpSpec({"bits": "int", "group": "int"}, _quantize),
     "dequantize": OpSpec({"bits": "int", "group": "int"}, _dequantize),
-    "attention": OpSpec({**_ATTENTION, "slot": "str"}, _attention),
+    "attention": OpSpec({**_ATTENTION, "slot": "str"}, _attention, frozenset({"extras"})),
     "append": OpSpec({"slot": "str"}, _append),
-    "attention_split": OpSpec({**_ATTENTION, "splits": "int"}, _attention_split),
+    "attention_split": OpSpec({**_ATTENTION, "splits": "int"}, _attention_split, frozenset({"extras"})),
     "call": OpSpec({"callee": "str", "scope": "str"}, _call),
     "call_torch": OpSpec({"target": "str", "template": "str"}, _any),
     "kernel": OpSpec({"name": "str"}, _any),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import sympy
 
@@ -13,6 +15,8 @@ from .index import IndexMap, index_symbols, parse_expr
 from .module import Attr, Function, Loc, Module, Op
 from .ops import OPS
 from .types import DType, TensorType, Value
+
+T = TypeVar("T")
 
 _TOKEN = re.compile(
     r"(?P<space>[ \t\r]+|#.*)|(?P<newline>\n)|(?P<string>\"(?:[^\"\\\n]|\\.)*\")|(?P<value>%[\w.]+)"
@@ -267,17 +271,19 @@ def _attr(reader: _Reader, kind: str) -> Attr:
         case "number":
             return _number(reader)
         case "ints":
-            return _ints(reader)
+            return _tuple(reader, reader.integer)
+        case "names":
+            return _tuple(reader, lambda: reader.take("name"))
         case "expr":
             return reader.parse_expr(",}")
     return _index_map(reader)
 
 
-def _ints(reader: _Reader) -> tuple[int, ...]:
+def _tuple(reader: _Reader, item: Callable[[], T]) -> tuple[T, ...]:
     reader.expect("(")
     found = []
     while not reader.accept(")"):
-        found.append(reader.integer())
+        found.append(item())
         if reader.peek != ")":
             reader.expect(",")
     return tuple(found)

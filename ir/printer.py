@@ -31,7 +31,7 @@ def format_attr(kind: str, value: Attr) -> str:
             return "true" if value else "false"
         case "float" | "number" | "int":
             return repr(value)
-        case "ints":
+        case "ints" | "names":
             return f"({', '.join(map(str, value))})"
         case "expr":
             return format_expr(value)

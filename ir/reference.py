@@ -19,7 +19,7 @@ from torch import Tensor
 from .errors import VerifyError
 from .index import IndexMap, extents_of, linear_index, simplify, sym
 from .module import Function, Module, Op
-from .ops import mask_and_sinks
+from .ops import attention_extras
 from .pointwise import POINTWISE
 from .quantization import dequantize, quantize, round_activations
 from .types import F8_LARGEST, DType, Value, concrete
@@ -295,9 +295,9 @@ def _attention(run: Evaluation, op: Op, args: list[Tensor], scope: str) -> Tenso
     dtype = args[0].dtype
     scores, v = _scores(op, args)
     top = scores.amax(-1, keepdim=True)
-    sink = None
-    if mask_and_sinks(op)[1] is not None:
-        sink = args[-1].to(scores.dtype).view(1, -1, 1, 1)
+    sink = attention_extras(op, args).get("sinks")
+    if sink is not None:
+        sink = sink.to(scores.dtype).view(1, -1, 1, 1)
         top = torch.maximum(top, sink)
     p = torch.exp(scores - top) * (scores > MASKED / 2)
     total = p.sum(-1, keepdim=True)
@@ -307,7 +307,7 @@ def _attention(run: Evaluation, op: Op, args: list[Tensor], scope: str) -> Tenso
 
 
 def _scores(op: Op, args: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Scaled, capped and masked scores [B, H, S, T], and v [B, H, T, Dv], both in float32 or wider."""
+    """Scaled, capped, biased and masked scores [B, H, S, T], and v [B, H, T, Dv], both in float32 or wider."""
     wide = torch.promote_types(args[0].dtype, torch.float32)
     q, k, v = (x.to(wide) for x in args[:3])
     group = q.shape[1] // k.shape[1]
@@ -317,14 +317,17 @@ def _scores(op: Op, args: list[Tensor]) -> tuple[Tensor, Tensor]:
         scores = torch.tanh(scores / cap) * cap
     s, t = scores.shape[-2:]
     query, key = torch.arange(t - s, t)[:, None], torch.arange(t)[None]
+    extras = attention_extras(op, args)
+    if "slopes" in extras:
+        scores = scores + extras["slopes"].to(scores.dtype).view(-1, 1, 1) * (key - query)
     valid = torch.ones(s, t, dtype=torch.bool)
     if op.attr("causal"):
         valid &= key <= query
     if window := op.attr("window"):
         valid &= query - key < window
     valid = valid[None, None]
-    if mask_and_sinks(op)[0] is not None:
-        valid = valid & args[3][:, None, None, :].bool()
+    if "mask" in extras:
+        valid = valid & extras["mask"][:, None, None, :].bool()
     return scores.masked_fill(~valid, MASKED), v
 
 

@@ -7,15 +7,15 @@ ordinary ops, so it fuses like any other code:
 
     weight = exp(top - max_p(top));  result = sum_p(weight * acc) / max(sum_p(weight * total), tiny)
 
-Sinks enter here, as a part without values. A row without a valid position has total 0 and gives 0. The parts are
-float32, so float64 attention stays whole.
+Sinks enter here, as a part without values; a mask and slopes act on the scores of each part. A row without a valid
+position has total 0 and gives 0. The parts are float32, so float64 attention stays whole.
 """
 
 from __future__ import annotations
 
 from tilewright.ir.index import IndexMap, index_symbols
 from tilewright.ir.module import Attr, Function, Module, Op
-from tilewright.ir.ops import mask_and_sinks
+from tilewright.ir.ops import attention_extras
 from tilewright.ir.types import DType, TensorType, Value
 
 from .base import PassOptions, Rewriter
@@ -40,8 +40,9 @@ def _function(function: Function, splits: int) -> Function:
 
 def _split(rewriter: Rewriter, op: Op, splits: int) -> Value:
     attrs = {k: v for k, v in op.attrs if k != "slot"}
-    sinks = mask_and_sinks(op)[1]
-    operands = op.operands if sinks is None else op.operands[:-1]
+    extras = attention_extras(op, op.operands)
+    sinks = extras.pop("sinks", None)
+    operands, attrs["extras"] = (*op.operands[:3], *extras.values()), tuple(extras) or None
     acc, top, total = rewriter.add_multi("attention_split", *operands, loc=op.loc, splits=splits, **attrs)
 
     def add(opcode: str, *operands: Value, type: TensorType | None = None, **more: Attr) -> Value:

@@ -662,13 +662,18 @@ class RandomFunction:
         length = sym("T") if slot else s
         if slot:
             self.slots |= {f"{slot}.k": k.type, f"{slot}.v": v.type}
+        extras: dict[str, Value] = {}
         masks = [m for m in self.builder.params if m.dtype is DType.bool and m.shape == (b, length)]
-        mask = masks[:1] if self.number(0, 1) else []
-        sinks = [self.weight(TensorType(q.dtype, q.shape[1:2]))] if self.number(0, 3) == 0 else []
+        if masks and self.number(0, 1):
+            extras["mask"] = masks[0]
+        for name, dtype in (("sinks", q.dtype), ("slopes", DType.f32)):
+            if self.number(0, 3) == 0:
+                extras[name] = self.weight(TensorType(dtype, q.shape[1:2]))
         causal = bool(self.number(0, 1))
         out = self.add(
-            "attention", q, k, v, *mask, *sinks, spec=Spec(-4, 4, False), scale=float(d) ** -0.5, causal=causal,
-            window=self.pick((0, 0, 2, 3)), softcap=float(self.pick((0, 0, 5))), slot=slot,  # type: ignore[arg-type]
+            "attention", q, k, v, *extras.values(), extras=tuple(extras) or None, spec=Spec(-4, 4, False),
+            scale=float(d) ** -0.5, causal=causal, window=self.pick((0, 0, 2, 3)),
+            softcap=float(self.pick((0, 0, 5))), slot=slot,  # type: ignore[arg-type]
         )  # fmt: skip
         flat = self.permute(out, (0, 2, 1, 3))
         return self.reshape(flat, (b, s, heads * dv))

@@ -8,7 +8,7 @@ from sympy import Expr, Integer
 from tilewright.ir.errors import VerifyError
 from tilewright.ir.index import sym
 from tilewright.ir.loops import AttentionForm
-from tilewright.ir.ops import mask_and_sinks
+from tilewright.ir.ops import attention_extras
 from tilewright.ir.types import DType, Value
 
 from .ctypes_of import STORAGE
@@ -20,7 +20,7 @@ def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
     """Print the body of an attention kernel. Raises VerifyError for layouts that the primitives cannot write."""
     op, writer = form.op, kernel.writer
     q, k, v = op.operands[:3]
-    mask, sinks = mask_and_sinks(op)
+    extras = attention_extras(op, op.operands)
     split = op.opcode == "attention_split"
     writer.line("tw::AttentionShape shape{};")
     sizes = {
@@ -34,12 +34,11 @@ def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
         writer.line(f"shape.{name} = {print_index(size)};")
     for name, value in (("q", q), ("k", k), ("v", v)):
         writer.line(f"shape.{name} = {_strides(kernel, value, _symbols('bhsd'), name)};")
-    if mask is not None:
-        row = kernel.offset(mask, (Integer(1), Integer(0)), {})
-        writer.line(f"shape.mask = {kernel.names[mask]};")
+    for name, value in extras.items():
+        writer.line(f"shape.{name} = {kernel.names[value]};")
+    if "mask" in extras:
+        row = kernel.offset(extras["mask"], (Integer(1), Integer(0)), {})
         writer.line(f"shape.mask_row = {print_index(row)};")
-    if sinks is not None:
-        writer.line(f"shape.sinks = {kernel.names[sinks]};")
     writer.line(f"shape.scale = {float(op.attr('scale'))!r}f;")
     writer.line(f"shape.scale_f64 = {float(op.attr('scale'))!r};")
     writer.line(f"shape.softcap = {float(op.attr('softcap'))!r}f;")

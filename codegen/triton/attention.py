@@ -1,10 +1,11 @@
 """Attention over a KV cache: tiles of queries against blocks of positions, with an online softmax.
 
 One program handles one KV head: its tile holds BLOCK_M (position, query head) pairs, all heads of the group together,
-so that K and V are read once per group. Causality, the window and the key mask are conditions on indices; positions
-that no query of the tile may see are skipped. The split form walks one chunk of the context and stores its partial
-result. Scores are masked with a large negative finite number and their weights set to zero, so that a row that sees
-nothing gives zero. The method is the online softmax of Milakov and Gimelshein, in the tiling of FlashAttention.
+so that K and V are read once per group. Causality, the window and the key mask are conditions on indices, and a bias by
+distance is arithmetic on them; positions that no query of the tile may see are skipped. The split form walks one chunk
+of the context and stores its partial result. Scores are masked with a large negative finite number and their weights
+set to zero, so that a row that sees nothing gives zero. The method is the online softmax of Milakov and Gimelshein, in
+the tiling of FlashAttention.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tilewright.ir.errors import VerifyError
 from tilewright.ir.index import FloorDiv, Mod, linear_index, sym
 from tilewright.ir.loops import AttentionForm, Node, Store
 from tilewright.ir.module import Op
-from tilewright.ir.ops import mask_and_sinks
+from tilewright.ir.ops import attention_extras
 from tilewright.ir.types import DType, Value
 
 from .expression import Block, Context, Operand
@@ -76,7 +77,7 @@ class _Attention:
         self.dtype = form.op.operands[0].dtype
         self.float = TRITON_TYPES[compute_dtype(self.dtype)]
         self.q, self.k, self.v = form.op.operands[:3]
-        self.mask, self.sinks = mask_and_sinks(form.op)
+        self.extras = attention_extras(form.op, form.op.operands)
 
     def emit(self) -> Expr:
         base, sizes, tile = self.base, self.sizes, self.tile
@@ -97,7 +98,8 @@ class _Attention:
         names = {n: base.names.fresh(n) for n in ("acc", "top", "total")}
         base.line(f"{names['acc']} = tl.zeros([{self.block_m}, {self.block_v}], {self.float})")
         self._start(names)
-        self._loop(low, high, q, query, names)
+        slopes = self._per_head("slopes") if "slopes" in self.extras else ""
+        self._loop(low, high, q, query, slopes, names)
         self._store(names)
         return sympy.expand(sizes.batch * sizes.groups * tiles * max(1, sizes.splits))
 
@@ -173,17 +175,21 @@ class _Attention:
     def _start(self, names: dict[str, str]) -> None:
         """The softmax before any key: nothing, or the head's sink."""
         base = self.base
-        if self.sinks is None:
+        if "sinks" not in self.extras:
             base.line(f"{names['top']} = tl.full([{self.block_m}, 1], {MASKED}, {self.float})")
             base.line(f"{names['total']} = tl.zeros([{self.block_m}, 1], {self.float})")
             return
-        share = self.sizes.share
-        address = self._address(self.sinks, (GROUP * share + Mod(ROW, share),), {ROW: self.rows.text})
-        address += f" + {self.rows.text} * 0"  # a block of rows even where all of them are of one head
-        base.line(f"{names['top']} = tl.load({address}, mask={self.rows.mask}, other=0.0).to({self.float})")
+        base.line(f"{names['top']} = {self._per_head('sinks')}")
         base.line(f"{names['total']} = tl.full([{self.block_m}, 1], 1.0, {self.float})")
 
-    def _loop(self, low: str, high: str, q: str, query: str, names: dict[str, str]) -> None:
+    def _per_head(self, extra: str) -> str:
+        """An operand that has a number for each query head, as a column of the tile's rows."""
+        share = self.sizes.share
+        address = self._address(self.extras[extra], (GROUP * share + Mod(ROW, share),), {ROW: self.rows.text})
+        address += f" + {self.rows.text} * 0"  # a block of rows even where all of them are of one head
+        return self.base.bind(f"tl.load({address}, mask={self.rows.mask}, other=0.0).to({self.float})", extra)
+
+    def _loop(self, low: str, high: str, q: str, query: str, slopes: str, names: dict[str, str]) -> None:
         base, op = self.base, self.op
         scope = base.open(f"for start in range({low}, {high}, {self.block_n}):")
         row = scope.bind(f"start + tl.arange(0, {self.block_n})[None, :]", "key")
@@ -198,6 +204,8 @@ class _Attention:
         if cap := op.attr("softcap"):
             bounded = TRITON["tanh"]((f"{scores} * {1.0 / float(cap)!r}",), compute_dtype(self.dtype))
             scores = scope.bind(f"{bounded} * {float(cap)!r}", "scores")
+        if slopes:
+            scores = scope.bind(f"{scores} + {slopes} * ({row} - {query}).to({self.float})", "scores")
         seen = self._condition(scope, row, query, high)
         scores = scope.bind(f"tl.where({seen}, {scores}, {MASKED})", "scores")
         top = scope.bind(f"tl.maximum({names['top']}, tl.max({scores}, axis=1, keep_dims=True))", "new_top")
@@ -228,8 +236,8 @@ class _Attention:
             parts.append(f"({key} <= {query})")
         if window := self.op.attr("window"):
             parts.append(f"({query} - {key} < {int(window)})")
-        if self.mask is not None:
-            address = self._address(self.mask, (BATCH, KEY), {KEY: key})
+        if "mask" in self.extras:
+            address = self._address(self.extras["mask"], (BATCH, KEY), {KEY: key})
             valid = scope.bind(f"tl.load({address}, mask={key} < {high}, other=0)", "valid")
             parts.append(f"({valid} != 0)")
         return scope.bind(" & ".join(parts), "seen")

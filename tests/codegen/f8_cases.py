@@ -84,9 +84,9 @@ NARROW = ((DType.f32, DType.bf16), (DType.f32, DType.f16), (DType.f32, DType.f8)
 @case("narrow_cache", *((*pair, q) for pair in NARROW for q in ("S", 1)))
 def narrow_cache(dtype: DType, stored: DType, queries: object) -> Case:
     """Keys and values in a narrower type than queries."""
-    return attend("attention", dtype, 16, slot="", mask=True, queries=queries, stored=stored)
+    return attend("attention", dtype, 16, slot="", extras=("mask",), queries=queries, stored=stored)
 
 
 @case("narrow_cache_split", *NARROW)
 def narrow_cache_split(dtype: DType, stored: DType) -> Case:
-    return attend("attention_split", dtype, 16, queries=1, splits=4, mask=True, stored=stored)
+    return attend("attention_split", dtype, 16, queries=1, splits=4, extras=("mask",), stored=stored)

@@ -35,7 +35,8 @@ def interpret() -> Iterator[Callable[[str], list[str]]]:
 
 
 @pytest.mark.parametrize(
-    "model", ["llama:float32", "llama:bfloat16", "opt:float32", "gpt2:float32", "bert:float32"]
+    "model",
+    ["llama:float32", "llama:bfloat16", "opt:float32", "gpt2:float32", "bloom:float32", "bert:float32"],
 )
 def test_tiny_model_matches_reference(model: str, interpret: Callable[[str], list[str]]) -> None:
     """Prefill in two pieces and decode, left-padded batch of three and batch of one."""

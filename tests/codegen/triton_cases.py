@@ -421,34 +421,52 @@ def nested() -> Case:
 def attend(opcode: str, dtype: DType, size: int, **attrs: object) -> Case:
     """Six query heads over two KV heads; ``mask`` hides a left margin, and all of the last row."""
     b = Builder()
-    masked, queries, keys = attrs.pop("mask", False), attrs.pop("queries", "S"), attrs.pop("keys", "T")
-    groups, sunk = attrs.pop("groups", 2), attrs.pop("sinks", False)
+    queries, keys, groups = attrs.pop("queries", "S"), attrs.pop("keys", "T"), attrs.pop("groups", 2)
     q = b.param_value("q", tensor_type(dtype, ["B", 6, queries, size]))
     stored = attrs.pop("stored", dtype)
     k, v = (b.param_value(n, tensor_type(stored, ["B", groups, keys, size])) for n in "kv")
-    extra = (b.param_value("mask", tensor_type("bool", ["B", keys])),) if masked else ()
-    extra += (b.param_value("sinks", tensor_type(dtype, [6])),) if sunk else ()
+    types = {
+        "mask": tensor_type("bool", ["B", keys]), "sinks": tensor_type(dtype, [6]), "slopes": tensor_type("f32", [6])
+    }  # fmt: skip
+    extras = [b.param_value(name, types[name]) for name in attrs.get("extras", ())]
     full = {"scale": size**-0.5, "causal": True, "window": 0, "softcap": 0.0, **attrs}
-    outs = b.add_multi(opcode, q, k, v, *extra, **full)  # type: ignore[arg-type]
+    outs = b.add_multi(opcode, q, k, v, *extras, **full)  # type: ignore[arg-type]
     if opcode == "attention":
         flat = view(b, outs[0], ["B", queries, 6 * size], "i0", f"i2 // {size}", "i1", f"i2 % {size}")
         outs = (flat,)
     made = finish(b, *outs, B=3, S=19, T=45)
-    valid = torch.ones(3, 45 if keys == "T" else 19, dtype=torch.bool)
+    valid = torch.ones(3, {"T": 45, "S": 19}.get(keys, keys), dtype=torch.bool)
     valid[1, :30] = False
     valid[2] = False
-    return Case(made.module, made.dims, {"mask": valid} if masked else {})
+    return Case(made.module, made.dims, {"mask": valid, "slopes": torch.linspace(-0.2, 0.6, 6)})
 
 
 @case("attention", *FLOATS, (DType.f64,))
 def attention(dtype: DType) -> Case:
-    return attend("attention", dtype, 16, slot="", mask=True)
+    return attend("attention", dtype, 16, slot="", extras=("mask",))
 
 
 @case("attention_sinks", *((d, q) for d in (DType.f32, DType.bf16) for q in ("S", 1)), (DType.f64, "S"))
 def attention_sinks(dtype: DType, queries: object) -> Case:
     """A score of each head that has no value; a row that may see no key gives zeros."""
-    return attend("attention", dtype, 16, slot="", mask=True, sinks=True, queries=queries)
+    return attend("attention", dtype, 16, slot="", extras=("mask", "sinks"), queries=queries)
+
+
+@case(
+    "attention_slopes",
+    *((d, q, 150) for d in (DType.f32, DType.bf16) for q in ("S", 1)),
+    (DType.f64, "S", "T"),
+)
+def attention_slopes(dtype: DType, queries: object, keys: object) -> Case:
+    """A bias by distance, of either sign, added to capped scores and before the mask; keys of one tile, and of more."""
+    extras = ("mask", "slopes")
+    return attend("attention", dtype, 16, slot="", extras=extras, queries=queries, keys=keys, softcap=2.0)
+
+
+@case("attention_all_extras", ("S",), (1,))
+def attention_all_extras(queries: object) -> Case:
+    extras = ("mask", "sinks", "slopes")
+    return attend("attention", DType.f32, 20, slot="", extras=extras, queries=queries, window=11)
 
 
 @case("attention_window", (DType.f32,), (DType.f64,))
@@ -458,7 +476,7 @@ def attention_window(dtype: DType) -> Case:
 
 @case("attention_encoder", (DType.f32,), (DType.bf16,))
 def attention_encoder(dtype: DType) -> Case:
-    return attend("attention", dtype, 16, slot="", causal=False, keys="S", mask=True)
+    return attend("attention", dtype, 16, slot="", causal=False, keys="S", extras=("mask",))
 
 
 @case("attention_decode")
@@ -468,7 +486,14 @@ def attention_decode() -> Case:
 
 @case("attention_split", *FLOATS)
 def attention_split(dtype: DType) -> Case:
-    return attend("attention_split", dtype, 16, queries=1, splits=4, mask=True)
+    return attend("attention_split", dtype, 16, queries=1, splits=4, extras=("mask",))
+
+
+@case("attention_split_slopes", *FLOATS)
+def attention_split_slopes(dtype: DType) -> Case:
+    """Each chunk measures distances from the query, not within itself. Without a mask: the highest score of a row that
+    sees nothing is so large a number that it would hide what is wrong with the others."""
+    return attend("attention_split", dtype, 16, queries=1, splits=4, extras=("slopes",), softcap=2.0)
 
 
 @case("attention_own_heads", ("attention",), ("attention_split",))

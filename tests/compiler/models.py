@@ -6,6 +6,8 @@ import torch
 from transformers import (
     BertConfig,
     BertModel,
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -41,6 +43,8 @@ def tiny(family: str, layers: int = 2) -> PreTrainedModel:
         model = GPT2LMHeadModel(
             GPT2Config(vocab_size=128, n_layer=layers, n_head=4, n_embd=64, n_positions=256)
         )
+    elif family == "bloom":
+        model = BloomForCausalLM(BloomConfig(vocab_size=128, n_layer=layers, n_head=4, hidden_size=64))
     else:
         model = BertModel(BertConfig(**shape, intermediate_size=96, max_position_embeddings=256))
     with torch.no_grad():

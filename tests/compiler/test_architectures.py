@@ -30,6 +30,7 @@ _LATENT = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
     "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_routed_experts": 4,
 }  # fmt: skip
+_FALCON = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **_IDS}
 
 DECODERS: dict[str, PretrainedConfig] = {
     "gptj": hf.GPTJConfig(vocab_size=128, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, **_IDS),
@@ -49,16 +50,36 @@ DECODERS: dict[str, PretrainedConfig] = {
     "granite": hf.GraniteConfig(**_GROUPED),
     "cohere": hf.CohereConfig(**_GROUPED),
     "gpt_oss": hf.GptOssConfig(**_HEADS, num_local_experts=4, sliding_window=16),
+    "bloom": hf.BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4, **_IDS),
+    "bloom_12_heads": hf.BloomConfig(vocab_size=128, hidden_size=96, n_layer=2, n_head=12, **_IDS),
+    "mpt": hf.MptConfig(vocab_size=128, d_model=64, n_layers=2, n_heads=4, max_seq_len=64, **_IDS),
+    "mpt_12_heads": hf.MptConfig(
+        vocab_size=128,
+        d_model=96,
+        n_layers=2,
+        n_heads=12,
+        max_seq_len=64,
+        attn_config={"clip_qkv": 0.5, "softmax_scale": 0.4},
+        **_IDS,
+    ),
+    "falcon": hf.FalconConfig(**_FALCON),
+    "falcon_groups": hf.FalconConfig(**_FALCON, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon_one_norm": hf.FalconConfig(
+        **_FALCON, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1
+    ),
+    "falcon_heads": hf.FalconConfig(**_FALCON, multi_query=False, parallel_attn=False, bias=True),
     "deepseek_v3": hf.DeepseekV3Config(**_PLAIN, **_IDS, **_EXPERTS, **_LATENT, num_key_value_heads=4),
 }
 ENCODERS: dict[str, PretrainedConfig] = {
     "roberta": hf.RobertaConfig(**_PLAIN),
     "distilbert": hf.DistilBertConfig(vocab_size=128, dim=64, n_layers=2, n_heads=4, hidden_dim=96),
 }
-WITHOUT_A_DISPATCH: dict[str, PretrainedConfig] = {
-    "bloom": hf.BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=4),
-    "mpt": hf.MptConfig(vocab_size=128, d_model=64, n_layers=2, n_heads=4),
-    "falcon": hf.FalconConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
+REFUSED: dict[str, PretrainedConfig] = {
+    "xglm": hf.XGLMConfig(vocab_size=128, d_model=64, ffn_dim=96, num_layers=2, attention_heads=4),
+    "gpt_neo": hf.GPTNeoConfig(
+        vocab_size=128, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global"], 2]]
+    ),
+    "falcon_alibi": hf.FalconConfig(**_FALCON, alibi=True),
 }
 
 
@@ -84,9 +105,10 @@ def test_a_decoder_says_what_hugging_face_says(name: str) -> None:
     check_decoder(name, "reference")
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "bloom_12_heads", "falcon_groups"])
 def test_and_so_do_generated_kernels(name: str) -> None:
-    """Two windows in turn with norms of heads; sinks, and experts that PyTorch runs."""
+    """Two windows in turn with norms of heads; sinks, and experts that PyTorch runs; a bias by distance; one key for
+    the queries beside it in the product."""
     check_decoder(name, "cpp")
 
 
@@ -122,20 +144,22 @@ def test_an_encoder_says_what_hugging_face_says(name: str) -> None:
     torch.testing.assert_close(found[kept], expected[kept], rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_is_left_as_it_was() -> None:
+@pytest.mark.parametrize("name", ["gptj", "bloom", "mpt", "falcon"])
+def test_a_model_is_left_as_it_was(name: str) -> None:
     """Methods that capture replaces for a while are the model's own again."""
-    model = random(DECODERS["gptj"], hf.AutoModelForCausalLM)
+    model = random(DECODERS[name], hf.AutoModelForCausalLM)
+    own = [set(vars(m)) for m in model.modules()]
     ids, _ = prompt()
     with torch.no_grad():
         before = model(ids).logits
     tw.compile(model, max_length=64, backend="reference", autotune="off")
-    assert all("_attn" not in vars(m) for m in model.modules())
+    assert [set(vars(m)) for m in model.modules()] == own
     with torch.no_grad():
         assert torch.equal(model(ids).logits, before)
 
 
-@pytest.mark.parametrize("name", WITHOUT_A_DISPATCH)
-def test_attention_that_cannot_be_told_apart_is_refused(name: str) -> None:
-    model = random(WITHOUT_A_DISPATCH[name], hf.AutoModelForCausalLM)
+@pytest.mark.parametrize("name", REFUSED)
+def test_attention_that_the_op_cannot_express_is_refused(name: str) -> None:
+    model = random(REFUSED[name], hf.AutoModelForCausalLM)
     with pytest.raises(tw.CaptureError, match=r"unsupported attention.*run this model with Hugging Face"):
         tw.compile(model, max_length=64, backend="reference")

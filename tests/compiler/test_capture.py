@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import sympy
 import torch
 from torch import Tensor, nn
-from transformers import BloomConfig, BloomForCausalLM, MPNetConfig, MPNetModel
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    MPNetConfig,
+    MPNetModel,
+    MptConfig,
+    XGLMConfig,
+    XGLMForCausalLM,
+)
 
 from tilewright.capture import Captured, capture
 from tilewright.ir.errors import CaptureError
@@ -157,9 +166,40 @@ def test_provenance_survives() -> None:
 
 
 def test_decoders_with_attention_of_their_own_are_refused() -> None:
-    config = BloomConfig(vocab_size=128, hidden_size=64, n_layer=1, n_head=4)
-    with pytest.raises(CaptureError, match=r"unsupported attention: BloomForCausalLM"):
-        capture(BloomForCausalLM(config).eval())
+    config = XGLMConfig(vocab_size=128, d_model=64, ffn_dim=96, num_layers=1, attention_heads=4)
+    with pytest.raises(CaptureError, match=r"unsupported attention: XGLMForCausalLM"):
+        capture(XGLMForCausalLM(config).eval())
+
+
+LIMIT = 77
+ALIBI = {
+    "bloom": BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=8),
+    "mpt": MptConfig(vocab_size=128, d_model=64, n_layers=2, n_heads=8, max_seq_len=LIMIT),
+}
+
+
+@pytest.mark.parametrize("name", ALIBI)
+def test_alibi_is_slopes_and_no_array_over_keys(name: str) -> None:
+    """The slopes of eight heads are 1/2, 1/4 .. 1/256 (Press et al., 2022). Of values that grow with the context, or
+    have the size of its limit, there is the key mask alone."""
+    captured = capture(AutoModelForCausalLM.from_config(ALIBI[name]).eval())
+    assert list(captured.layers) == ["layer0"]
+    for graph in (captured.main, captured.layers["layer0"]):
+        (context,) = (symbol for symbol, dim in graph.symbols.items() if dim == "T")
+        values = [node.meta["val"] for node in graph.exported.graph.nodes if "val" in node.meta]
+        over_keys = [v for v in values if isinstance(v, Tensor) and {context, LIMIT} & _sizes(v)]
+        assert {v.dtype for v in over_keys} == {torch.bool}
+    (slopes,) = captured.layers["layer0"].literals.values()
+    assert slopes.dtype == torch.float32
+    assert torch.equal(slopes, 0.5 ** torch.arange(1, 9))
+
+
+def _sizes(x: Tensor) -> set[sympy.Symbol | int]:
+    """The dims of a traced tensor: numbers, and the symbols that occur in the others."""
+    found: set[sympy.Symbol | int] = set()
+    for size in x.shape:
+        found |= size.node.expr.free_symbols if isinstance(size, torch.SymInt) else {size}
+    return found
 
 
 def test_encoders_with_attention_of_their_own_are_captured() -> None:

@@ -234,16 +234,12 @@ def test_a_shape_other_than_declared_is_an_error() -> None:
 
 
 def attention_module(
-    opcode: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **attrs: object
+    opcode: str, q: Tensor, k: Tensor, v: Tensor, extras: dict[str, Tensor], **attrs: object
 ) -> Module:
-    values = [
-        Value(n, tensor_type(DType.from_torch(t.dtype), t.shape))
-        for n, t in zip("qkv", (q, k, v), strict=True)
-    ]
-    if mask is not None:
-        values.append(Value("mask", tensor_type("bool", mask.shape)))
+    named = {"q": q, "k": k, "v": v, **extras}
+    values = [Value(n, tensor_type(DType.from_torch(t.dtype), t.shape)) for n, t in named.items()]
     b = Builder()
-    results = b.add_multi(opcode, *values, **attrs)  # type: ignore[arg-type]
+    results = b.add_multi(opcode, *values, extras=tuple(extras) or None, **attrs)  # type: ignore[arg-type]
     return Module((Function("main", tuple(values), tuple(b.ops), results),), SYMBOLS)
 
 
@@ -251,13 +247,13 @@ def reference_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
+    extras: dict[str, Tensor],
     causal: bool,
     window: int,
     softcap: float,
     scale: float,
 ) -> Tensor:
-    """torch's own attention with an explicit mask; with a softcap, written out."""
+    """torch's own attention with an explicit mask and bias; with a softcap, written out."""
     s, t = q.shape[2], k.shape[2]
     query, key = torch.arange(t - s, t)[:, None], torch.arange(t)
     valid = torch.ones(s, t, dtype=torch.bool)
@@ -265,20 +261,26 @@ def reference_attention(
         valid &= key <= query
     if window:
         valid &= key > query - window
-    valid = valid[None, None].expand(q.shape[0], 1, s, t)
-    if mask is not None:
-        valid = valid & mask[:, None, None]
+    valid = valid[None, None].expand(q.shape[0], q.shape[1], s, t)
+    if "mask" in extras:
+        valid = valid & extras["mask"][:, None, None]
+    bias = torch.zeros(q.shape[1], s, t)
+    if (
+        "slopes" in extras
+    ):  # by position of the key alone, as models have it: a row's softmax cancels the rest
+        bias = extras["slopes"][:, None, None] * key + bias
     if not softcap:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=valid, scale=scale, enable_gqa=True)
+        added = bias.masked_fill(~valid, -torch.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale, enable_gqa=True)
     group = q.shape[1] // k.shape[1]
     scores = torch.einsum("bhsd,bhtd->bhst", q, k.repeat_interleave(group, 1)) * scale
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~valid, -torch.inf)
+    scores = (softcap * torch.tanh(scores / softcap) + bias).masked_fill(~valid, -torch.inf)
     return scores.softmax(-1) @ v.repeat_interleave(group, 1)
 
 
 @st.composite
-def attentions(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor | None, dict[str, object]]:
-    """q, k, v, mask and attributes; the last key is always valid, so every causal row has one."""
+def attentions(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], dict[str, object]]:
+    """q, k, v, mask and slopes, and attributes; the last key is always valid, so every causal row has one."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     b, g, group = (draw(st.integers(1, 2)) for _ in range(3))
     s = draw(st.integers(1, 4))
@@ -286,37 +288,42 @@ def attentions(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor | None, 
     d, dv = draw(st.sampled_from([2, 8])), draw(st.sampled_from([2, 8]))
     q = torch.randn(b, g * group, s, d, generator=generator)
     k, v = torch.randn(b, g, t, d, generator=generator), torch.randn(b, g, t, dv, generator=generator)
-    mask = None
+    extras = {}
     if draw(st.booleans()):
-        mask = torch.rand(b, t, generator=generator) < 0.7
-        mask[:, t - s :] = True
+        extras["mask"] = torch.rand(b, t, generator=generator) < 0.7
+        extras["mask"][:, t - s :] = True
+    if draw(st.booleans()):
+        extras["slopes"] = torch.rand(g * group, generator=generator)
     attrs = {
         "causal": draw(st.booleans()), "window": draw(st.sampled_from([0, 1, 3])),
         "softcap": draw(st.sampled_from([0.0, 2.0])), "scale": draw(st.sampled_from([0.3, 1.0])),
     }  # fmt: skip
-    return q, k, v, mask, attrs
+    return q, k, v, extras, attrs
 
 
 @given(attentions())
-def test_attention_is_torchs(case: tuple[Tensor, Tensor, Tensor, Tensor | None, dict[str, object]]) -> None:
-    """Heads grouped wrongly, the causal diagonal or window off by one, a mask applied to queries."""
-    q, k, v, mask, attrs = case
-    module = attention_module("attention", q, k, v, mask, slot="", **attrs)
-    (found,) = evaluate(module, [x for x in (q, k, v, mask) if x is not None], {}, {})
-    torch.testing.assert_close(found, reference_attention(q, k, v, mask, **attrs), rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
+def test_attention_is_torchs(
+    case: tuple[Tensor, Tensor, Tensor, dict[str, Tensor], dict[str, object]],
+) -> None:
+    """Heads grouped wrongly, the causal diagonal or window off by one, a mask applied to queries, a bias of another
+    head or of the wrong sign."""
+    q, k, v, extras, attrs = case
+    module = attention_module("attention", q, k, v, extras, slot="", **attrs)
+    (found,) = evaluate(module, [q, k, v, *extras.values()], {}, {})
+    torch.testing.assert_close(found, reference_attention(q, k, v, extras, **attrs), rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
 
 
 @given(attentions(), st.integers(1, 9))
 def test_merged_partials_are_attention(
-    case: tuple[Tensor, Tensor, Tensor, Tensor | None, dict[str, object]], splits: int
+    case: tuple[Tensor, Tensor, Tensor, dict[str, Tensor], dict[str, object]], splits: int
 ) -> None:
     """Decode attention: partials that are not weighted by their maxima, or an empty chunk that spoils the sum."""
-    q, k, v, mask, attrs = case
-    inputs = [x for x in (q, k, v, mask) if x is not None]
+    q, k, v, extras, attrs = case
+    inputs = [q, k, v, *extras.values()]
     acc, top, total = evaluate(
-        attention_module("attention_split", q, k, v, mask, splits=splits, **attrs), inputs, {}, {}
+        attention_module("attention_split", q, k, v, extras, splits=splits, **attrs), inputs, {}, {}
     )
-    (whole,) = evaluate(attention_module("attention", q, k, v, mask, slot="", **attrs), inputs, {}, {})
+    (whole,) = evaluate(attention_module("attention", q, k, v, extras, slot="", **attrs), inputs, {}, {})
     assert acc.shape == (*q.shape[:3], splits, v.shape[3])
     weight = torch.exp(top - top.amax(-1, keepdim=True))
     merged = (acc * weight[..., None]).sum(3) / (total * weight).sum(3, keepdim=True)
@@ -329,11 +336,14 @@ def test_a_row_without_a_valid_key_is_zero() -> None:
     mask = torch.zeros(1, 3, dtype=torch.bool)
     attrs = {"causal": True, "window": 0, "softcap": 0.0, "scale": 1.0}
     (found,) = evaluate(
-        attention_module("attention", q, k, v, mask, slot="", **attrs), [q, k, v, mask], {}, {}
+        attention_module("attention", q, k, v, {"mask": mask}, slot="", **attrs), [q, k, v, mask], {}, {}
     )
     assert torch.equal(found, torch.zeros_like(found))
     acc, _, total = evaluate(
-        attention_module("attention_split", q, k, v, mask, splits=2, **attrs), [q, k, v, mask], {}, {}
+        attention_module("attention_split", q, k, v, {"mask": mask}, splits=2, **attrs),
+        [q, k, v, mask],
+        {},
+        {},
     )
     assert not acc.any()
     assert not total.any()
@@ -351,7 +361,7 @@ def test_steps_with_state_equal_one_pass(window: int) -> None:
     }}
     func @f(%q: f32[2, 4, S, 8], %k: f32[2, 2, S, 8], %v: f32[2, 2, S, 8], %mask: bool[2, T]) -> (%a) {{
       %a = attention %q, %k, %v, %mask
-        {{causal = true, scale = 0.3, slot = "kv", softcap = 0.0, window = {window}}} : f32[2, 4, S, 8]
+        {{causal = true, extras = (mask), scale = 0.3, slot = "kv", softcap = 0.0, window = {window}}} : f32[2, 4, S, 8]
     }}"""
     module = parse_module(text)
     q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)

@@ -29,6 +29,12 @@ def test_random_modules_are_valid(case: Case) -> None:
     verify_module(case.module)
 
 
+def attention(extras: str, names: str, keys: str = "%k") -> str:
+    """An attention that has operands beside q, k and v, under the given names."""
+    operands = ", ".join(["%q", keys, keys, *extras.split()])
+    return f"%y = attention {operands} {{A, extras = ({names})}} : f32[B, 4, S, 8]"
+
+
 BODIES = {
     "operands of two dtypes": ("%y = add %x, %h : f32[B, 4]", "operands must have one dtype"),
     "no broadcast": ("%y = add %x, %w : f32[B, 4]", "broadcast"),
@@ -61,7 +67,16 @@ BODIES = {
     "head counts": ("%y = attention %q, %k3, %k3 {A} : f32[B, 4, S, 8]", "multiple of KV heads"),
     "head sizes": ("%y = attention %q, %k6, %k6 {A} : f32[B, 4, S, 6]", "differ in head size"),
     "attention of rank 3": ("%y = attention %x, %k, %k {A} : f32[B, 4, S, 8]", "need rank 4"),
-    "mask dtype": ("%y = attention %q, %k, %k, %x {A} : f32[B, 4, S, 8]", "mask must be bool"),
+    "extra without a name": ("%y = attention %q, %k, %k, %m {A} : f32[B, 4, S, 8]", "takes 3 operands, has 4"),
+    "unknown extra": (attention("%m", "bias"), "mask, sinks, slopes"),
+    "order of extras": (attention("%p %m", "slopes, mask"), "in that order"),
+    "an extra twice": (attention("%m %m", "mask, mask"), "in that order"),
+    "no extras": (attention("", ""), "left out"),
+    "mask dtype": (attention("%x", "mask"), "mask must be bool[B, S]"),
+    "mask over other keys": (attention("%m", "mask", keys="%k9"), "mask must be bool[B, 9]"),
+    "one sink a head": (attention("%p2", "sinks"), "sinks must be f32[4]"),
+    "one slope a head": (attention("%p2", "slopes"), "slopes must be f32[4]"),
+    "slopes are f32": (attention("%p16", "slopes"), "slopes must be f32[4]"),
     "slot with a whole context": (
         '%y = attention %q, %k9, %k9 {causal = true, scale = 1.0, slot = "kv", softcap = 0.0, window = 0}'
         " : f32[B, 4, S, 8]",
@@ -100,13 +115,13 @@ BODIES = {
 
 def module_with(line: str) -> Module:
     """A module whose entry is one op on typical operands."""
-    line = line.replace("{A}", '{causal = true, scale = 1.0, slot = "", softcap = 0.0, window = 0}')
+    line = line.replace("{A", '{causal = true, scale = 1.0, slot = "", softcap = 0.0, window = 0')
     return parse_module(f"""
     symbol B [1, 4]
     symbol S [1, 8]
     func @main(%x: f32[B, 4], %x2: f32[B, 4], %h: f16[B, 4], %w: f32[5, 3], %i: i64[B], %n: i64[B, 4],
                %q: f32[B, 4, S, 8], %k: f32[B, 2, S, 8], %k3: f32[B, 3, S, 8], %k6: f32[B, 2, S, 6],
-               %k9: f32[B, 2, 9, 8]) -> (%y) {{
+               %k9: f32[B, 2, 9, 8], %m: bool[B, S], %p: f32[4], %p2: f32[2], %p16: f16[4]) -> (%y) {{
       {line}  @ "layers.0.mlp" "model.py:7"
     }}
     func @f(%x: f32[B, 4]) -> (%y) {{ %y = neg %x : f32[B, 4] }}

@@ -24,6 +24,7 @@ static inline void attend_row(const AttentionShape& s, long batch, long head, lo
         for (int i = 0; i < D; i++) score += from[i] * key[i];
         score *= s.scale_f64;
         if (s.softcap > 0.0f) score = s.softcap * std::tanh(score / s.softcap);
+        if (s.slopes != nullptr) score += double(s.slopes[head]) * double(j - s.position(query));
         const double highest = score > top ? score : top;
         const double old = std::exp(top - highest), weight = std::exp(score - highest);
         const double* value = v + s.v.at(batch, group, j);

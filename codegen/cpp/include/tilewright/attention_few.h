@@ -133,7 +133,8 @@ static inline void attend_tile(const AttentionShape& s, long batch, long group, 
     const RowsAhead<C, DV> after_value(s, values, s.v.row, count, keys + count * s.k.row, s.k.row);
     score_keys<C, D, R>(scaled, keys, s.k.row, count, scores, after_key);
     for (int r = 0; r < R; r++) {
-        mask_scores(s, batch, (row + r) / per_group, first, count, scores + r * LONG_TILE);
+        const long query = (row + r) / per_group, head = group * per_group + (row + r) % per_group;
+        finish_scores(s, batch, head, query, first, count, scores + r * LONG_TILE);
         SoftmaxRow softmax{*top[r], *total[r]};
         factors[r] = softmax.update(scores + r * LONG_TILE, count);
         *top[r] = softmax.top;

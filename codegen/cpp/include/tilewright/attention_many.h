@@ -61,7 +61,7 @@ struct PromptBlock {
             }
             for (int i = r; i < r + m; i++) {
                 float* row = scores + i * KEY_TILE;
-                mask_scores(s, batch, query(i), first, count, row);
+                finish_scores(s, batch, head(i), query(i), first, count, row);
                 const float factor = softmax[i].update(row, count);
                 if (factor != 1.0f) {
                     for (int c = 0; c < DVP; c++) acc[i * DVP + c] *= factor;

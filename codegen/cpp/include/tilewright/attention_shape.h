@@ -35,6 +35,7 @@ struct AttentionShape {
     long window;       // keys further back than this are masked; 0: none
     double scale_f64;  // scale in full, for float64
     const void* sinks = nullptr;  // [heads] of the element type: scores without values; or null
+    const float* slopes = nullptr;  // [heads]: of the bias slope * (key - query), in positions of the context; or null
     long prefetch_bytes = 0;  // how far ahead of their use keys and values are requested
 
     // The highest score of a row before any key: its head's sink, where there are any (their weight is then 1).
@@ -44,20 +45,29 @@ struct AttentionShape {
     }
 
     long heads_per_group() const { return heads / groups; }
+    // Where a query stands in the context.
+    long position(long query) const { return keys - queries + query; }
     // The keys that causality and window leave to a query.
     Range visible(long query) const {
-        const long at = keys - queries + query;
+        const long at = position(query);
         const long begin = window > 0 && at - window + 1 > 0 ? at - window + 1 : 0;
         return {begin < keys ? begin : keys, causal && at + 1 < keys ? at + 1 : keys};
     }
 };
 
-// Soft cap and masks, in place, of the scores of one query row with keys [first, first + count).
-static inline void mask_scores(const AttentionShape& s, long batch, long query, long first, int count, float* scores) {
+// Soft cap, bias and masks, in place, of the scores of one query row with keys [first, first + count).
+static inline void finish_scores(const AttentionShape& s, long batch, long head, long query, long first, int count,
+                                 float* scores) {
     if (s.softcap > 0.0f) {
         const float inverse = 1.0f / s.softcap;
 #pragma omp simd
         for (int j = 0; j < count; j++) scores[j] = s.softcap * tw::tanh(scores[j] * inverse);
+    }
+    if (s.slopes != nullptr) {
+        const float slope = s.slopes[head];
+        const int distance = int(first - s.position(query));
+#pragma omp simd
+        for (int j = 0; j < count; j++) scores[j] += slope * float(distance + j);
     }
     const Range visible = s.visible(query);
     if (visible.begin > first || visible.end < first + count) {
