@@ -131,6 +131,17 @@ def unary(op: str) -> Case:
     return finish(b, b.add(op, positive if op in ("log", "sqrt", "rsqrt") else x), B=3)
 
 
+@case("angles", ("sin",), ("cos",))
+def angles(op: str) -> Case:
+    """Positions times frequencies, as rotary embeddings have them, and multiples of an eighth of a turn."""
+    b = Builder()
+    made = finish(b, b.add(op, b.param_value("x", tensor_type("f32", [3000]))))
+    positions = torch.cat([torch.arange(0, 131072, 131), torch.arange(130000, 131072)])[:, None]
+    far = (positions * torch.tensor([1.0, -1.0, 0.75, 0.01])).flatten()
+    eighths = torch.arange(-500, 500) * (torch.pi / 4)
+    return Case(made.module, {}, {"x": torch.cat([far[torch.randperm(len(far))[:2000]], eighths]).float()})
+
+
 @case("binary", *((n,) for n, row in sorted(POINTWISE.items()) if row.arity == 2 and row.domain != "int"))
 def binary(op: str) -> Case:
     b = Builder()
