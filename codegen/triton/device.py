@@ -32,6 +32,11 @@ class Device:
         """Whether a kernel may start before its predecessor has ended (programmatic dependent launch)."""
         return self.arch >= 90
 
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether a unit of its own copies blocks of matrices to shared memory (the tensor memory accelerator)."""
+        return self.arch >= 90
+
 
 # Bandwidth and tensor rate of the H100 as measured (a copy of 3.0 TB/s, a bfloat16 product of 8192 cubed). Latency and
 # cache bandwidth after Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", 2024.
