@@ -4,6 +4,9 @@
 * Product of few rows: also bound by the weight; on Hopper the weight stands on the long side of the tensor cores.
 * Product of many rows (prefill): large tiles on tensor cores. In float32 products run on the plain units, and their
   operands need the registers of eight warps.
+* On Hopper, each tile of a product on tensor cores also with its factors copied by TMA, and with as many programs as
+  fit at a time walking all tiles, in groups of rows. What that gains is not modelled: such tiles come right after the
+  plain one, so that a tuner measures them.
 * Product of few rows because only the last positions' logits are wanted: dim L counts as 1, as in generation.
 * Reductions: whole rows in registers up to 4096 elements, one row per program when it is long.
 """
@@ -14,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 
-from .cost_model import INFEASIBLE, seconds
+from .cost_model import INFEASIBLE, product_load, seconds
 from .device import Device
 from .text import next_power_of_two
 from .tiling import Tile, pointwise_tile, reduction_tile
@@ -65,7 +68,29 @@ def _tiles(work: Work, device: Device) -> Iterable[Tile]:
 def _product_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
     if not work.rows:
         return _vector_tiles(work)
-    return _few_rows(work, device) if work.rows <= 64 else _many_rows(work)
+    tiles = _few_rows(work, device) if work.rows <= 64 else _many_rows(work)
+    return (variant for tile in tiles for variant in _variants(tile, work, device))
+
+
+_GROUP = 8
+"""Tiles of rows in a group: about the root of the programs of a large GPU, so that what they read at a time is nearly a
+square, the shape with the fewest rows and columns."""
+
+
+def _variants(tile: Tile, work: ProductWork, device: Device) -> Iterator[Tile]:
+    """The tile, and other ways to bring its factors and to walk all tiles, plainest first."""
+    yield tile
+    if not device.has_descriptors or work.itemsize != 2:
+        return
+    copied = replace(tile, descriptors=work.plain)
+    if copied.descriptors:
+        yield copied
+    group = _GROUP if work.rows > _GROUP * tile.block_m else 0
+    walked = replace(copied, persistent=device.multiprocessors, group=group)
+    load = product_load(work, walked, device)
+    walkers = device.multiprocessors * load.resident(device)
+    if 0 < walkers < load.programs:
+        yield replace(walked, persistent=walkers)
 
 
 def _without_thrift(tiles: Iterable[Tile], work: ProductWork, device: Device) -> Iterator[Tile]:

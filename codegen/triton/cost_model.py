@@ -35,13 +35,20 @@ _WGMMA, _MMA = 0.75, 0.5
 
 @dataclass(frozen=True)
 class Load:
-    """What a tile asks of a multiprocessor. Bytes under way are those of one program."""
+    """What a tile asks of a multiprocessor. ``programs`` is the number of tiles, which ``walkers`` walk between them
+    (0: a program per tile). Bytes under way are those of one program."""
 
     programs: int
     threads: int
     registers: int
     shared: int
     under_way: float
+    walkers: int = 0
+
+    @property
+    def running(self) -> int:
+        """Programs of the grid."""
+        return min(self.programs, self.walkers) if self.walkers else self.programs
 
     def resident(self, device: Device) -> int:
         """Programs that fit on one multiprocessor at a time; 0 when none does."""
@@ -73,25 +80,11 @@ def floor_seconds(moved: int, flops: int, half: bool, device: Device) -> float:
 
 
 def _tiles(work: ProductWork, tile: Tile, device: Device) -> float:
-    """Rows x columns on tensor cores, or on plain units in float32."""
-    rows, columns = _blocks(work.rows, tile.block_m), _blocks(work.columns, tile.block_n)
-    threads = 32 * tile.num_warps
+    """Rows x columns on tensor cores, or on plain units in float32. What copies a tile (threads or TMA), and in which
+    order tiles are taken, makes no difference here: nothing has been measured that says how much."""
     weights = tile.block_n * tile.block_k * work.dots
-    activations = tile.block_m * tile.block_k * work.itemsize
-    block = weights * work.weight_bytes + activations
-    unpacked = work.weight_bytes < work.itemsize
     half = work.itemsize == 2
-    load = Load(
-        programs=rows * columns * work.batch,
-        threads=threads,
-        registers=_operand_registers(device)
-        + tile.block_m * tile.block_n * work.dots // threads
-        # Codes are unpacked in registers, with their scales and minima beside them; so is what rows are made of.
-        + weights * work.itemsize // (4 * threads) * (3 if unpacked else 1 if not half else 0)
-        + (2 * tile.block_m * tile.block_k // threads if work.row_ops else 0),
-        shared=int(tile.num_stages * block + (weights * work.itemsize if unpacked else 0)),
-        under_way=block * max(1, tile.num_stages - 1),
-    )
+    load, block = product_load(work, tile, device), _product_block(work, tile)
     flops = 2.0 * load.programs * tile.block_m * tile.block_n * work.dots * work.k
     steps = load.programs * _blocks(work.k, tile.block_k)
     unique = work.batch * work.k * (
@@ -106,6 +99,39 @@ def _tiles(work: ProductWork, tile: Tile, device: Device) -> float:
         plain=steps
         * float(weights * work.weight_ops + tile.block_m * tile.block_k * work.row_ops)
         / (device.vector_flops / 2),
+    )
+
+
+def _product_block(work: ProductWork, tile: Tile) -> float:
+    """Bytes that a tile reads for a block of k."""
+    weights = tile.block_n * tile.block_k * work.dots
+    return weights * work.weight_bytes + tile.block_m * tile.block_k * work.itemsize
+
+
+def product_load(work: ProductWork, tile: Tile, device: Device) -> Load:
+    """What the tiles of a product of several rows ask of a multiprocessor."""
+    rows, columns = _blocks(work.rows, tile.block_m), _blocks(work.columns, tile.block_n)
+    threads = 32 * tile.num_warps
+    weights = tile.block_n * tile.block_k * work.dots
+    block = _product_block(work, tile)
+    unpacked = work.weight_bytes < work.itemsize
+    half = work.itemsize == 2
+    return Load(
+        programs=rows * columns * work.batch,
+        threads=threads,
+        registers=_operand_registers(device)
+        + tile.block_m * tile.block_n * work.dots // threads
+        # Codes are unpacked in registers, with their scales and minima beside them; so is what rows are made of.
+        + weights * work.itemsize // (4 * threads) * (3 if unpacked else 1 if not half else 0)
+        + (2 * tile.block_m * tile.block_k // threads if work.row_ops else 0),
+        # Where programs walk, results are stored while the loads of the next tile are under way.
+        shared=int(
+            tile.num_stages * block
+            + (weights * work.itemsize if unpacked else 0)
+            + (tile.block_m * tile.block_n * work.stored_bytes if tile.persistent else 0)
+        ),
+        under_way=block * max(1, tile.num_stages - 1),
+        walkers=tile.persistent,
     )
 
 
@@ -214,8 +240,8 @@ def _total(
     resident = load.resident(device)
     if not resident or not load.programs:
         return INFEASIBLE
-    busy = min(device.multiprocessors, load.programs)
-    each = min(resident, _blocks(load.programs, device.multiprocessors))
+    busy = min(device.multiprocessors, load.running)
+    each = min(resident, _blocks(load.running, device.multiprocessors))
     under_way = busy * each * load.under_way
     share = busy / device.multiprocessors
     bandwidth = min(device.bandwidth, device.cache_bandwidth * share, under_way / device.latency)

@@ -37,6 +37,11 @@ class Device:
         """Whether it has instructions that convert 8-bit floats."""
         return self.arch >= 89
 
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether a unit of its own copies blocks of matrices to shared memory (the tensor memory accelerator)."""
+        return self.arch >= 90
+
 
 # Bandwidth and tensor rate of the H100 as measured (a copy of 3.0 TB/s, a bfloat16 product of 8192 cubed). Latency and
 # cache bandwidth after Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", 2024.

@@ -60,11 +60,18 @@ class Environment:
         return self.device.has_f8 and not self.interpret
 
     def tiles(self, op: Op, plans: Sequence[Plan]) -> list[Tile]:
-        """The tile of each segment: the default, changed where a tuner said so."""
+        """The tile of each segment: the default, changed where a tuner said so, as far as the device can."""
         name = str(op.attr("name"))
         changes = self.tunables.get(name, NONE)
         tiles = [tuned(self.default(plan.work), changes) for plan in plans]
-        return [replace(tile, dependent=False) for tile in tiles] if name == self.first else tiles
+        return [
+            replace(
+                tile,
+                dependent=tile.dependent and name != self.first,
+                descriptors=tile.descriptors and self.device.has_descriptors,
+            )
+            for tile in tiles
+        ]
 
     def default(self, work: Work) -> Tile:
         """The interpreter's tile, or the cost model's first."""

@@ -16,7 +16,7 @@ from .tiling import Tile
 from .work import sizes_of
 
 
-def candidates(op: Op, env: Environment, most: int = 6) -> tuple[Changes, ...]:
+def candidates(op: Op, env: Environment, most: int = 9) -> tuple[Changes, ...]:
     """Ways to print a kernel that are worth a measurement: the default, then what the cost model puts next.
 
     They are tiles of the segment that takes longest; the other segments change with it. What a dependent launch saves
@@ -52,4 +52,6 @@ def tiles_text(op: Op, env: Environment) -> str:
     blocks = (tile.block_m, tile.block_n, *((tile.block_k,) if plan.template == "matmul" else ()))
     size = "x".join(map(str, blocks))
     turned = " transposed" if tile.transposed else ""
-    return f"{plan.template} {size}{turned}, {tile.num_warps} warps, {tile.num_stages} stages"
+    copied = ", by TMA" if tile.descriptors else ""
+    walked = f", walked by {tile.persistent} programs" if tile.persistent else ""
+    return f"{plan.template} {size}{turned}, {tile.num_warps} warps, {tile.num_stages} stages{copied}{walked}"

@@ -27,6 +27,7 @@ from tilewright.ir.loops import Apply, Axis, Const, Dot, Index, Load, Node, Redu
 from tilewright.ir.program import physical_shape
 from tilewright.ir.types import DType, Value
 
+from .descriptors import Descriptor
 from .pointwise_ops import TRITON, TRITON_TYPES, compute_dtype, literal
 from .text import Scope, deepest, print_index
 
@@ -56,12 +57,13 @@ class Operand:
 @dataclass(frozen=True)
 class Pointers:
     """What a kernel knows of its tensors: argument names, capacity of T, ranges of the run-time dims, and which tensors
-    are weights, which no kernel writes."""
+    are weights, which no kernel writes. ``descriptors`` collects those that the kernel's segments read through."""
 
     names: Mapping[Value, str]
     capacity: int
     largest: Mapping[str, int]
     constants: frozenset[Value] = frozenset()
+    descriptors: dict[str, Descriptor] = field(default_factory=dict)
 
     def shape(self, value: Value) -> tuple[Expr, ...]:
         """The dims that the tensor is laid out with."""
@@ -105,7 +107,7 @@ class Context:
             case Const(value=value):
                 return Operand(literal(value, node.dtype), self.base)
             case Index(expr=expr):
-                text, scope = self._index(expr, wide=False)
+                text, scope = self.index(expr)
                 return Operand(scope.bind(f"tl.cast({text}, {TRITON_TYPES[node.dtype]})", "i"), scope)
             case Load():
                 return self.load(node, convert=True)
@@ -184,7 +186,7 @@ class Context:
         indirect = {symbol: self.named(index, "row") for symbol, index in node.indirect}
         wide = self.pointers.is_large(node.value)
         offset = linear_index(node.index, self.pointers.shape(node.value))
-        text, scope = self._index(offset, wide, indirect)
+        text, scope = self.index(offset, wide, indirect)
         where = "" if text == "0" else f" + {text}" if text.isidentifier() else f" + ({text})"
         return f"{self.pointers.names[node.value]}{where}", self._mask(node), scope
 
@@ -224,7 +226,7 @@ class Context:
         stored = f"float_to_f8({value})" if store.target.dtype is DType.f8 else value
         pointer = self.pointers.names[store.target]
         address = linear_index(store.index, self.pointers.shape(store.target))
-        text, _ = self._index(address, self.pointers.is_large(store.target))
+        text, _ = self.index(address, self.pointers.is_large(store.target))
         mentioned = self._symbols(address)
         text += "".join(
             f" + {self.blocks[s].text} * 0" for s in lanes if self.blocks[s].text not in _words(text)
@@ -253,14 +255,18 @@ class Context:
             pending.extend(current.children)
         return self._masks(symbols)
 
-    def _index(
-        self, expr: Expr, wide: bool, indirect: Mapping[sympy.Symbol, Operand] | None = None
+    def over_blocks(self, expr: Expr) -> Expr:
+        """An index expression over axes as one over block symbols."""
+        # A block of extent 1 is kept in the address, which thus has the shape that masks and other operands have.
+        extents = {s: b.extent for s, b in self.blocks.items() if b.extent != 1}
+        return simplify(sympy.expand(expr.xreplace(self.axes)), extents)
+
+    def index(
+        self, expr: Expr, wide: bool = False, indirect: Mapping[sympy.Symbol, Operand] | None = None
     ) -> tuple[str, Scope]:
         """Text and scope of an index expression over axes, dims and ``indirect`` symbols."""
         indirect = indirect or {}
-        # A block of extent 1 is kept in the address, which thus has the shape that masks and other operands have.
-        extents = {s: b.extent for s, b in self.blocks.items() if b.extent != 1}
-        over_blocks = simplify(sympy.expand(expr.xreplace(self.axes)), extents)
+        over_blocks = self.over_blocks(expr)
         used = over_blocks.free_symbols
         scopes = [self.base, *(b.scope for s, b in self.blocks.items() if s in used)]
         scopes += [v.scope for s, v in indirect.items() if s in used]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 from sympy import Expr, Integer
@@ -13,6 +13,7 @@ from tilewright.ir.module import Op, walk
 from tilewright.ir.types import Value
 
 from .dependence import wait_for_predecessor
+from .descriptors import Descriptor, argument_name
 from .environment import Environment
 from .expression import Context, Pointers, shared_nodes
 from .plan import Plan, plan_parts
@@ -23,8 +24,9 @@ from .tiling import Tile
 
 @dataclass(frozen=True)
 class KernelSource:
-    """A generated kernel. ``pointers`` and ``dims`` are its arguments in order: (name, element type) and names; of the
-    dims, ``stored`` are passed as the address of an i32. ``options`` are Triton's launch options."""
+    """A generated kernel. ``pointers``, ``dims`` and ``descriptors`` are its arguments in order: (name, element type),
+    names, and matrices that some of the pointers point to; of the dims, ``stored`` are passed as the address of an i32.
+    ``options`` are Triton's launch options."""
 
     name: str
     text: str
@@ -34,6 +36,7 @@ class KernelSource:
     options: tuple[tuple[str, int], ...]
     templates: tuple[str, ...]
     stored: frozenset[str] = frozenset()
+    descriptors: tuple[Descriptor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,38 @@ class _Part:
     template: str
     scope: Scope
     programs: Expr
-    tile: Tile
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """How programs come to tiles: one each, or, with ``walkers``, each takes every ``walkers``-th of all ``tiles``."""
+
+    tiles: Expr
+    walkers: int
+    dependent: bool
+
+    @staticmethod
+    def of(parts: Iterable[_Part], walkers: int, dependent: bool) -> _Grid:
+        tiles = sympy.expand(sum((p.programs for p in parts), Integer(0)))
+        # The grid of a number of tiles that is known at run time only may be larger than that: some find no tile.
+        return _Grid(tiles, min(walkers, int(tiles)) if tiles.is_Integer else walkers, dependent)
+
+    @property
+    def programs(self) -> Expr:
+        return Integer(self.walkers) if self.walkers else self.tiles
+
+    def lines(self) -> list[str]:
+        """The begin of the kernel's body: its ``pid``, the number of a tile."""
+        scope = Scope(Names())
+        if not self.walkers:
+            scope.line("pid = tl.program_id(0)")
+            return scope.lines
+        if self.dependent:
+            wait_for_predecessor(scope)
+        # Flattened, the loads of the next tile are under way while this one's results are stored.
+        steps = f"tl.program_id(0), {print_index(self.tiles)}, {self.walkers}"
+        scope.line(f"for pid in tl.range({steps}, flatten=True):")
+        return scope.lines
 
 
 def print_kernel(op: Op, env: Environment) -> KernelSource:
@@ -52,22 +86,30 @@ def print_kernel(op: Op, env: Environment) -> KernelSource:
     constants = env.constants.get(str(op.attr("name")), frozenset())
     pointers = Pointers(names, env.capacity, env.largest, constants)
     dims = _dims(op)
-    reserved = [*names.values(), *dims]
     plans = plan_parts(op, env.sizes)
+    tiles = env.tiles(op, plans)
+    walkers = max(t.persistent for t in tiles)
+    blocks = {block for t in tiles for block in ((t.block_m, t.block_k), (t.block_n, t.block_k))}
+    reserved = [*names.values(), *dims, *(argument_name(n, b) for n in names.values() for b in blocks)]
     parts = [
-        _print_part(p, t, env, pointers, reserved) for p, t in zip(plans, env.tiles(op, plans), strict=True)
+        # Where programs walk, they have waited before the first tile.
+        _print_part(p, replace(t, dependent=t.dependent and not walkers), env, pointers, reserved)
+        for p, t in zip(plans, tiles, strict=True)
     ]
     name = identifier(op.attr("name"))
-    arguments = [names[v] for v in (*op.operands, *op.results)] + list(dims)
+    descriptors = tuple(pointers.descriptors.values())
+    arguments = [names[v] for v in (*op.operands, *op.results)] + [*dims, *(d.name for d in descriptors)]
+    grid = _Grid.of(parts, walkers, any(t.dependent for t in tiles))
     return KernelSource(
         name,
-        _functions(op, name, arguments, dims, parts, env.stored),
+        _functions(op, name, arguments, dims, parts, grid, env.stored),
         tuple((names[v], POINTER_TYPES[v.dtype]) for v in (*op.operands, *op.results)),
         dims,
-        sympy.expand(sum((p.programs for p in parts), Integer(0))),
-        _options([p.tile for p in parts]),
+        grid.programs,
+        _options(tiles),
         tuple(p.template for p in parts),
         env.stored & set(dims),
+        descriptors,
     )
 
 
@@ -110,37 +152,50 @@ def _print_part(plan: Plan, tile: Tile, env: Environment, pointers: Pointers, re
     context = Context(scope, pointers, {}, {}, shared)
     if tile.dependent and plan.template != "matmul":
         wait_for_predecessor(scope)  # a product first requests its weights
-    return _Part(plan.template, scope, plan.emit(tile, context, env.interpret), tile)
+    return _Part(plan.template, scope, plan.emit(tile, context, env.interpret))
 
 
 def _functions(
-    op: Op, name: str, arguments: list[str], dims: tuple[str, ...], parts: list[_Part], stored: frozenset[str]
+    op: Op,
+    name: str,
+    arguments: list[str],
+    dims: tuple[str, ...],
+    parts: list[_Part],
+    grid: _Grid,
+    stored: frozenset[str],
 ) -> str:
-    """The kernel's text. Several segments become a function each, dispatched by program number."""
+    """The kernel's text. Several segments, or one whose tiles are walked, become a function each."""
     header = "\n".join(_header(op, parts))
     unspecialised = ", ".join(f'"{d}"' for d in dims if d not in stored)
     decorator = f"@triton.jit(do_not_specialize=[{unspecialised}])" if unspecialised else "@triton.jit"
     given = [f"p_dim_{a}" if a in stored else a for a in arguments]
     start = [decorator, f"def {name}({', '.join(given)}):"]
     start += [f"{INDENT}{d} = tl.load(p_dim_{d})" for d in dims if d in stored]
-    start.append(f"{INDENT}pid = tl.program_id(0)")
-    if len(parts) == 1:
+    start += grid.lines()
+    if len(parts) == 1 and not grid.walkers:
         return "\n".join([header, *start, *parts[0].scope.lines])
     blocks = [header]
     for number, part in enumerate(parts):
         lines = ["@triton.jit", f"def {name}_{number}(pid, {', '.join(arguments)}):", *part.scope.lines]
         blocks.append("\n".join(lines))
-    body, indent, before = [], INDENT, Integer(0)
+    body = _dispatch(name, arguments, parts, 2 * INDENT if grid.walkers else INDENT)
+    blocks.append("\n".join([*start, *body]))
+    return "\n\n\n".join(blocks).replace(f"{header}\n\n\n", f"{header}\n", 1)
+
+
+def _dispatch(name: str, arguments: list[str], parts: list[_Part], indent: str) -> list[str]:
+    """Calls of the segments' functions, by tile number."""
+    body, before = [], Integer(0)
     for number, part in enumerate(parts):
-        call = f"{name}_{number}(pid - ({print_index(before)}), {', '.join(arguments)})"
+        first = "pid" if before == 0 else f"pid - ({print_index(before)})"
+        call = f"{name}_{number}({first}, {', '.join(arguments)})"
         before = sympy.expand(before + part.programs)
         if number == len(parts) - 1:
             body.append(f"{indent}{call}")
             break
         body += [f"{indent}if pid < {print_index(before)}:", f"{indent}{INDENT}{call}", f"{indent}else:"]
         indent += INDENT
-    blocks.append("\n".join([*start, *body]))
-    return "\n\n\n".join(blocks).replace(f"{header}\n\n\n", f"{header}\n", 1)
+    return body
 
 
 def _header(op: Op, parts: list[_Part]) -> list[str]:

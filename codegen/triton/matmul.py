@@ -11,15 +11,17 @@ of a tile on the left, and on the right all of it.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import sympy
-from sympy import Expr
+from sympy import Expr, Symbol
 
-from tilewright.ir.loops import Dot, Segment
+from tilewright.ir.index import linear_index
+from tilewright.ir.loops import Dot, Node, Segment
 from tilewright.ir.types import DType
 
 from .codes import GROUP, PLACE, Codes, GroupLoop, stored_codes
+from .descriptors import LARGEST, advances_by_one, descriptor_of, matrix_load
 from .expression import Block, Context, Operand
 from .matvec import VectorPrinter
 from .product import M, N, Product, ProductPrinter, index_range
@@ -36,6 +38,22 @@ def emit_matmul(
     return kind(product, segment, tile, context, interpret).emit(pid)
 
 
+@dataclass(frozen=True)
+class _Side:
+    """The rows or the columns of a product: what their axes are, the number of a program's tile ("" for the only one),
+    and the name and size of its block."""
+
+    axes: dict[Symbol, Expr]
+    tile: str
+    block: str
+    size: int
+    extent: Expr
+
+    def first(self, scope: Scope) -> Block:
+        """The first index of the block."""
+        return Block(f"({self.tile} * {self.block})" if self.tile else "0", "", scope, self.extent)
+
+
 class _TilePrinter(ProductPrinter):
     """Tiles of rows x columns, or transposed; :meth:`_across` gives the shape of whatever has two axes."""
 
@@ -45,10 +63,11 @@ class _TilePrinter(ProductPrinter):
         lanes = ("[None, :]", "[:, None]") if tile.transposed else ("[:, None]", "[None, :]")
         self.row_lanes, self.column_lanes = lanes
         tiles_m, tiles_n = ceil_div(self.rows, tile.block_m), ceil_div(self.columns, tile.block_n)
-        pid_m, pid_n = "", self.split_batch(pid, tiles_m * tiles_n)
-        if tiles_m != 1:
-            count = base.bind(print_index(tiles_m), "tiles_m")
-            pid_m, pid_n = base.bind(f"{pid_n} % {count}", "pid_m"), base.bind(f"{pid_n} // {count}", "pid_n")
+        pid_m, pid_n = self._place(self.split_batch(pid, tiles_m * tiles_n), tiles_m, tiles_n)
+        self.sides = {
+            M: _Side(self.row_axes, pid_m, self.block_m, tile.block_m, self.rows),
+            N: _Side(self.column_axes, pid_n, self.block_n, tile.block_n, self.columns),
+        }
         m = index_range(base, "m", pid_m, self.block_m, tile.block_m, self.rows, self.row_lanes)
         self.n = index_range(base, "n", pid_n, self.block_n, tile.block_n, self.columns, self.column_lanes)
         self.begin(self.context.extended(self.column_axes, {N: self.n}), self.row_lanes)
@@ -72,6 +91,23 @@ class _TilePrinter(ProductPrinter):
         self.store(context.extended(self.column_axes, {N: self.n}), M, N)
         return tiles_m * tiles_n * self.batch
 
+    def _place(self, number: str, tiles_m: Expr, tiles_n: Expr) -> tuple[str, str]:
+        """The row ("" for the only one) and the column of a tile. Tiles of one column are neighbours in time: one of
+        them brings the weights to the second-level cache for all. In groups, rows are there still for the next column.
+        """
+        base, group = self.base, self.tile.group
+        if tiles_m == 1:
+            return "", number
+        count = base.bind(print_index(tiles_m), "tiles_m")
+        first = ""
+        if group and not (tiles_m.is_Integer and int(tiles_m) <= group):
+            size = base.bind(print_index(group * tiles_n), "in_group")
+            first = base.bind(f"{number} // {size} * {group}", "first")
+            count = base.bind(f"tl.minimum({count} - {first}, {group})", "height")
+            number = base.bind(f"{number} % {size}", "within")
+        pid_m = f"{first} + {number} % {count}" if first else f"{number} % {count}"
+        return base.bind(pid_m, "pid_m"), base.bind(f"{number} // {count}", "pid_n")
+
     def _across(self, first: str, second: str) -> str:
         """The shape of a block of rows x columns (or of either and k), in the order of the tile."""
         return f"[{second}, {first}]" if self.tile.transposed else f"[{first}, {second}]"
@@ -83,19 +119,53 @@ class _TilePrinter(ProductPrinter):
         def body(scope: Scope, start: str) -> Context:
             row = context.extended({self.form.k.symbol: K}, {K: k.index(scope, start, self.column_lanes)})
             if names:
-                self._multiply(scope, row, k.index(scope, start, self.row_lanes, "kb"), names)
+                # Reductions of the row need it in registers; a load by address then serves both.
+                a = "" if stage.reduces else self._copied(self.form.a, M, scope, k, start)
+                a = a or self.row_operand(scope, row, (M, K), self._across(self.block_m, self.block_k)).text
+                for dot, name in names.items():
+                    b = self._copied(dot.b, N, scope, k, start) or self._factor(dot, scope, k, start)
+                    scope.line(f"{name} = {self._dot(a, b, name)}")
             return row
 
         loop.run(stage, k, body, context)
         context.bound.update({dot: Operand(name, self.base) for dot, name in names.items()})
 
-    def _multiply(self, scope: Scope, row: Context, down: Block, names: dict[Dot, str]) -> None:
-        column = self.context.extended({**self.column_axes, self.form.k.symbol: K}, {N: self.n, K: down})
-        a = self.row_operand(scope, row, (M, K), self._across(self.block_m, self.block_k)).text
-        for dot, name in names.items():
-            b = column.operand(dot.b, self.operand)
-            b = column.shaped(b, dot.b, (K, N), self._across(self.block_k, self.block_n), "b")
-            scope.line(f"{name} = {self._dot(a, b.text, name)}")
+    def _factor(self, dot: Dot, scope: Scope, k: KBlock, start: str) -> str:
+        """The b tile, computed or loaded by address."""
+        blocks = {N: self.n, K: k.index(scope, start, self.row_lanes, "kb")}
+        column = self.context.extended({**self.column_axes, self.form.k.symbol: K}, blocks)
+        b = column.operand(dot.b, self.operand)
+        return column.shaped(b, dot.b, (K, N), self._across(self.block_k, self.block_n), "b").text
+
+    def _copied(self, factor: Node, lane: Symbol, scope: Scope, k: KBlock, start: str) -> str:
+        """The tile of a factor as TMA copies it, or "" where it cannot. Rows beyond the last only reach results that
+        are not stored; columns beyond the last must be zero, which they are where they lie outside the matrix."""
+        load, side = matrix_load(factor, self.form.k.symbol), self.sides[lane]
+        if not self.tile.descriptors or load is None or load.dtype is not self.operand:
+            return ""
+        if max(side.size, k.size) > LARGEST or load in self.context.bound:
+            return ""
+        pointers, column = self.context.pointers, load.index[-1]
+        matrix = descriptor_of(
+            load.value, pointers.shape(load.value), pointers.names[load.value], (side.size, k.size)
+        )
+        if not k.even and (column, k.extent) != (self.form.k.symbol, matrix.columns):
+            return ""
+        corner = self.context.extended(
+            {**side.axes, self.form.k.symbol: K},
+            {lane: side.first(self.base), K: Block(start or "0", "", scope, k.extent)},
+        )
+        row = corner.over_blocks(linear_index(load.index[:-1], pointers.shape(load.value)[:-1]))
+        extents = {s: b.extent for s, b in corner.blocks.items()}
+        if lane in corner.over_blocks(column).free_symbols or not advances_by_one(
+            row, lane, side.size, extents
+        ):
+            return ""
+        pointers.descriptors[matrix.name] = matrix
+        place = f"{corner.index(row)[0]}, {corner.index(column)[0]}"
+        block = scope.bind(f"{matrix.name}.load([{place}])", matrix.pointer.removeprefix("p_"))
+        # Both factors lie in memory with their rows outside; the right one of a product has k there.
+        return block if self.tile.transposed == (lane is N) else scope.bind(f"tl.trans({block})", block)
 
     def _multiply_codes(self, codes: Codes, context: Context, pid_n: str) -> None:
         """The dots, group by group of the columns that share a scale; each half of the bytes is its own product."""

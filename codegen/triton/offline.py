@@ -25,7 +25,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 class Resources:
     """What one compiled kernel uses: registers per thread, bytes of stack (spills) and of shared memory.
 
-    ``ptx`` is its text, which says what it is made of: ``wgmma`` and ``mma.sync`` are tensor cores.
+    ``ptx`` is its text, which says what it is made of: ``wgmma`` and ``mma.sync`` are tensor cores, and
+    ``cp.async.bulk.tensor`` is TMA.
     """
 
     kernel: str
@@ -81,6 +82,7 @@ def _compile(function: Any, kernel: KernelSource, arch: int, folder: Path) -> Re
         for d in kernel.dims
     }
     signature = {name: f"*{dtype}" for name, dtype in kernel.pointers} | dims
+    signature |= {d.name: d.type for d in kernel.descriptors}
     aligned = {
         (n,): [["tt.divisibility", 16]] for n, kind in enumerate(signature.values()) if kind.startswith("*")
     }

@@ -37,6 +37,42 @@ def tanh64(x):
 
 
 @triton.jit
+def quadrant(x):
+    """x as q * pi/2 + r: q % 4 and r, in float32. pi/2 is subtracted in two parts (fdlibm), in float64: r is exact to
+    rounding for |x| below 2^20, and to 1e-6 below 2^33. The device library has no limit, but needs memory for that."""
+    wide = x.to(tl.float64)
+    q = tl.floor(wide * 0.63661977236758134308 + 0.5)
+    r = (wide - q * 1.57079632673412561417) - q * 6.07710050650619224932e-11
+    return (q - 4.0 * tl.floor(q * 0.25)).to(tl.float32), r.to(tl.float32)
+
+
+@triton.jit
+def sine(q, r):
+    """sin(q * pi/2 + r) for |r| <= pi/4: polynomials in r (Cephes)."""
+    z = r * r
+    s = -1.9515295891e-4 * z + 8.3321608736e-3
+    s = r + r * z * (s * z - 1.6666654611e-1)
+    c = 2.443315711809948e-5 * z - 1.388731625493765e-3
+    c = 1.0 - 0.5 * z + z * z * (c * z + 4.166664568298827e-2)
+    odd = (q == 1.0) | (q == 3.0)
+    return tl.where(odd, c, s) * tl.where(q < 2.0, 1.0, -1.0)
+
+
+@triton.jit
+def sin32(x):
+    """sin in float32."""
+    q, r = quadrant(x)
+    return sine(q, r)
+
+
+@triton.jit
+def cos32(x):
+    """cos in float32: a quarter of a turn further."""
+    q, r = quadrant(x)
+    return sine(tl.where(q == 3.0, 0.0, q + 1.0), r)
+
+
+@triton.jit
 def power(a, b):
     """a ** b; a negative base keeps its sign for odd integer exponents and gives NaN for fractions."""
     magnitude = tl.exp2(b * tl.log2(tl.abs(a)))
@@ -142,8 +178,8 @@ def _plain(template: str) -> Print:
     return lambda args, dtype: template.format(*args)
 
 
-def _tanh(args: tuple[str, ...], dtype: DType) -> str:
-    return f"tanh64({args[0]})" if dtype is DType.f64 else f"tanh({args[0]})"
+def _by_width(single: str, double: str) -> Print:
+    return lambda args, dtype: (double if dtype is DType.f64 else single).format(*args)
 
 
 def _power(args: tuple[str, ...], dtype: DType) -> str:
@@ -175,9 +211,9 @@ TRITON: dict[str, Print] = {
     "log": _plain("tl.log({0})"),
     "sqrt": _plain("tl.sqrt({0})"),
     "rsqrt": _plain("tl.rsqrt({0})"),
-    "sin": _plain("tl.sin({0})"),
-    "cos": _plain("tl.cos({0})"),
-    "tanh": _tanh,
+    "sin": _by_width("sin32({0})", "tl.sin({0})"),
+    "cos": _by_width("cos32({0})", "tl.cos({0})"),
+    "tanh": _by_width("tanh({0})", "tanh64({0})"),
     "erf": _plain("tl.erf({0})"),
     "sigmoid": _plain("1.0 / (1.0 + tl.exp(-{0}))"),
     "floor": _plain("tl.floor({0})"),

@@ -20,6 +20,12 @@ class Tile:
     """Registers per thread that the assembler may use; 0 leaves it to its own (sometimes too thrifty) choice."""
     transposed: bool = False
     """Whether a product's tile is columns x rows, so that few rows stand on the short side of the tensor cores."""
+    group: int = 0
+    """Tiles of rows that share each tile of a product's columns before the next group of rows begins; 0 for all."""
+    descriptors: bool = False
+    """Whether a product's factors that are plain matrices are copied by TMA (see ``descriptors``)."""
+    persistent: int = 0
+    """Programs that walk all tiles of the kernel between them; 0 for a program per tile."""
     dependent: bool = False
     """Whether the kernel may start before its predecessor has ended (see ``dependence``)."""
 

@@ -12,6 +12,7 @@ from tilewright.ir.index import sym
 from tilewright.ir.loops import Apply, AttentionForm, Load, Node, Reduce, Segment
 from tilewright.ir.types import DType, Value
 
+from .descriptors import matrix_load
 from .product import Product
 from .row_loops import below
 
@@ -22,7 +23,8 @@ class ProductWork:
 
     rows: 0 for a single row without an axis. itemsize: bytes of an operand as it is multiplied. weight_bytes: of a
     right operand's element in memory, a fraction where several share a byte. weight_ops, row_ops: operations that make
-    a factor of an element of the right and of the left operand. stored_bytes: of an element of the result.
+    a factor of an element of the right and of the left operand. stored_bytes: of an element of the result. plain: the
+    right operands are matrices as they are multiplied, which TMA may copy.
     """
 
     rows: int
@@ -35,6 +37,7 @@ class ProductWork:
     stored_bytes: int
     row_ops: int = 0
     batch: int = 1
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def product_work(product: Product, segment: Segment, sizes: Sizes) -> ProductWor
         stored_bytes=sum(s.target.dtype.itemsize for s in segment.stores),
         row_ops=sum(map(_is_instruction, below(form.a))),
         batch=batch,
+        plain=all(matrix_load(d.b, form.k.symbol) is not None for d in form.dots),
     )
 
 

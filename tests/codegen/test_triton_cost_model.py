@@ -23,7 +23,15 @@ from tilewright.codegen.tunables import tuned
 from .triton_cases import CAPACITY, CASES, RANGES
 
 DOWN = ProductWork(
-    rows=16, columns=4096, k=11008, dots=1, itemsize=2, weight_bytes=2.0, weight_ops=0, stored_bytes=2
+    rows=16,
+    columns=4096,
+    k=11008,
+    dots=1,
+    itemsize=2,
+    weight_bytes=2.0,
+    weight_ops=0,
+    stored_bytes=2,
+    plain=True,
 )
 """The down projection of Llama2-7B for 16 rows."""
 
@@ -37,6 +45,7 @@ PRODUCTS = st.builds(
     weight_bytes=st.sampled_from([0.75, 1.0, 2.0]),
     weight_ops=st.sampled_from([0, 6]),
     stored_bytes=st.sampled_from([2, 4]),
+    plain=st.booleans(),
 )
 ATTENTIONS = st.builds(
     AttentionWork,
@@ -104,6 +113,40 @@ def test_few_rows_stand_on_the_short_side_of_hoppers_tensor_cores() -> None:
     assert not any(tile.transposed for tile in ranked(wide, A100))
 
 
+def _plain(tile: Tile) -> Tile:
+    return replace(tile, descriptors=False, persistent=0, group=0)
+
+
+@examples(100)
+@given(work=PRODUCTS, device=st.sampled_from([H100, A100]))
+def test_what_promises_no_gain_is_tried_right_after_the_plain_tile(work: ProductWork, device: Device) -> None:
+    tiles = ranked(work, device)
+    for before, tile in zip((None, *tiles), tiles, strict=False):
+        if tile != _plain(tile):
+            costs = seconds(work, _plain(tile), device), seconds(work, tile, device)
+            assert costs[0] < costs[1] or (costs[0] == costs[1] and before and _plain(before) == _plain(tile))
+    special = [tile for tile in tiles if tile != _plain(tile)]
+    on_tensor_cores = device.has_descriptors and work.rows > 0 and work.itemsize == 2
+    assert bool(special) >= (on_tensor_cores and work.plain)
+    assert not special or on_tensor_cores
+    assert all(tile.descriptors == work.plain for tile in special)
+
+
+def test_walks_fill_the_gpu_and_have_several_tiles_each() -> None:
+    prompt = replace(DOWN, rows=2048)
+    walked = next(tile for tile in ranked(prompt, H100) if tile.persistent)
+    assert (walked.descriptors, walked.group, walked.persistent) == (True, 8, H100.multiprocessors)
+    assert not any(tile.persistent for tile in ranked(replace(DOWN, columns=1024), H100))
+
+
+def test_a_walk_by_few_programs_is_slow() -> None:
+    """A quarter of the multiprocessors has a quarter of the bytes under way."""
+    prompt = replace(DOWN, rows=2048)
+    walked = next(tile for tile in ranked(prompt, H100) if tile.persistent)
+    few = replace(walked, persistent=walked.persistent // 4)
+    assert seconds(prompt, few, H100) > 3 * seconds(prompt, walked, H100)
+
+
 def test_what_a_gpu_does_not_have_is_infeasible() -> None:
     too_much_shared = Tile(128, 256, 256, num_warps=8, num_stages=5)
     too_many_registers = Tile(256, 256, 64, num_warps=4, num_stages=2)
@@ -122,20 +165,21 @@ def test_other_gpus_are_scaled_from_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["linear-bf16-many", "linear-bf16-four", "linear-bf16-one", "attention-bf16"]
+    "name", ["linear-bf16-many", "linear-bf16-four", "linear-bf16-one", "matrix-bf16-four", "attention-bf16"]
 )
 def test_candidates_are_whole_tiles_and_begin_with_the_default(name: str) -> None:
     kernel = CASES[name]().kernel
     env = Environment(CAPACITY, {n: high for n, (_, high) in RANGES.items()})
     found = candidates(kernel, env)
     assert found[0] == {}
-    assert 1 < len(found) <= 6
+    assert 1 < len(found) <= 9
     assert len({tuple(c.items()) for c in found}) == len(found)
     plans = plan_parts(kernel, env.sizes)
     (default,) = env.tiles(kernel, plans)
     tiles = [replace(tuned(default, changes), dependent=False) for changes in found]
     assert all(tile in ranked(plans[0].work, H100) for tile in tiles)
     assert default.dependent
+    assert any(tile.descriptors for tile in tiles) == name.startswith("matrix")
     dims = dict(env.largest)
     assert 0 < estimated_seconds(kernel, env, dims) < 1
 

@@ -53,16 +53,46 @@ def test_matches_reference(name: str, interpret: Callable[[str], list[str]]) -> 
     assert interpret(name) == []
 
 
+SMALL = "block_m=16 block_n=16 block_k=16"
 TILED = ("linear", "parts", "norm_linear", "gated", "rope", "quantized", "attention", "classifier")
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith(TILED)])
 def test_small_tiles_match_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
     """Tiles of 16 x 16: rows, columns and contexts that are no multiple of a tile end in the middle of the last one."""
-    assert interpret(f"small:{name}") == []
+    assert interpret(f"{name} {SMALL}") == []
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if {"many", "four"} & set(n.split("-"))])
 def test_transposed_tiles_match_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
     """Products of several rows with columns on the left of the tensor cores: each block has its lanes exchanged."""
-    assert interpret(f"transposed:{name}") == []
+    assert interpret(f"{name} transposed=1") == []
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("matrix")])
+def test_copied_blocks_match_reference(
+    name: str, transposed: int, interpret: Callable[[str], list[str]]
+) -> None:
+    """Factors that TMA copies: what lies beyond the last row and column of a matrix, and of a part of one."""
+    for block_k in (16, 32, 128):
+        fields = f"block_m=16 block_n=16 block_k={block_k} descriptors=1 transposed={transposed}"
+        assert interpret(f"{name} {fields}") == []
+
+
+WALKED = [
+    "linear-f32-one",
+    "quantized-int4-rows-many",
+    "rope-bf16-four",
+    "attention-bf16",
+    "batched-bf16",
+    "merge",
+]
+WALKED += [n for n in CASES if n.startswith("matrix")]
+
+
+@pytest.mark.parametrize("name", WALKED)
+def test_walked_tiles_match_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
+    """Few programs that walk many tiles, in groups of two or four rows of tiles; and more programs than tiles."""
+    for fields in ("persistent=3 group=2", "persistent=7 group=4 transposed=1", "persistent=128"):
+        assert interpret(f"{name} {SMALL} descriptors=1 {fields}") == []

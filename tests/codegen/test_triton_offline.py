@@ -51,6 +51,49 @@ def test_transposed_tiles_reach_hoppers_tensor_cores(name: str, arch: int) -> No
     assert ("mma.sync" in transposed.ptx) == (arch == 80)
 
 
+COPIED = {
+    "plain": {"block_m": 64, "block_n": 64},
+    "flat": {"block_m": 16, "block_n": 64, "transposed": 1},
+}
+
+
+@pytest.mark.parametrize("walked", [{}, {"persistent": 2, "group": 2}], ids=["each", "walked"])
+@pytest.mark.parametrize("name", ["matrix-bf16-many", "matrix-f16-many", "matrix_gated-bf16-many"])
+@pytest.mark.parametrize("shape", COPIED)
+def test_tma_feeds_hoppers_tensor_cores(name: str, shape: str, walked: Mapping[str, int]) -> None:
+    """Blocks are copied, not loaded by threads, in either orientation, for one tile or many."""
+    tile = {**COPIED[shape], "block_k": 64, **walked}
+    copied, loaded = _compile(name, 90, tile | {"descriptors": 1}), _compile(name, 90, tile)
+    assert copied.fits
+    assert "wgmma" in copied.ptx
+    assert "cp.async.bulk.tensor" in copied.ptx
+    assert "cp.async.bulk.tensor" not in loaded.ptx
+
+
+@pytest.mark.parametrize("walked", [{}, {"persistent": 2}], ids=["each", "walked"])
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_tma_in_kernels_of_several_segments(transposed: int, walked: Mapping[str, int]) -> None:
+    """Halves of heads of 32 are matrices of 16 rows."""
+    tile = {"block_n": 16, "block_k": 32, "descriptors": 1, "transposed": transposed, **walked}
+    found = _compile("matrix_heads-bf16-four", 90, tile)
+    assert found.fits
+    assert found.ptx.count("cp.async.bulk.tensor") >= 5  # two products in two segments, and one
+
+
+def test_a_walk_waits_once_for_its_predecessor() -> None:
+    ptx = _compile("matrix-bf16-many", 90, {"block_m": 64, "persistent": 2, "descriptors": 1}).ptx
+    assert ptx.count("griddepcontrol.wait") == 1
+    assert ptx.index("griddepcontrol.wait") < ptx.index("cp.async.bulk.tensor")
+
+
+def test_ampere_has_no_tma() -> None:
+    """A choice made for another GPU does no harm."""
+    tile = {"block_m": 64, "block_n": 64, "block_k": 64}
+    told = _compile("matrix-bf16-many", 80, tile | {"descriptors": 1})
+    assert told.fits
+    assert told == _compile("matrix-bf16-many", 80, tile)
+
+
 @pytest.mark.parametrize("name", ["norm_linear-bf16-one", "gated-bf16-four", "attention-bf16", "softmax"])
 def test_kernels_overlap_their_predecessors_on_hopper(name: str) -> None:
     """A kernel lets the next one start, and waits for the one before it; only indices come earlier."""

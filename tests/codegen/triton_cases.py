@@ -140,6 +140,17 @@ def unary(op: str) -> Case:
     return finish(b, b.add(op, positive if op in ("log", "sqrt", "rsqrt") else x), B=3)
 
 
+@case("angles", ("sin",), ("cos",))
+def angles(op: str) -> Case:
+    """Positions times frequencies, as rotary embeddings have them, and multiples of an eighth of a turn."""
+    b = Builder()
+    made = finish(b, b.add(op, b.param_value("x", tensor_type("f32", [3000]))))
+    positions = torch.cat([torch.arange(0, 131072, 131), torch.arange(130000, 131072)])[:, None]
+    far = (positions * torch.tensor([1.0, -1.0, 0.75, 0.01])).flatten()
+    eighths = torch.arange(-500, 500) * (torch.pi / 4)
+    return Case(made.module, {}, {"x": torch.cat([far[torch.randperm(len(far))[:2000]], eighths]).float()})
+
+
 @case("binary", *((n,) for n, row in sorted(POINTWISE.items()) if row.arity == 2 and row.domain != "int"))
 def binary(op: str) -> Case:
     b = Builder()
@@ -295,9 +306,13 @@ ROWS = tuple((d, r) for (d,) in FLOATS for r in ("many", "one", "four"))
 @case("linear", *ROWS, (DType.f64, "many"))
 def linear(dtype: DType, rows: str) -> Case:
     """Bias, GELU and a residual in the epilogue; an odd K and N, so that every tail is masked."""
+    return biased(dtype, rows, 70)
+
+
+def biased(dtype: DType, rows: str, k: int, **dims: int) -> Case:
     b = Builder()
-    x = b.param_value("x", rows_type(dtype, rows, 70))
-    w, c = b.param_value("w", tensor_type(dtype, [90, 70])), b.param_value("c", tensor_type(dtype, [90]))
+    x = b.param_value("x", rows_type(dtype, rows, k))
+    w, c = b.param_value("w", tensor_type(dtype, [90, k])), b.param_value("c", tensor_type(dtype, [90]))
     y = b.add("add", b.add("matmul", x, w), c)
     half = b.add("mul", y, b.const(0.5, dtype))
     gelu = b.add(
@@ -305,15 +320,19 @@ def linear(dtype: DType, rows: str) -> Case:
         half,
         b.add("add", b.add("erf", b.add("mul", y, b.const(0.7071067811865476, dtype))), b.const(1.0, dtype)),
     )
-    return finish(b, b.add("add", gelu, b.param_value("residual", y.type)), B=2, S=19)
+    return finish(b, b.add("add", gelu, b.param_value("residual", y.type)), **{"B": 2, "S": 19, **dims})
 
 
 @case("parts", *ROWS)
 def parts(dtype: DType, rows: str) -> Case:
     """A product in two parts along K, each stored in float32."""
+    return in_parts(dtype, rows, 70)
+
+
+def in_parts(dtype: DType, rows: str, k: int) -> Case:
     b = Builder()
-    x = b.param_value("x", rows_type(dtype, rows, 70))
-    return Case(*parts_product(b, x, b.param_value("w", tensor_type(dtype, [90, 70]))))
+    x = b.param_value("x", rows_type(dtype, rows, k))
+    return Case(*parts_product(b, x, b.param_value("w", tensor_type(dtype, [90, k]))))
 
 
 def parts_product(b: Builder, x: Value, w: Value) -> tuple[Module, dict[str, int]]:
@@ -358,9 +377,13 @@ def norm_linear(dtype: DType, rows: str) -> Case:
 @case("gated", *ROWS)
 def gated(dtype: DType, rows: str) -> Case:
     """RMSNorm whose row scale was commuted past the product; silu(gate) * up from one merged matrix."""
+    return gated_product(dtype, rows, 70)
+
+
+def gated_product(dtype: DType, rows: str, k: int) -> Case:
     b = Builder()
-    x = b.param_value("x", rows_type(dtype, rows, 70))
-    g, w = b.param_value("g", tensor_type(dtype, [70])), b.param_value("w", tensor_type(dtype, [96, 70]))
+    x = b.param_value("x", rows_type(dtype, rows, k))
+    g, w = b.param_value("g", tensor_type(dtype, [k])), b.param_value("w", tensor_type(dtype, [96, k]))
     y = b.add("mul", cast(b, b.add("matmul", b.add("mul", x, g), w), DType.f32), rms_scale(b, x))
     lead = [*x.shape[:-1], 48]
     gate, up = (view(b, y, lead, "i0", "i1", f"i2 + {n}") for n in (0, 48))
@@ -371,28 +394,33 @@ def gated(dtype: DType, rows: str) -> Case:
 @case("rope", *ROWS)
 def rope(dtype: DType, rows: str) -> Case:
     """QKV from one matrix, RoPE on q and k, and the append of k and v: three segments, two dots in two of them."""
+    return rotary(dtype, rows, 8)
+
+
+def rotary(dtype: DType, rows: str, size: int) -> Case:
     b = Builder()
     x = b.param_value("x", rows_type(dtype, rows, 32))
     batch, tokens = x.shape[:2]
-    w = b.param_value("w", tensor_type(dtype, [(4 + 2 + 2) * 8, 32]))
-    cos, sin = (b.param_value(n, tensor_type(dtype, [batch, tokens, 8])) for n in ("cos", "sin"))
+    w = b.param_value("w", tensor_type(dtype, [(4 + 2 + 2) * size, 32]))
+    cos, sin = (b.param_value(n, tensor_type(dtype, [batch, tokens, size])) for n in ("cos", "sin"))
     y = cast(b, b.add("mul", cast(b, b.add("matmul", x, w), DType.f32), rms_scale(b, x)), dtype)
     outs = []
-    for start, heads in ((0, 4), (32, 2), (48, 2)):
+    for start, heads in ((0, 4), (4, 2), (6, 2)):
         z = view(
             b,
-            view(b, y, [batch, tokens, heads * 8], "i0", "i1", f"i2 + {start}"),
-            [batch, heads, tokens, 8],
+            view(b, y, [batch, tokens, heads * size], "i0", "i1", f"i2 + {start * size}"),
+            [batch, heads, tokens, size],
             "i0",
             "i2",
-            "8*i1 + i3",
+            f"{size}*i1 + i3",
         )
-        if start < 48:
-            low, high = (view(b, z, [batch, heads, tokens, 4], "i0", "i1", "i2", e) for e in ("i3", "i3 + 4"))
+        if start < 6:
+            half = [batch, heads, tokens, size // 2]
+            low, high = (view(b, z, half, "i0", "i1", "i2", e) for e in ("i3", f"i3 + {size // 2}"))
             turned = b.add("concat", b.add("neg", high), low, axis=3)
-            c, s = (view(b, t, [batch, 1, tokens, 8], "i0", "i2", "i3") for t in (cos, sin))
+            c, s = (view(b, t, [batch, 1, tokens, size], "i0", "i2", "i3") for t in (cos, sin))
             z = b.add("add", b.add("mul", z, c), b.add("mul", turned, s))
-        outs.append(b.add("append", z, slot="kv"[start // 48]) if start else z)
+        outs.append(b.add("append", z, slot="kv"[start // 6]) if start else z)
     sizes = {
         "many": {"B": 2, "S": 19, "T": 25},
         "one": {"B": 1, "S": 1, "T": 9},
@@ -531,4 +559,4 @@ def attention_empty_splits() -> Case:
     return attend("attention_split", DType.f32, 16, queries=1, splits=7, window=5)
 
 
-from . import f8_cases, quantized_cases  # noqa: E402, F401 - more of the list, with the helpers above
+from . import f8_cases, matrix_cases, quantized_cases  # noqa: E402, F401 - more of the list, with the helpers above

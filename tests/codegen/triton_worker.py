@@ -1,7 +1,7 @@
 """A process with Triton's interpreter: reads names, a line each, and answers with what is wrong, as JSON.
 
-A name is that of a case, ``transposed:case`` with tiles of columns x rows, ``small:case`` with tiles of 16 x 16, of
-which each case needs several, ``model:family:dtype``, or ``random:count``: so many random modules.
+A name is that of a case, perhaps with fields of its tile changed, as in ``case block_m=16 transposed=1``;
+``model:family:dtype``; or ``random:count``: so many random modules.
 
 The interpreter must be chosen before triton is imported, so it cannot share a process with tests that compile.
 """
@@ -16,8 +16,6 @@ import traceback
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
-
-SMALL = {"block_m": 16, "block_n": 16, "block_k": 16}
 
 
 def main() -> None:
@@ -37,14 +35,10 @@ def main() -> None:
                 elif kind == "random":
                     run_random(int(rest[0]), Path(folder))
                     answer = []
-                elif kind == "small":
-                    path = Path(folder) / f"case{number}.py"
-                    answer = errors(rest[0], True, "cpu", path, SMALL)
-                elif kind == "transposed":
-                    path = Path(folder) / f"case{number}.py"
-                    answer = errors(rest[0], True, "cpu", path, {"transposed": 1})
                 else:
-                    answer = errors(kind, True, "cpu", Path(folder) / f"case{number}.py")
+                    name, *fields = kind.split()
+                    tuned = {key: int(value) for key, value in (f.split("=") for f in fields)}
+                    answer = errors(name, True, "cpu", Path(folder) / f"case{number}.py", tuned)
             except Exception:  # noqa: BLE001 - the parent test shows it
                 answer = [traceback.format_exc()]
             print(json.dumps(answer), flush=True)

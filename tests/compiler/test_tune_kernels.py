@@ -73,6 +73,22 @@ def test_nothing_on_record_means_the_default(compiled: Any, model: Any) -> None:
     assert tuner_of(compiled, model).recall() == ()
 
 
+def test_records_hold_every_field_of_a_tile(compiled: Any, model: Any) -> None:
+    """A walk by TMA is recalled as such, and not taken for another number of programs."""
+    plain = tuner_of(compiled, model)
+
+    def tuner(programs: int) -> KernelTuner:
+        ways = ({}, {"descriptors": 1}, {"descriptors": 1, "persistent": programs, "group": 8})
+        return KernelTuner.of(plain.program, lambda *_: ways, plain.options)
+
+    first = next(iter(tuner(132).ways))
+    times: list[dict[str, float]] = [{}, {}, {first: 0.5}]
+    executors = [_Pretender(plain.program, seconds) for seconds in times]
+    tuner(132).choose(executors, Trial.decode(compiled._tilewright.engine.spec, 1))  # type: ignore[arg-type]
+    assert changes_of(tuner(132).recall()) == {first: {"descriptors": 1, "persistent": 132, "group": 8}}
+    assert tuner(264).recall() == ()
+
+
 def test_kernels_without_a_choice_are_not_tuned(compiled: Any, model: Any) -> None:
     tuner = tuner_of(compiled, model)
     none = KernelTuner.of(tuner.program, no_candidates, tuner.options)
