@@ -34,6 +34,15 @@ def ranked(work: Work, device: Device) -> tuple[Tile, ...]:
     return tuple(tile for cost, _, tile in sorted(scored) if cost <= _WITHIN * best)
 
 
+def smallest(work: Work, device: Device) -> Tile:
+    """Of all tiles the one that asks least of a multiprocessor's registers and shared memory."""
+
+    def size(tile: Tile) -> int:
+        return tile.block_m * tile.block_n + (tile.block_m + tile.block_n) * tile.block_k * tile.num_stages
+
+    return min(_tiles(work, device), key=size)
+
+
 def interpreter_tile(work: Work) -> Tile:
     """The tile for Triton's interpreter: few programs with large blocks, since each costs milliseconds."""
     match work:
