@@ -16,11 +16,12 @@ from tilewright.codegen.triton.program import emit_program
 from tilewright.codegen.tunables import NONE, Changes, Tunables
 from tilewright.ir.module import Op
 from tilewright.ir.program import Program
+from tilewright.runtime.device import is_interpreting, require_device
 from tilewright.runtime.executor import Executor
 from tilewright.runtime.kernel_modules import write_module
 from tilewright.runtime.native import NativeLibrary
 from tilewright.runtime.native_executor import NativeExecutor
-from tilewright.runtime.triton_executor import TritonExecutor, is_interpreting, require_device
+from tilewright.runtime.triton_executor import TritonExecutor
 
 from .estimates import gpu
 from .fallback import TileFallback

@@ -13,8 +13,8 @@ from tilewright.codegen.tunables import NONE, Changes, Tunables
 from tilewright.ir.errors import KernelBuildError
 from tilewright.ir.module import Op
 from tilewright.ir.program import Program
+from tilewright.runtime.device import is_interpreting
 from tilewright.runtime.kernel_modules import write_module
-from tilewright.runtime.triton_executor import is_interpreting
 
 from .estimates import gpu
 from .options import Options

@@ -13,7 +13,7 @@ from torch import nn
 
 from tilewright.errors import DeviceError, OptionError
 from tilewright.passes.quantize_weights import BITS
-from tilewright.runtime.triton_executor import require_device
+from tilewright.runtime.device import require_device
 
 BACKENDS = ("triton", "cpp", "reference")
 WEIGHTS = tuple(BITS)

@@ -24,9 +24,10 @@ def record(launches: Callable[[], None], device: torch.device) -> Callable[[], N
     """
     from triton.errors import TritonError
 
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    graph: torch.cuda.CUDAGraph | None = None
     try:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with _one_at_a_time, torch.inference_mode(False), torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")
             try:
@@ -34,7 +35,8 @@ def record(launches: Callable[[], None], device: torch.device) -> Callable[[], N
             finally:
                 graph.capture_end()
     except (RuntimeError, TritonError) as error:
-        _failed.append(graph)
+        if graph is not None:
+            _failed.append(graph)
         warnings.warn(f"decode steps are launched kernel by kernel: no CUDA graph, {error}", stacklevel=2)
         return None
     torch.cuda.current_stream(device).wait_stream(stream)

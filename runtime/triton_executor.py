@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tilewright.ir.program import BufferKind, DeviceError, KernelBuildError, Program, Step
+from tilewright.ir.program import BufferKind, KernelBuildError, Program, Step
 
 from .cuda_graph import record
+from .device import require_device
 from .kernels import Kernels, Replacement
 from .kv_state import RequestState
 from .memory import Memory
@@ -26,24 +27,6 @@ from .step_times import NamedStep, cuda_seconds, wall_seconds
 
 _Launcher = Callable[[str, list[Tensor], Mapping[str, int | Tensor]], None]
 _RUNS_BEFORE_RECORDING = 2  # the first run compiles kernels and loads them
-
-
-def is_interpreting() -> bool:
-    """True when this process runs Triton kernels on the CPU, step by step (TRITON_INTERPRET=1)."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
-
-
-def require_device(device: torch.device) -> None:
-    """Raise DeviceError unless Triton kernels can run on tensors of ``device``."""
-    if device.type == "cuda":
-        return
-    if not is_interpreting():
-        raise DeviceError(
-            f"the triton backend needs a CUDA device, not {device}; move the model there, choose backend='cpp', or set "
-            "TRITON_INTERPRET=1 before Python starts to run the kernels slowly on the CPU"
-        )
 
 
 @dataclass
