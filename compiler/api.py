@@ -84,7 +84,7 @@ def compile(
     progress: ``Progress()`` shows a bar on stderr.
 
     Raises OptionError, DeviceError (a GPU too old, or with too little memory), CaptureError, LoweringError,
-    CompilerNotFoundError, KernelBuildError. A call raises DeviceError after ``model`` was moved or cast; until it is back.
+    CompilerNotFoundError, KernelBuildError. A call raises DeviceError while ``model`` is moved or cast.
     """
     options = check_options(model, batch_sizes, max_length, weights, autotune, backend, dump)
     with progress.step(f"Compiling {type(model).__name__}", total=_steps(options)) as advance:

@@ -128,7 +128,7 @@ class CompiledMixin:
         if now != home and now is not None and home is not None:
             raise DeviceError(
                 f"this model was compiled for {home[1]} on {home[0]}, but the original, whose weights it shares, is "
-                f"now {now[1]} on {now[0]}; move it back with model.to({str(home[0])!r}, {home[1]}), or compile it again"
+                f"now {now[1]} on {now[0]}; move it back with model.to({str(home[0])!r}, {home[1]}), or compile again"
             )
 
     def _refuse(self, arguments: Mapping[str, Any]) -> None:

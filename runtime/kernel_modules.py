@@ -17,14 +17,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-
-from torch import Tensor
+from typing import Any
 
 from tilewright.ir.program import CacheError, KernelBuildError
 
 from .files import require_private, write_atomically
 
-Launch = Callable[[list[Tensor], Mapping[str, int | Tensor]], None]
+Launch = Callable[..., Any]
+"""launch(pointers, dims, compiled=None): launch a kernel, through Triton's JIT, or as what an earlier launch gave."""
 
 
 def write_module(folder: Path, text: str) -> Path:

@@ -1,4 +1,4 @@
-"""The kernels of one program: launched by name, and replaced where one turns out not to run.
+"""The kernels of one program: launched by name, lightly, and replaced where one turns out not to run.
 
 Whether a kernel compiles, and fits the registers and shared memory of a device, shows at its first launch. Who built
 the program may hand in a ``Replacement``, which prints the kernel in another way.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tilewright.ir.program import KernelBuildError, TilewrightError
 
-from .kernel_modules import load_launchers
+from .kernel_modules import Launch, load_launchers
 
 Replacement = Callable[[str, Exception], Path]
 """(kernel, why it does not run) -> a module that holds it printed in another way. Each call gives another one; raises
@@ -31,6 +32,37 @@ _OF_ANOTHER = (
 _FULL = "out of memory"
 
 
+class Launcher:
+    """Launches one kernel on one device, from the second time on without Triton's JIT.
+
+    That looks at every argument, option and global variable to find what it compiled, which takes several times as long
+    as the launch itself. What it compiles depends on the element types of pointers, which a program fixes, on whether
+    they are divisible by 16, and on whether integers fit 32 bits (dims are otherwise not specialised on). So what the
+    first launch gave is kept under these facts, and launched as it is: ``CompiledKernel[grid](*arguments)`` is the same
+    in all versions of Triton from 3.6 to 3.9, runs the hooks of profilers, and takes addresses in place of tensors. The
+    interpreter compiles nothing and gives None; its launches stay as they are.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+        self._compiled: dict[tuple[bool, ...], Any] = {}
+
+    def __call__(self, pointers: list[Tensor], dims: Mapping[str, int | Tensor]) -> None:
+        addresses = [p.data_ptr() for p in pointers]
+        facts = (*[a % 16 == 0 for a in addresses], *map(_fact, dims.values()))
+        compiled = self._compiled.get(facts)
+        if compiled is not None:
+            self._launch(addresses, dims, compiled)
+            return
+        compiled = self._launch(pointers, dims)
+        if compiled is not None:
+            self._compiled[facts] = compiled
+
+
+def _fact(dim: int | Tensor) -> bool:
+    return -(2**31) <= dim < 2**31 if isinstance(dim, int) else dim.data_ptr() % 16 == 0
+
+
 class Kernels:
     """Launches the kernels of the module at ``path``; safe for several threads.
 
@@ -40,7 +72,7 @@ class Kernels:
     def __init__(self, path: Path, replacement: Replacement | None = None) -> None:
         launchers = load_launchers(path)
         self.names, self.stored_dims = frozenset(launchers.of), launchers.stored_dims
-        self._launchers = dict(launchers.of)
+        self._launchers = {name: Launcher(launch) for name, launch in launchers.of.items()}
         self._replacement = replacement
         self._lock = threading.Lock()
 
@@ -77,7 +109,7 @@ class Kernels:
             launchers = load_launchers(path)
             if launchers.stored_dims != self.stored_dims:
                 raise KernelBuildError(f"{path} does not take the dims of the module that it replaces")
-            self._launchers[name] = launchers.of[name]
+            self._launchers[name] = Launcher(launchers.of[name])
 
 
 def is_refusal(error: Exception) -> bool:

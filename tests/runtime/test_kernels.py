@@ -18,7 +18,9 @@ REFUSED = "out of resource: shared memory, Required: 300000, Hardware limit: 232
 
 def module(folder: Path, body: str, stored: str = "") -> Path:
     """A generated module with one kernel ``k`` whose launcher does ``body``."""
-    text = f"def k(pointers, dims):\n    {body}\nLAUNCH = {{'k': k}}\nSTORED_DIMS = ({stored})\n"
+    text = (
+        f"def k(pointers, dims, compiled=None):\n    {body}\nLAUNCH = {{'k': k}}\nSTORED_DIMS = ({stored})\n"
+    )
     return write_module(folder, text)
 
 
@@ -41,13 +43,13 @@ class Replacements:
 
 
 def test_a_kernel_is_replaced_until_one_runs_and_then_for_good(tmp_path: Path) -> None:
-    good = module(tmp_path, "pointers.append('ran')")
+    good = module(tmp_path, "dims['ran'] = dims.get('ran', 0) + 1")
     replacements = Replacements(raising(tmp_path, "RuntimeError('another')"), good)
     kernels = Kernels(raising(tmp_path), replacements)
-    seen: list[object] = []
+    dims: dict[str, int] = {}
     for _ in range(3):
-        kernels.launch("k", seen, {})  # type: ignore[arg-type]
-    assert seen == ["ran"] * 3
+        kernels.launch("k", [], dims)
+    assert dims["ran"] == 3
     assert replacements.asked == [("k", REFUSED), ("k", "another")]
 
 
@@ -99,12 +101,26 @@ def test_a_replacement_takes_the_same_dims(tmp_path: Path) -> None:
         kernels.launch("k", [], {})
 
 
+class _Barrier:
+    """A dim in memory; three threads ask for its address together before the kernel does, and again in the kernel."""
+
+    def __init__(self, parties: int) -> None:
+        self.barrier, self.asked = threading.Barrier(parties, timeout=10), threading.local()
+
+    def data_ptr(self) -> int:
+        times = self.asked.__dict__.setdefault("times", 0)
+        self.asked.times = times + 1
+        if times == 1:
+            self.barrier.wait()
+        return 0
+
+
 def test_threads_that_fail_together_share_a_replacement(tmp_path: Path) -> None:
-    waiting = threading.Barrier(3, timeout=10)
-    first = module(tmp_path, f"pointers[0].wait(); raise RuntimeError({REFUSED!r})")
+    first = module(tmp_path, f"dims['waiting'].data_ptr(); raise RuntimeError({REFUSED!r})")
     replacements = Replacements(module(tmp_path, "pass"))
     kernels = Kernels(first, replacements)
-    threads = [threading.Thread(target=kernels.launch, args=("k", [waiting], {})) for _ in range(3)]
+    dims = {"waiting": _Barrier(3)}
+    threads = [threading.Thread(target=kernels.launch, args=("k", [], dims)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -113,12 +129,12 @@ def test_threads_that_fail_together_share_a_replacement(tmp_path: Path) -> None:
 
 
 def test_timing_replaces_nothing_and_tries_a_bad_kernel_once(tmp_path: Path) -> None:
-    counted = module(tmp_path, f"pointers.append(1); raise RuntimeError({REFUSED!r})")
-    replacements = Replacements()
-    kernels, tries = Kernels(counted, replacements), []  # type: ignore[var-annotated]
-    steps = [("k", lambda: kernels.try_launch("k", tries, {})), ("", lambda: None)] * 2
+    counted = module(tmp_path, f"dims['ran'] += 1; raise RuntimeError({REFUSED!r})")
+    replacements, dims = Replacements(), {"ran": 0}
+    kernels = Kernels(counted, replacements)
+    steps = [("k", lambda: kernels.try_launch("k", [], dims)), ("", lambda: None)] * 2
     with pytest.warns(UserWarning, match="kernel k does not run with this tile"):
         seconds = wall_seconds(steps)
     assert [s == float("inf") for s in seconds] == [True, False] * 2
-    assert tries == [1]
+    assert dims == {"ran": 1}
     assert replacements.asked == []
