@@ -112,6 +112,24 @@ class TritonExecutor:
                 bound.bind(tuple(run for _, run in steps), state.version)
             self._step(bound)
 
+    def device_step(self, state: RequestState) -> Callable[[], None] | None:
+        """See ``runtime.executor.DeviceStepping``; for kernels that read T from memory, and have run before."""
+        bound: _Bound | None = state.scratch.get(self)
+        if (
+            bound is None
+            or not bound.launches
+            or set(bound.stored) != {"T"}
+            or bound.version != state.version
+        ):
+            return None
+        context, launch_all = bound.stored["T"], bound.launch_all
+
+        def step() -> None:
+            context.add_(1)
+            launch_all()
+
+        return step
+
     def _step(self, bound: _Bound) -> None:
         """One decode step: launch by launch at first, then by a recording."""
         if bound.replay is not None:
