@@ -55,6 +55,12 @@ def record(
     return partial(_replay, graph)
 
 
+def is_recording() -> bool:
+    """True while the caller's stream is recorded."""
+    # Builds of PyTorch without CUDA cannot be asked.
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _replay(graph: torch.cuda.CUDAGraph) -> None:
     with alone:
         graph.replay()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tilewright.ir.program import KernelBuildError, TilewrightError
 
+from .cuda_graph import is_recording
 from .kernel_modules import Launch, load_launchers
 
 Replacement = Callable[[str, Exception], Path]
@@ -86,7 +87,8 @@ class Kernels:
             try:
                 return launcher(pointers, dims)
             except Exception as error:
-                if not is_refusal(error):
+                # While a stream is recorded, nothing can be compiled or loaded: that is no fault of the tile.
+                if not is_refusal(error) or is_recording():
                     raise
                 self._replace(name, launcher, error)
 

@@ -89,6 +89,19 @@ def test_what_is_not_the_kernels_fault_is_passed_on(tmp_path: Path, error: str) 
     assert replacements.asked == []
 
 
+def test_a_recording_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replacements = Replacements(module(tmp_path, "pass"))
+    kernels = Kernels(raising(tmp_path), replacements)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="out of resource"):
+        kernels.launch("k", [], {})
+    assert replacements.asked == []
+    monkeypatch.undo()
+    kernels.launch("k", [], {})
+    assert replacements.asked == [("k", REFUSED)]
+
+
 def test_our_own_errors_are_no_refusals() -> None:
     assert not is_refusal(InputError("wrong"))
     assert not is_refusal(torch.OutOfMemoryError("full"))
