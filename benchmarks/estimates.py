@@ -1,8 +1,9 @@
 """What decode steps and prefill should take on a GPU, kernel by kernel: ``python -m benchmarks.estimates``.
 
 Nothing is measured and no GPU is needed: these are estimates, beside the least that bytes and FLOPs allow. The last
-table says which tile the cost model gives a product at each number of rows, as FlashDecoding++ does with its choice
-between a matrix-vector product, a flat one and the vendor's (Hong et al., 2023, "heuristic dataflow").
+tables say which tile the cost model gives a product at each number of rows, and where a matrix-vector product, a flat
+one and a general one change places (FlashDecoding++, Hong et al., 2023, "heuristic dataflow"), beside what was chosen
+by measurement on this machine's GPU, where that is on record.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.dataflow import dataflow_table, measured, products, shape_name
 from benchmarks.large_models import BUILDERS, without_values
 from benchmarks.options import known, lengths
 from tilewright.cli import readable_errors
 from tilewright.codegen.triton.candidates import ranked
 from tilewright.codegen.triton.cost_model import seconds
 from tilewright.codegen.triton.device import A100, H100, Device
-from tilewright.codegen.triton.plan import plan_parts
-from tilewright.codegen.triton.work import ProductWork, sizes_of
+from tilewright.codegen.triton.work import ProductWork
 from tilewright.estimates import estimates
 from tilewright.ir.program import Program
 from tilewright.options import Options
@@ -48,32 +50,45 @@ def main(
     (gpu,) = (DEVICES[name] for name in known("--device", device, tuple(DEVICES))[:1])
     (form,) = known("--precision", precision, tuple(FORMS))[:1]
     (tokens,) = lengths("--context", context)[:1]
+    sizes = [int(n) for n in batch_sizes.split(",")]
     for name in known("--model", model, tuple(BUILDERS)):
         with Progress().step(f"Planning {name}"):
-            programs = plans(name, form, [int(n) for n in batch_sizes.split(",")], tokens)
+            programs = plans(name, form, sizes, tokens)
         phases = [phase_report(p, tokens, gpu) for p in programs]
         for phase in phases:
             console.print(kernel_table(phase))
             console.print()
         console.print(summary(f"{name} {precision}", phases))
         console.print(rows_table(programs[0], gpu))
+        console.print(
+            dataflow_table(programs[0], gpu, measured(programs, options_of(here(), form, sizes, tokens)))
+        )
 
 
 def plans(name: str, form: str, batch_sizes: Sequence[int], tokens: int, layers: int = 0) -> list[Program]:
     """The Triton programs of a model, or of its first ``layers``, in one of ``FORMS``: decode per batch, prefill."""
-    weights, kv_cache = FORMS[form]
     built = without_values(name, layers)
-    options = Options(
+    return plan_programs(built, options_of(built.device, form, batch_sizes, tokens))
+
+
+def options_of(device: torch.device, form: str, batch_sizes: Sequence[int], tokens: int) -> Options:
+    """What ``compile`` would be asked for."""
+    weights, kv_cache = FORMS[form]
+    return Options(
         batch_sizes=tuple(batch_sizes),
         max_length=max(2048, tokens),
         weights=weights,
         kv_cache=kv_cache,
         autotune="off",
         backend="triton",
-        device=built.device,
+        device=device,
         dump=None,
     )
-    return plan_programs(built, options)
+
+
+def here() -> torch.device:
+    """This machine's GPU, or the CPU, for which nothing of the Triton backend is on record."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def phase_report(program: Program, tokens: int, device: Device) -> PhaseReport:
@@ -106,19 +121,9 @@ def rows_table(program: Program, device: Device) -> Table:
     table.add_column("product")
     for rows in ROWS:
         table.add_column(str(rows))
-    sizes = sizes_of({name: high for name, _, high in program.symbols})
-    seen: set[tuple[int, int, int]] = set()
-    for step in program.kernels():
-        for part in plan_parts(step.op, sizes):
-            work = part.work
-            if isinstance(work, ProductWork) and (work.columns, work.k, work.dots) not in seen:
-                seen.add((work.columns, work.k, work.dots))
-                table.add_row(_name(work), *(_tile_text(work, rows, device) for rows in ROWS))
+    for shape, work in products(program, device).items():
+        table.add_row(shape_name(shape), *(_tile_text(work, rows, device) for rows in ROWS))
     return table
-
-
-def _name(work: ProductWork) -> str:
-    return f"{work.columns} x {work.k}" + (f", {work.dots} together" if work.dots > 1 else "")
 
 
 def _tile_text(work: ProductWork, rows: int, device: Device) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,12 +22,14 @@ from tilewright.passes.last_tokens import last_tokens
 from tilewright.passes.pipeline import run_passes
 from tilewright.passes.plan_memory import plan_memory
 from tilewright.passes.quantize_weights import kept_wide
+from tilewright.runtime.device import is_out_of_memory
 from tilewright.runtime.engine import Engine
 from tilewright.runtime.executor import EngineSpec
 from tilewright.runtime.native_executor import NativeExecutor
 
 from .api_mixin import Compiled, attach
 from .backends import Built, build, candidates, measures, no_candidates
+from .capacity import require_memory
 from .capture import Captured, capture
 from .choices import choice_key, remember, remembered
 from .costs import eager_peak
@@ -83,7 +86,8 @@ def compile(
     dump: folder for the IR after every pass, kernel sources, memory plans and the report.
     progress: ``Progress()`` shows a bar on stderr.
 
-    Raises OptionError, DeviceError, CaptureError, LoweringError, CompilerNotFoundError, KernelBuildError.
+    Raises OptionError, DeviceError (a GPU too old, or with too little memory), CaptureError, LoweringError,
+    CompilerNotFoundError, KernelBuildError. A call raises DeviceError while ``model`` is moved or cast.
     """
     options = check_options(model, batch_sizes, max_length, weights, kv_cache, autotune, backend, dump)
     with progress.step(f"Compiling {type(model).__name__}", total=_steps(options)) as advance:
@@ -128,6 +132,7 @@ class _Compilation:
                 plan_memory(module, phase.name, phase.phase, phase.batch, self.options.max_length)
                 for module, phase in zip(modules, phases, strict=True)
             ]
+            require_memory(programs, captured.tensors, self.options)
             used = {b.name for program in programs for _, b in program.of_kind(BufferKind.param)}
             bound = bind_weights(modules, captured.tensors, used)
             if self.options.weights:
@@ -165,6 +170,18 @@ class _Compilation:
         yield
         self.seconds[name] = time.perf_counter() - start
 
+    @contextmanager
+    def _optional(self, what: str) -> Iterator[None]:
+        """A measurement, which is given up, with a warning and a note, where the device's memory does not suffice."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            note = f"{what} not measured, out of memory: {str(error).splitlines()[0]}"
+            warnings.warn(note, stacklevel=3)
+            self.notes += (note,)
+
     def _optimise(self, lowered: Module, phase: Phase, dump: Dump) -> Module:
         def after(number: int, name: str, module: Module) -> None:
             seen = sum(
@@ -194,9 +211,15 @@ class _Compilation:
         programs: list[Program],
         built: Built,
     ) -> int:
-        """Measure the rival programs, given by number; gives the number of the best."""
-        seconds = measure([built.executors[n] for n in rivals], self._spec(captured, programs[rivals[0]]))
-        chosen = best([programs[n].arena_bytes for n in rivals], seconds)
+        """Measure the rival programs, given by number; gives the number of the best, or where memory does not suffice
+        to measure, of the one with the least arena."""
+        arenas = [programs[n].arena_bytes for n in rivals]
+        seconds: list[float] = []
+        with self._optional("prefill programs"):
+            seconds = measure([built.executors[n] for n in rivals], self._spec(captured, programs[rivals[0]]))
+        if not seconds:
+            return rivals[arenas.index(min(arenas))]
+        chosen = best(arenas, seconds)
         remember(self._choice_key(rivals, modules), chosen, seconds)
         timed = zip((programs[n].name for n in rivals), seconds, strict=True)
         self.notes += (
@@ -224,10 +247,11 @@ class _Compilation:
             for tuner in tuners:
                 self.advance(f"tune kernels of {tuner.program.name}")
                 variants = tuner.variants
-                tried = build([tuner.program] * len(variants), bound.tensors, self.options, variants)
-                choices = tuner.choose(tried.executors, Trial.of(tuner.program, spec))
-                self.notes += tuple(map(str, choices))
-                self.tunables[tuner.program.name] = changes_of(choices)
+                with self._optional(f"tiles of {tuner.program.name}"):
+                    tried = build([tuner.program] * len(variants), bound.tensors, self.options, variants)
+                    choices = tuner.choose(tried.executors, Trial.of(tuner.program, spec))
+                    self.notes += tuple(map(str, choices))
+                    self.tunables[tuner.program.name] = changes_of(choices)
             programs = [t.program for t in tuners]
             changes = [self.tunables[p.name] for p in programs]
             return replace(build(programs, bound.tensors, self.options, changes), from_cache=built.from_cache)

@@ -58,6 +58,7 @@ def attach(model: nn.Module, compiled: Compiled) -> Any:
         fast.generation_config = copy.deepcopy(model.generation_config)
     fast.__dict__["_tilewright"] = compiled
     fast.__dict__["_tilewright_forward"] = type(model).forward
+    fast.__dict__["_tilewright_home"] = _home(model)
     mixin = {"decoder": DecoderMixin, "encoder": EncoderMixin, "module": ModuleMixin}[
         compiled.engine.spec.kind
     ]
@@ -66,11 +67,18 @@ def attach(model: nn.Module, compiled: Compiled) -> Any:
     return fast
 
 
+def _home(model: nn.Module) -> tuple[torch.device, torch.dtype] | None:
+    """Where a model's weights are, and in which dtype, by its first floating-point parameter."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return None if first is None else (first.device, first.dtype)
+
+
 class CompiledMixin:
     """What every compiled model offers beyond its own class."""
 
     _tilewright: Compiled
     _tilewright_forward: Callable[..., Any]
+    _tilewright_home: tuple[torch.device, torch.dtype] | None
 
     def ir(self, stage: str | None = None) -> str:
         """IR as text: of the named stage, or of the last one. Raises OptionError, listing them, for an unknown name."""
@@ -111,6 +119,18 @@ class CompiledMixin:
             )
         return self
 
+    def _require_home(self) -> None:
+        """Raise DeviceError when the original was moved or cast after compilation.
+
+        The kernels would go on with the weights as they were, which is not what the caller sees of the model.
+        """
+        now, home = _home(self), self._tilewright_home  # type: ignore[arg-type]
+        if now != home and now is not None and home is not None:
+            raise DeviceError(
+                f"this model was compiled for {home[1]} on {home[0]}, but the original, whose weights it shares, is "
+                f"now {now[1]} on {now[0]}; move it back with model.to({str(home[0])!r}, {home[1]}), or compile again"
+            )
+
     def _refuse(self, arguments: Mapping[str, Any]) -> None:
         """Raise InputError for what the kernels do not compute: an argument that the original's forward names, or an
         output that it could be asked for. What the original would ignore (generate() passes such) is ignored here too.
@@ -144,6 +164,7 @@ class DecoderMixin(CompiledMixin):
         Raises InputError for input that does not fit, and leaves the cache as it was.
         """
         compiled = self._tilewright
+        self._require_home()
         self._refuse({"inputs_embeds": inputs_embeds, "labels": labels, **kwargs})
         if input_ids is None:
             raise InputError("input_ids is missing")
@@ -171,6 +192,7 @@ class DecoderMixin(CompiledMixin):
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``GenerationMixin.generate``, whose preparation of options is used; see ``_sample`` for the loop."""
         ids = kwargs.get("input_ids") if inputs is None else inputs
+        self._require_home()
         self._refuse({"inputs_embeds": kwargs.get("inputs_embeds")})
         if kwargs.get("cache_implementation") == "paged":
             raise InputError("a compiled model keeps its own KV state; leave cache_implementation out")
@@ -252,6 +274,7 @@ class EncoderMixin(CompiledMixin):
         """Same arguments and result as the original's forward. Raises InputError for input that does not fit."""
         compiled = self._tilewright
         engine = compiled.engine
+        self._require_home()
         self._refuse(kwargs)
         if input_ids is None:
             raise InputError("input_ids is missing")
@@ -276,6 +299,7 @@ class ModuleMixin(CompiledMixin):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same arguments and result as the original's forward. Raises InputError for input that does not fit."""
         compiled = self._tilewright
+        self._require_home()
         try:
             bound = inspect.signature(self._tilewright_forward).bind(self, *args, **kwargs).arguments
         except TypeError as error:

@@ -16,12 +16,15 @@ from tilewright.codegen.triton.program import emit_program
 from tilewright.codegen.tunables import NONE, Changes, Tunables
 from tilewright.ir.module import Op
 from tilewright.ir.program import Program
+from tilewright.runtime.device import is_interpreting, require_device
 from tilewright.runtime.executor import Executor
+from tilewright.runtime.kernel_modules import write_module
 from tilewright.runtime.native import NativeLibrary
 from tilewright.runtime.native_executor import NativeExecutor
-from tilewright.runtime.triton_executor import TritonExecutor, is_interpreting, require_device, write_module
+from tilewright.runtime.triton_executor import TritonExecutor
 
 from .estimates import gpu
+from .fallback import TileFallback
 from .options import Options
 from .reference_executor import ReferenceExecutor
 from .settings import cache_dir, cxx
@@ -106,8 +109,14 @@ def _triton(
         emit_program(p, is_interpreting(), t, device).text for p, t in zip(programs, tunables, strict=True)
     ]
     executors = tuple(
-        TritonExecutor(p, weights, write_module(cache_dir() / "triton", text), options.device)
-        for p, text in zip(programs, texts, strict=True)
+        TritonExecutor(
+            p,
+            weights,
+            write_module(cache_dir() / "triton", text),
+            options.device,
+            TileFallback(p, t, options, measures(options)),
+        )
+        for p, text, t in zip(programs, texts, tunables, strict=True)
     )
     return Built(executors, {f"{p.name}.py": text for p, text in zip(programs, texts, strict=True)})
 

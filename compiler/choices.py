@@ -54,10 +54,16 @@ def _printers() -> str:
     return digest.hexdigest()
 
 
-def remembered(key: str, candidates: int) -> int | None:
-    """The candidate chosen before, or None where there is no such record or it cannot be trusted."""
+def remembered(key: str, candidates: int, measured: bool = False) -> int | None:
+    """The candidate chosen before, or None where there is no such record or it cannot be trusted.
+
+    measured: only a choice that was measured; another one stands because its rivals did not run.
+    """
     try:
-        chosen = json.loads(_path(key).read_text())["chosen"]
+        record = json.loads(_path(key).read_text())
+        chosen = record["chosen"]
+        if measured and not record["seconds"]:
+            return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return chosen if isinstance(chosen, int) and 0 <= chosen < candidates else None

@@ -14,8 +14,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from tilewright.runtime.generate import GenerateOptions
-from tilewright.runtime.sampling import Sampling
+from tilewright.runtime.sampling import GenerateOptions, Sampling
 
 # In the order in which transformers applies them, and our loop too.
 _MINIMUM = [MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor]

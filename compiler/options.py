@@ -15,7 +15,7 @@ from tilewright.errors import DeviceError, OptionError
 from tilewright.ir.ops import STORED_AS
 from tilewright.ir.types import DType
 from tilewright.passes.quantize_weights import FORMATS
-from tilewright.runtime.triton_executor import require_device
+from tilewright.runtime.device import require_device
 
 BACKENDS = ("triton", "cpp", "reference")
 WEIGHTS = FORMATS

@@ -91,6 +91,15 @@ class KernelTuner:
         found = {name: remembered(self._key(name), len(ways)) for name, ways in self.ways.items()}
         return tuple(self._choice(name, n, "as recorded") for name, n in found.items() if n)
 
+    def measured(self) -> dict[str, Changes]:
+        """The kernels of which measurements are on record, with the way that was fastest, the default included."""
+        found = {name: remembered(self._key(name), len(ways), True) for name, ways in self.ways.items()}
+        return {name: self.ways[name][n] for name, n in found.items() if n is not None}
+
+    def keep(self, kernel: str, changes: Changes) -> None:
+        """Put a way on record that was not measured: those before it do not run."""
+        remember(self._key(kernel), self.ways[kernel].index(changes), ())
+
     def choose(self, executors: Sequence[Executor], trial: Trial) -> tuple[KernelChoice, ...]:
         """Time the executors of :attr:`variants` and record what is best; gives what is not the default."""
         times = self._times(cast("Sequence[Timed]", executors), trial)

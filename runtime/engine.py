@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tilewright.ir.program import InputError
 
-from .executor import EngineSpec, Executor, TensorSpec
+from .executor import DeviceStepping, EngineSpec, Executor, TensorSpec
 from .host import clone, stream_number
 from .kv_state import RequestState
 
@@ -104,6 +104,11 @@ class Engine:
         dims["T"] = state.length + 1
         self.decode_executors[state.rows].run(state.step_inputs, dims, state, state.step_outputs)
         state.length += 1
+
+    def device_step(self, state: RequestState) -> Callable[[], None] | None:
+        """The launches of a decode step without the host's part, to be recorded; see ``DeviceStepping``."""
+        executor = self.decode_executors[state.rows]
+        return executor.device_step(state) if isinstance(executor, DeviceStepping) else None
 
     def _prefill(self, state: RequestState, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
         """Run the prompt in chunks, so that the arena does not grow with it. Returns logits[B, keep, V]."""

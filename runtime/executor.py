@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -48,6 +48,19 @@ class Executor(Protocol):
         are ``state.buffers[slot]``, [rows, heads, max_length, head_dim]; the program appends to them at T - S, and
         the engine advances ``state.length`` afterwards. Decode calls see the same input, output and state tensors
         at every step of a request until ``state.version`` changes, so their addresses may be cached.
+        """
+        ...
+
+
+@runtime_checkable
+class DeviceStepping(Protocol):
+    """An executor whose decode steps can do without the host."""
+
+    def device_step(self, state: RequestState) -> Callable[[], None] | None:
+        """A function that launches a decode step like ``state``'s last one, at a context longer by one than that of the
+        run before it: it counts the context in the device's memory. None where steps of this program need the host.
+
+        It holds as long as ``state.version`` does, and until ``run`` is called for the state again.
         """
         ...
 

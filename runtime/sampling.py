@@ -27,6 +27,27 @@ class Sampling:
             raise InputError(f"sampling needs temperature > 0, top_k >= 0 and 0 <= top_p <= 1, got {self}")
 
 
+@dataclass(frozen=True)
+class GenerateOptions:
+    """When to stop and how to choose; ``sampling=None`` is greedy.
+
+    ``max_length`` and ``min_length`` count prompt and new tokens together; below ``min_length`` no end-of-sequence
+    token is chosen.
+    """
+
+    max_length: int
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+    min_length: int = 0
+    sampling: Sampling | None = None
+
+    def checked_pad_id(self) -> int | None:
+        """The pad token. Raises InputError where one is needed and there is none."""
+        if self.eos_ids and self.pad_id is None:
+            raise InputError("pad_id is needed to fill the rows that finish early; pass pad_id=eos_ids[0]")
+        return self.pad_id
+
+
 def sample(scores: Tensor, how: Sampling) -> Tensor:
     """Draw one token per row from f32[B, V] logits, which may be overwritten. Returns i64[B, 1]."""
     if how.temperature != 1.0:
@@ -36,6 +57,24 @@ def sample(scores: Tensor, how: Sampling) -> Tensor:
     elif how.top_p < 1.0:
         scores = _top_p(scores, how.top_p)
     return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
+
+
+def sample_on_device(scores: Tensor, how: Sampling) -> Tensor:
+    """As :func:`sample`, with the same draws from the same random state, without a value that the host has to wait for.
+
+    So a GPU can go on, and a CUDA graph hold it. It costs a sort of the vocabulary where top-k and top-p come together,
+    and scores that are no numbers go unnoticed.
+    """
+    if how.temperature != 1.0:
+        scores = scores.div_(how.temperature)
+    if how.top_k:
+        worst = torch.topk(scores, min(how.top_k, scores.shape[-1]))[0][:, -1:]
+        scores = scores.masked_fill(scores < worst, -torch.inf)
+    if how.top_p < 1.0:
+        scores = _top_p(scores, how.top_p)
+    # multinomial draws one of several like this, after checks of the probabilities for which the host waits.
+    shares = torch.softmax(scores, dim=-1)
+    return shares.div_(torch.empty_like(shares).exponential_(1)).argmax(dim=-1, keepdim=True)
 
 
 def _top_k_p(scores: Tensor, k: int, top_p: float) -> Tensor:

@@ -26,6 +26,9 @@ from .work import AttentionWork, ProductWork, StreamWork, Work
 _WITHIN = 2.0
 """Tiles that should take longer than so many times the best are not worth a measurement."""
 
+FEW_ROWS = 64
+"""A product of more rows has tiles of many rows."""
+
 
 def ranked(work: Work, device: Device) -> tuple[Tile, ...]:
     """The tiles that fit and are not far behind, best first by the cost model; where none fits, the first of all."""
@@ -35,6 +38,15 @@ def ranked(work: Work, device: Device) -> tuple[Tile, ...]:
     if best == INFEASIBLE:
         return (scored[0][2],)
     return tuple(tile for cost, _, tile in sorted(scored) if cost <= _WITHIN * best)
+
+
+def smallest(work: Work, device: Device) -> Tile:
+    """Of all tiles the one that asks least of a multiprocessor's registers and shared memory."""
+
+    def size(tile: Tile) -> int:
+        return tile.block_m * tile.block_n + (tile.block_m + tile.block_n) * tile.block_k * tile.num_stages
+
+    return min(_tiles(work, device), key=size)
 
 
 def interpreter_tile(work: Work) -> Tile:
@@ -67,8 +79,8 @@ def _tiles(work: Work, device: Device) -> Iterable[Tile]:
 
 def _product_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
     if not work.rows:
-        return _vector_tiles(work)
-    tiles = _few_rows(work, device) if work.rows <= 64 else _many_rows(work)
+        return vector_tiles(work)
+    tiles = few_rows_tiles(work, device) if work.rows <= FEW_ROWS else many_rows_tiles(work)
     return (variant for tile in tiles for variant in _variants(tile, work, device))
 
 
@@ -101,14 +113,16 @@ def _without_thrift(tiles: Iterable[Tile], work: ProductWork, device: Device) ->
         yield replace(tile, max_registers=255) if device.arch < 90 or sums >= 64 else tile
 
 
-def _vector_tiles(work: ProductWork) -> Iterator[Tile]:
+def vector_tiles(work: ProductWork) -> Iterator[Tile]:
+    """For a product of one row."""
     for block_n, block_k, warps in product((1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048), (2, 4, 8)):
         elements = block_n * block_k * work.dots
         if 512 <= elements <= 16384 and block_k <= max(128, next_power_of_two(work.k)):
             yield Tile(1, block_n, block_k, num_warps=warps, num_stages=2)
 
 
-def _few_rows(work: ProductWork, device: Device) -> Iterator[Tile]:
+def few_rows_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
+    """For a product whose rows fit one tile."""
     rows = next_power_of_two(work.rows)
     if work.itemsize > 2:
         for block_n, block_k in product((16, 32, 64), (32, 64)):
@@ -124,7 +138,8 @@ def _few_rows(work: ProductWork, device: Device) -> Iterator[Tile]:
             yield Tile(max(16, rows), block_n, size, num_warps=4, num_stages=stages, transposed=True)
 
 
-def _many_rows(work: ProductWork) -> Iterator[Tile]:
+def many_rows_tiles(work: ProductWork) -> Iterator[Tile]:
+    """For a product of many rows."""
     if work.itemsize > 2:
         yield Tile(64, _share(96, work.dots), _block_k(work.k, 16), num_warps=8, max_registers=255)
         return

@@ -8,12 +8,12 @@ from dataclasses import fields
 from tilewright.codegen.tunables import NONE, Changes
 from tilewright.ir.module import Op
 
-from .candidates import ranked
+from .candidates import ranked, smallest
 from .cost_model import seconds, start_seconds
 from .environment import Environment
 from .plan import plan_parts
 from .tiling import Tile
-from .work import sizes_of
+from .work import Work, sizes_of
 
 
 def candidates(op: Op, env: Environment, most: int = 9) -> tuple[Changes, ...]:
@@ -22,10 +22,23 @@ def candidates(op: Op, env: Environment, most: int = 9) -> tuple[Changes, ...]:
     They are tiles of the segment that takes longest; the other segments change with it. What a dependent launch saves
     lies between kernels, where no timing of single kernels sees it, so all have one.
     """
-    plans = plan_parts(op, env.sizes)
-    heaviest = max(plans, key=lambda plan: seconds(plan.work, env.default(plan.work), env.device))
-    default, *others = ranked(heaviest.work, env.device)
+    default, *others = ranked(_heaviest(op, env), env.device)
     return (NONE, *(_differences(default, tile) for tile in others[: most - 1]))
+
+
+def fallbacks(op: Op, env: Environment) -> tuple[Changes, ...]:
+    """Ways to print a kernel in the order to try them when one does not run: the candidates, then the tile that asks
+    least of the device, whatever its time, since it is the estimates that were wrong."""
+    work = _heaviest(op, env)
+    last = _differences(ranked(work, env.device)[0], smallest(work, env.device))
+    ways = candidates(op, env)
+    return ways if last in ways else (*ways, last)
+
+
+def _heaviest(op: Op, env: Environment) -> Work:
+    """The segment that takes longest."""
+    works = [plan.work for plan in plan_parts(op, env.sizes)]
+    return max(works, key=lambda work: seconds(work, env.default(work), env.device))
 
 
 def _differences(default: Tile, tile: Tile) -> Changes:

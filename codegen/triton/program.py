@@ -1,7 +1,8 @@
 """A whole Program as one Python module: every kernel, and a function that launches it.
 
-The module imports Triton alone. ``LAUNCH[name](pointers, dims)`` launches a kernel; of the dims, those in
-``STORED_DIMS`` are given as tensors of one i32. The runtime needs to know nothing else of it.
+The module imports Triton alone. ``LAUNCH[name](pointers, dims)`` launches a kernel and gives what Triton compiled for
+it; handed in as ``compiled``, that is launched as it is. Of the dims, those in ``STORED_DIMS`` are given as tensors of
+one i32. The runtime needs to know nothing else of it.
 """
 
 from __future__ import annotations
@@ -81,5 +82,13 @@ def _launcher(kernel: KernelSource) -> str:
         read.append(f"    {d.name} = TensorDescriptor(pointers[{numbers[d.pointer]}], {matrix})")
     arguments = "".join(f", {name}" for name in (*kernel.dims, *(d.name for d in kernel.descriptors)))
     options = ", ".join(f"{name}={value}" for name, value in kernel.options)
-    call = f"    {kernel.name}[({print_index(kernel.programs)},)](*pointers{arguments}, {options})"
-    return "\n".join([f"def launch_{kernel.name}(pointers, dims):", *read, call])
+    return "\n".join(
+        [
+            f"def launch_{kernel.name}(pointers, dims, compiled=None):",
+            *read,
+            f"    grid = ({print_index(kernel.programs)}, 1, 1)",
+            "    if compiled is not None:",
+            f"        return compiled[grid](*pointers{arguments})",
+            f"    return {kernel.name}[grid](*pointers{arguments}, {options})",
+        ]
+    )

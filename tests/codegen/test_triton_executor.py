@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tilewright.errors import DeviceError, KernelBuildError
-from tilewright.runtime.triton_executor import Launchers, load_launchers, require_device, write_module
+from tilewright.runtime.device import require_device
+from tilewright.runtime.kernel_modules import Launchers, load_launchers, write_module
 
 EMPTY = 'LAUNCH = {}\nSTORED_DIMS = ("T",)\n'
 

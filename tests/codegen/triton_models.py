@@ -13,7 +13,8 @@ from tilewright.ir.program import Program
 from tilewright.reference_executor import ReferenceExecutor
 from tilewright.runtime.engine import Engine
 from tilewright.runtime.executor import EngineSpec, Executor
-from tilewright.runtime.triton_executor import TritonExecutor, write_module
+from tilewright.runtime.kernel_modules import write_module
+from tilewright.runtime.triton_executor import TritonExecutor
 
 from .triton_programs import Planned, plan
 

@@ -14,7 +14,8 @@ from tests import conftest  # noqa: F401 - the settings of all property tests
 from tests.strategies import Case, examples, modules
 from tilewright.codegen.triton.program import emit_program
 from tilewright.ir.program import Program
-from tilewright.runtime.triton_executor import TritonExecutor, write_module
+from tilewright.runtime.kernel_modules import write_module
+from tilewright.runtime.triton_executor import TritonExecutor
 
 from .random_programs import check_random
 

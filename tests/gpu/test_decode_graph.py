@@ -33,6 +33,49 @@ def test_replayed_steps_give_hugging_faces_tokens(batch: int, pair: tuple[Any, A
     assert torch.equal(fast.generate(ids, **given), model.generate(ids, **given))
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "how", [{"top_k": 0}, {"top_k": 20}, {"top_k": 30, "top_p": 0.8, "temperature": 1.3}]
+)
+@pytest.mark.parametrize("ends", [False, True])
+def test_replayed_draws_are_hugging_faces(
+    ends: bool, how: dict[str, Any], batch: int, pair: tuple[Any, Any]
+) -> None:
+    """Sampling inside the recording, with one seed; and what is drawn next is the same too, ends or not."""
+    model, fast = pair
+    ids = torch.randint(3, 128, (batch, 9), device="cuda")
+    given = {"max_new_tokens": 30, "do_sample": True, "pad_token_id": 0, **how}
+    if ends:
+        given["eos_token_id"] = list(range(3, 30))
+    results = []
+    for each in (model, fast):
+        torch.manual_seed(5)
+        results.append((each.generate(ids, **given), torch.rand(4, device="cuda")))
+    for theirs, ours in zip(*results, strict=True):
+        assert torch.equal(theirs, ours)
+
+
+def test_whole_steps_are_recorded(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One recording per call, which holds the choice too; the executor makes none of its own."""
+    from tilewright.runtime import generate, triton_executor
+
+    _, fast = pair
+    counts = {"whole": 0, "model": 0}
+
+    def counted(name: str, record: Any) -> Any:
+        def recorder(*arguments: Any) -> Any:
+            counts[name] += 1
+            return record(*arguments)
+
+        return recorder
+
+    monkeypatch.setattr(generate, "_record_step", counted("whole", generate._record_step))
+    monkeypatch.setattr(triton_executor, "record", counted("model", triton_executor.record))
+    ids = torch.randint(3, 128, (1, 9), device="cuda")
+    fast.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert counts == {"whole": 1, "model": 0}
+
+
 def test_a_request_is_recorded_once(pair: tuple[Any, Any]) -> None:
     """The third step and all after it run from the recording, which a new context length does not void."""
     _, fast = pair

@@ -8,7 +8,7 @@ import pytest
 
 from tilewright.ir.program import CacheError
 from tilewright.runtime.files import require_private, write_atomically
-from tilewright.runtime.triton_executor import load_launchers, write_module
+from tilewright.runtime.kernel_modules import load_launchers, write_module
 
 TEXT = "LAUNCH = {}\nSTORED_DIMS = ()\n"
 

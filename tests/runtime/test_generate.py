@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tilewright.ir.program import InputError
 from tilewright.runtime.engine import Engine
 from tilewright.runtime.generate import GenerateOptions, generate
 from tilewright.runtime.kv_state import RequestState
-from tilewright.runtime.sampling import Sampling, sample
+from tilewright.runtime.sampling import Sampling, sample, sample_on_device
 
 from .toy import VOCAB, scores, toy_engine
 
@@ -169,7 +170,10 @@ WAYS = [
 
 @pytest.mark.parametrize("how", WAYS, ids=str)
 @pytest.mark.parametrize("ties", [False, True])
-def test_draws_are_those_of_transformers(how: Sampling, ties: bool) -> None:
+@pytest.mark.parametrize("draw", [sample, sample_on_device])
+def test_draws_are_those_of_transformers(
+    draw: Callable[[Tensor, Sampling], Tensor], how: Sampling, ties: bool
+) -> None:
     generator = torch.Generator().manual_seed(3)
     warpers: list[TemperatureLogitsWarper | TopKLogitsWarper | TopPLogitsWarper] = []
     if how.temperature != 1:
@@ -187,5 +191,7 @@ def test_draws_are_those_of_transformers(how: Sampling, ties: bool) -> None:
             expected = warper(torch.empty(3, 0), expected)
         torch.manual_seed(seed)
         drawn = torch.multinomial(expected.softmax(-1), 1)
+        after = torch.get_rng_state()
         torch.manual_seed(seed)
-        assert torch.equal(sample(logits.clone(), how), drawn)
+        assert torch.equal(draw(logits.clone(), how), drawn)
+        assert torch.equal(torch.get_rng_state(), after)
