@@ -32,7 +32,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def programs() -> list[Program]:
-    return estimates.plans("llama2-7b", "", [1, 16], 1024, layers=1)
+    return estimates.plans("llama2-7b", "bf16", [1, 16], 1024, layers=1)
 
 
 @pytest.mark.parametrize("device", [H100, A100])
@@ -98,7 +98,7 @@ def test_a_model_has_a_row_per_shape(programs: list[Program]) -> None:
 
 def test_what_was_measured_is_beside_it(programs: list[Program]) -> None:
     """A record of the tuner at M = 16 counts; one that stands because others did not run does not."""
-    options = replace(estimates.options_of(torch.device("cpu"), "", [1, 16], 1024), autotune="full")
+    options = replace(estimates.options_of(torch.device("cpu"), "bf16", [1, 16], 1024), autotune="full")
     tuner = KernelTuner.of(programs[1], candidates(options), options)
     first, second = [s.name for s in programs[1].kernels() if s.name in tuner.ways and _multiplies(s)][:2]
     assert dataflow.measured(programs, options) == {}
