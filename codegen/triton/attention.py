@@ -1,4 +1,5 @@
-"""Attention over a KV cache: tiles of queries against blocks of positions, with an online softmax.
+"""Attention over a KV cache: tiles of queries against blocks of positions, with an online softmax, or one that agrees
+on its maximum beforehand (``softmax``).
 
 One program handles one KV head: its tile holds BLOCK_M (position, query head) pairs, all heads of the group together,
 so that K and V are read once per group. Causality, the window and the key mask are conditions on indices, and a bias by
@@ -11,6 +12,8 @@ the tiling of FlashAttention.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import sympy
 from sympy import Expr, Integer
@@ -24,11 +27,12 @@ from tilewright.ir.types import DType, Value
 
 from .expression import Block, Context, Operand
 from .pointwise_ops import TRITON, TRITON_TYPES, compute_dtype
+from .softmax import MASKED, AgreedSoftmax, Multiply, Sums, online_step
 from .text import Scope, ceil_div, next_power_of_two, print_index
 from .tiling import Tile
 
-MASKED = "-1.0e30"
-LOG2_E = 1.4426950408889634
+AGREEABLE = (DType.f32, DType.bf16)
+"""Types whose range holds weights that are far from 1."""
 ROW, COLUMN, KEY, BATCH, GROUP, PART = (sym(n) for n in ("row", "column", "key", "batch", "group", "part"))
 
 
@@ -69,6 +73,23 @@ def emit_attention(form: AttentionForm, tile: Tile, context: Context, pid: str, 
     return _Attention(form, tile, context, pid, interpret).emit()
 
 
+@dataclass(frozen=True)
+class _Walk:
+    """Texts that a loop over keys needs: its range, the queries and their positions, slopes or ""."""
+
+    low: str
+    high: str
+    q: str
+    query: str
+    slopes: str
+
+
+class Step(Protocol):
+    """Takes a block's scores into account."""
+
+    def __call__(self, scope: Scope, *, scores: str, seen: str, multiply: Multiply) -> None: ...
+
+
 class _Attention:
     def __init__(self, form: AttentionForm, tile: Tile, context: Context, pid: str, interpret: bool) -> None:
         self.op, self.form, self.tile, self.pid = form.op, form, tile, pid
@@ -95,12 +116,24 @@ class _Attention:
         )
         low, high = self._range(tile_index, query)
         q = self._load_query()
-        names = {n: base.names.fresh(n) for n in ("acc", "top", "total")}
-        base.line(f"{names['acc']} = tl.zeros([{self.block_m}, {self.block_v}], {self.float})")
-        self._start(names)
         slopes = self._per_head("slopes") if "slopes" in self.extras else ""
-        self._loop(low, high, q, query, slopes, names)
-        self._store(names)
+        acc, top, total = (base.names.fresh(n) for n in ("acc", "top", "total"))
+        sums = Sums(acc, top, total, self.float)
+        self._start(base, sums)
+
+        def walk(scope: Scope, step: Step) -> None:
+            self._walk(scope, _Walk(low, high, q, query, slopes), step)
+
+        if not (tile.agreed and self.dtype in AGREEABLE):
+            walk(base, partial(online_step, sums=sums))
+        else:
+            agreed = AgreedSoftmax.begin(base, sums, f"[{self.block_m}, {self.block_n}]")
+            walk(base, agreed.step)
+            again = base.open(f"if {agreed.finish(base)} != 0:")
+            self._start(again, sums)
+            walk(again, partial(online_step, sums=sums))
+            base.close(again)
+        self._store(sums)
         return sympy.expand(sizes.batch * sizes.groups * tiles * max(1, sizes.splits))
 
     def _program_ids(self, tiles: Expr) -> str:
@@ -172,15 +205,15 @@ class _Attention:
         mask = " & ".join(m for m in (self.rows.mask, d_ok) if m)
         return self.base.bind(f"tl.load({address}, mask={mask}, other=0.0)", "q")
 
-    def _start(self, names: dict[str, str]) -> None:
+    def _start(self, scope: Scope, sums: Sums) -> None:
         """The softmax before any key: nothing, or the head's sink."""
-        base = self.base
+        scope.line(f"{sums.acc} = tl.zeros([{self.block_m}, {self.block_v}], {self.float})")
         if "sinks" not in self.extras:
-            base.line(f"{names['top']} = tl.full([{self.block_m}, 1], {MASKED}, {self.float})")
-            base.line(f"{names['total']} = tl.zeros([{self.block_m}, 1], {self.float})")
+            scope.line(f"{sums.top} = tl.full([{self.block_m}, 1], {MASKED}, {self.float})")
+            scope.line(f"{sums.total} = tl.zeros([{self.block_m}, 1], {self.float})")
             return
-        base.line(f"{names['top']} = {self._per_head('sinks')}")
-        base.line(f"{names['total']} = tl.full([{self.block_m}, 1], 1.0, {self.float})")
+        scope.line(f"{sums.top} = {self._per_head('sinks')}")
+        scope.line(f"{sums.total} = tl.full([{self.block_m}, 1], 1.0, {self.float})")
 
     def _per_head(self, extra: str) -> str:
         """An operand that has a number for each query head, as a column of the tile's rows."""
@@ -189,9 +222,10 @@ class _Attention:
         address += f" + {self.rows.text} * 0"  # a block of rows even where all of them are of one head
         return self.base.bind(f"tl.load({address}, mask={self.rows.mask}, other=0.0).to({self.float})", extra)
 
-    def _loop(self, low: str, high: str, q: str, query: str, slopes: str, names: dict[str, str]) -> None:
-        base, op = self.base, self.op
-        scope = base.open(f"for start in range({low}, {high}, {self.block_n}):")
+    def _walk(self, base: Scope, over: _Walk, step: Step) -> None:
+        """Loop over blocks of keys; ``step`` takes each block's scores."""
+        op, high, query = self.op, over.high, over.query
+        scope = base.open(f"for start in range({over.low}, {high}, {self.block_n}):")
         row = scope.bind(f"start + tl.arange(0, {self.block_n})[None, :]", "key")
         column = scope.bind(f"start + tl.arange(0, {self.block_n})[:, None]", "key_down")
         d, d_ok = self._depth(self.block_d, self.sizes.depth, "[:, None]", "d_down")
@@ -200,23 +234,24 @@ class _Attention:
         v_mask = " & ".join(m for m in (f"({column} < {high})", e_ok) if m)
         address = self._address(self.k, (BATCH, GROUP, KEY, COLUMN), {KEY: row, COLUMN: d})
         k = self._cached(scope, address, k_mask, "k")
-        scores = scope.bind(f"{self._dot(q, k)} * {float(op.attr('scale'))!r}", "scores")
+        scores = scope.bind(f"{self._dot(over.q, k)} * {float(op.attr('scale'))!r}", "scores")
         if cap := op.attr("softcap"):
             bounded = TRITON["tanh"]((f"{scores} * {1.0 / float(cap)!r}",), compute_dtype(self.dtype))
             scores = scope.bind(f"{bounded} * {float(cap)!r}", "scores")
-        if slopes:
-            scores = scope.bind(f"{scores} + {slopes} * ({row} - {query}).to({self.float})", "scores")
+        if over.slopes:
+            scores = scope.bind(f"{scores} + {over.slopes} * ({row} - {query}).to({self.float})", "scores")
         seen = self._condition(scope, row, query, high)
         scores = scope.bind(f"tl.where({seen}, {scores}, {MASKED})", "scores")
-        top = scope.bind(f"tl.maximum({names['top']}, tl.max({scores}, axis=1, keep_dims=True))", "new_top")
-        p = scope.bind(f"tl.where({seen}, tl.exp2(({scores} - {top}) * {LOG2_E}), 0.0)", "p")
-        decay = scope.bind(f"tl.exp2(({names['top']} - {top}) * {LOG2_E})", "decay")
-        address = self._address(self.v, (BATCH, GROUP, KEY, COLUMN), {KEY: column, COLUMN: e})
-        v = self._cached(scope, address, v_mask, "v")
-        scope.line(f"{names['total']} = {names['total']} * {decay} + tl.sum({p}, axis=1, keep_dims=True)")
-        weights = p if self.dtype in (DType.f32, DType.f64) else scope.bind(f"{p}.to({v}.dtype)", "weights")
-        scope.line(f"{names['acc']} = {names['acc']} * {decay} + {self._dot(weights, v)}")
-        scope.line(f"{names['top']} = {top}")
+
+        def multiply(p: str) -> str:
+            address = self._address(self.v, (BATCH, GROUP, KEY, COLUMN), {KEY: column, COLUMN: e})
+            v = self._cached(scope, address, v_mask, "v")
+            weights = (
+                p if self.dtype in (DType.f32, DType.f64) else scope.bind(f"{p}.to({v}.dtype)", "weights")
+            )
+            return self._dot(weights, v)
+
+        step(scope, scores=scores, seen=seen, multiply=multiply)
         base.close(scope)
 
     def _cached(self, scope: Scope, address: str, mask: str, hint: str) -> str:
@@ -251,12 +286,12 @@ class _Attention:
         )
         return f"tl.dot({a}, {b}{more})"
 
-    def _store(self, names: dict[str, str]) -> None:
+    def _store(self, sums: Sums) -> None:
         """Store the result, or the partial one, through the views that follow the op."""
         base, sizes = self.base, self.sizes
-        results: tuple[str, ...] = (names["acc"], names["top"], names["total"])
+        results: tuple[str, ...] = (sums.acc, sums.top, sums.total)
         if not sizes.splits:
-            results = (base.bind(f"{names['acc']} / tl.maximum({names['total']}, 1.0e-30)", "result"),)
+            results = (base.bind(f"{sums.acc} / tl.maximum({sums.total}, 1.0e-30)", "result"),)
         e, e_ok = self._depth(self.block_v, sizes.depth_v, "[None, :]", "e")
         blocks = {ROW: self.rows, COLUMN: Block(e, e_ok, base, Integer(sizes.depth_v))}
         blocks |= {s: Block(t, "", base, Integer(2**31)) for s, t in self.names.items()}

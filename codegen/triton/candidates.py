@@ -159,13 +159,20 @@ def _attention_tiles(work: AttentionWork) -> Iterator[Tile]:
     if work.itemsize > 2:
         block_m = min(64, max(16, rows))
         for block_n, warps in ((16 if block_m > 16 else 32, 4), (16, 8)):
-            yield Tile(block_m, block_n, num_warps=warps, num_stages=2)
+            yield from _softmaxes(Tile(block_m, block_n, num_warps=warps, num_stages=2))
         return
     heights = [n for n in (16, 32, 64, 128) if n <= max(16, rows) and (n >= 64 or n >= min(rows, 64))]
     for block_m, block_n, stages in product(heights, (32, 64, 128), (2, 3)):
         if wide and block_n > 32:
             continue
-        yield Tile(block_m, block_n, num_warps=8 if block_m >= 128 else 4, num_stages=stages)
+        warps = 8 if block_m >= 128 else 4
+        yield from _softmaxes(Tile(block_m, block_n, num_warps=warps, num_stages=stages))
+
+
+def _softmaxes(tile: Tile) -> Iterator[Tile]:
+    """Both ways to keep a softmax, the one that always holds first. The other has its second walk's registers too."""
+    yield tile
+    yield replace(tile, agreed=True, max_registers=255)
 
 
 def _stream_tiles(work: StreamWork) -> Iterator[Tile]:

@@ -26,6 +26,8 @@ class Tile:
     """Whether a product's factors that are plain matrices are copied by TMA (see ``descriptors``)."""
     persistent: int = 0
     """Programs that walk all tiles of the kernel between them; 0 for a program per tile."""
+    agreed: bool = False
+    """Whether an attention's weights are relative to a maximum that is agreed on beforehand (see ``softmax``)."""
     dependent: bool = False
     """Whether the kernel may start before its predecessor has ended (see ``dependence``)."""
 

@@ -55,8 +55,10 @@ ATTENTIONS = st.builds(
     depth=st.sampled_from([32, 128, 256, 512]),
     itemsize=st.sampled_from([2, 4]),
     stored_bytes=st.just(4),
+    cache_itemsize=st.just(1),
     causal=st.booleans(),
-)
+).flatmap(lambda work: st.sampled_from([replace(work, cache_itemsize=n) for n in (1, work.itemsize)]))
+"""Keys and values as they are multiplied, and in bytes."""
 STREAMS = st.builds(
     StreamWork,
     points=st.sampled_from([1, 100, 4096, 10**7]),

@@ -96,3 +96,23 @@ def test_walked_tiles_match_reference(name: str, interpret: Callable[[str], list
     """Few programs that walk many tiles, in groups of two or four rows of tiles; and more programs than tiles."""
     for fields in ("persistent=3 group=2", "persistent=7 group=4 transposed=1", "persistent=128"):
         assert interpret(f"{name} {SMALL} descriptors=1 {fields}") == []
+
+
+ATTENTIONS = [n for n in CASES if n.startswith(("attention", "narrow_cache")) and "f64" not in n]
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_agreed_softmax_matches_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
+    """Weights relative to 0: masked rows, sinks, windows, parts of the context; scores that call for a second walk."""
+    assert interpret(f"{name} block_m=16 block_n=16 agreed=1") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "holds"),
+    [(n, "usual" in n or "sinks" in n) for n in ATTENTIONS if "hostile" in n or "sinks-f32" in n],
+)
+def test_agreed_softmax_walks_again_where_it_must(
+    name: str, holds: bool, interpret: Callable[[str], list[str]]
+) -> None:
+    """Usual scores need one walk; without the second one, huge and strongly negative scores give something else."""
+    assert (interpret(f"{name} block_m=16 block_n=16 agreed=1 never_again=1") == []) == holds

@@ -105,6 +105,13 @@ def test_kernels_overlap_their_predecessors_on_hopper(name: str) -> None:
     assert "griddepcontrol" not in _compile(name, 90, {"dependent": 0}).ptx
 
 
+@pytest.mark.parametrize("name", ["attention-bf16", "attention_split-bf16", "attention_sinks-bf16-1"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_agreed_softmax_compiles(name: str, arch: int) -> None:
+    """Its second walk, in a branch, costs no spills."""
+    assert _compile(name, arch, {"agreed": 1, "max_registers": 255}).fits
+
+
 def test_limits() -> None:
     assert not Resources("k", 80, 255, 8, 0).fits
     assert not Resources("k", 80, 255, 0, SHARED_LIMIT[80] + 1).fits

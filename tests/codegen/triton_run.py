@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,16 @@ def _buffer(value: Value, content: Tensor | None, case: Case, device: str) -> Te
 
 
 def run(
-    case: Case, interpret: bool, device: str, path: Path, tuned: Mapping[str, int] | None = None
+    case: Case,
+    interpret: bool,
+    device: str,
+    path: Path,
+    tuned: Mapping[str, int] | None = None,
+    edit: Callable[[str], str] = str,
 ) -> tuple[Tensor, ...]:
-    """The kernel's results at their logical shapes."""
+    """The kernel's results at their logical shapes; ``edit`` changes its text first."""
     _, text = source_of(case, interpret, tuned, gpu(torch.device(device)))
-    module = load(text, path)
+    module = load(edit(text), path)
     inputs, past = case.inputs(), case.past()
     slots = {op.result: op.attr("slot") for op in case.kernel.body if op.opcode == "append"}
     reads = [_buffer(v, inputs[v.name], case, device) for v in case.kernel.operands]
@@ -72,11 +77,16 @@ def run(
 
 
 def errors(
-    name: str, interpret: bool, device: str, path: Path, tuned: Mapping[str, int] | None = None
+    name: str,
+    interpret: bool,
+    device: str,
+    path: Path,
+    tuned: Mapping[str, int] | None = None,
+    edit: Callable[[str], str] = str,
 ) -> list[str]:
     """What is wrong with a case's results: nothing when each is as close to float64 as the reference is."""
     case = CASES[name]()
-    found = run(case, interpret, device, path, tuned)
+    found = run(case, interpret, device, path, tuned, edit)
     wrong = [_differences(case, module, found) for module in case.meanings()]
     return [] if not all(wrong) else wrong[0]
 
