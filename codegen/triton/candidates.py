@@ -165,7 +165,8 @@ def _attention_tiles(work: AttentionWork) -> Iterator[Tile]:
     for block_m, block_n, stages in product(heights, (32, 64, 128), (2, 3)):
         if wide and block_n > 32:
             continue
-        warps = 8 if block_m >= 128 else 4
+        # Keys and values that are converted in registers need more threads to hold them.
+        warps = 8 if block_m >= 128 or (wide and work.cache_itemsize < work.itemsize) else 4
         yield from _softmaxes(Tile(block_m, block_n, num_warps=warps, num_stages=stages))
 
 
