@@ -165,9 +165,10 @@ def _attention_tiles(work: AttentionWork) -> Iterator[Tile]:
     for block_m, block_n, stages in product(heights, (32, 64, 128), (2, 3)):
         if wide and block_n > 32:
             continue
-        # Keys and values that are converted in registers need more threads to hold them.
-        warps = 8 if block_m >= 128 or (wide and work.cache_itemsize < work.itemsize) else 4
-        yield from _softmaxes(Tile(block_m, block_n, num_warps=warps, num_stages=stages))
+        # Keys and values that are converted in registers may need more threads to hold them.
+        converted = work.cache_itemsize < work.itemsize
+        for warps in (4, 8) if converted else (8,) if block_m >= 128 else (4,):
+            yield from _softmaxes(Tile(block_m, block_n, num_warps=warps, num_stages=stages))
 
 
 def _softmaxes(tile: Tile) -> Iterator[Tile]:
