@@ -7,6 +7,9 @@ ordinary ops, so it fuses like any other code:
 
     weight = exp(top - max_p(top));  result = sum_p(weight * acc) / max(sum_p(weight * total), tiny)
 
+On a GPU of ``options.multiprocessors``, as many chunks are made as it takes to give each of them four; an attention
+with two pairs of batch row and KV head for each is left whole, as the merge would cost a launch for nothing.
+
 Sinks enter here, as a part without values; a mask and slopes act on the scores of each part. A row without a valid
 position has total 0 and gives 0. The parts are float32, so float64 attention stays whole.
 """
@@ -22,16 +25,31 @@ from .base import PassOptions, Rewriter
 
 
 def split_attention(module: Module, options: PassOptions) -> Module:
-    """Split each attention of a single query (S fixed at 1) into ``options.splits`` chunks; 0 leaves it whole."""
+    """Split each attention of a single query (S fixed at 1) into up to ``options.splits`` chunks; 0 leaves it whole."""
     if not options.splits or dict(options.fixed).get("S") != 1:
         return module
-    return module.with_functions(_function(f, options.splits) for f in module.functions)
+    return module.with_functions(_function(f, options) for f in module.functions)
 
 
-def _function(function: Function, splits: int) -> Function:
+def chunks(pairs: int, most: int, multiprocessors: int) -> int:
+    """Chunks of the context for so many pairs of batch row and KV head; 0 leaves it whole. ``most`` where the size of
+    the machine (0) is not known."""
+    if not multiprocessors:
+        return most
+    if pairs >= 2 * multiprocessors:
+        return 0
+    return min(most, 1 << (-(-4 * multiprocessors // pairs) - 1).bit_length())
+
+
+def _function(function: Function, options: PassOptions) -> Function:
     rewriter = Rewriter(function)
     for op in rewriter:
+        splits = 0
         if op.opcode == "attention" and not op.attr("slot") and op.result.dtype is not DType.f64:
+            pairs = op.operands[1].shape[0] * op.operands[1].shape[1]
+            known = options.multiprocessors if pairs.is_Integer else 0
+            splits = chunks(int(pairs) if known else 1, options.splits, known)
+        if splits:
             rewriter.replace(op.result, _split(rewriter, op, splits))
         else:
             rewriter.keep(op)

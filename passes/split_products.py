@@ -24,7 +24,7 @@ from tilewright.ir.types import DType, TensorType, Value
 
 from .base import PassOptions, Rewriter
 
-FEWEST_ROWS, TILE, SHORTEST = 32, 64, 2560
+FEWEST_ROWS, TILE, SHORTEST = 32, 64, 2688
 """Rows of the batch from which it pays; columns of a tile; columns of K that a part has at least."""
 
 

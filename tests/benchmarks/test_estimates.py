@@ -74,3 +74,16 @@ def test_unknown_names_are_refused() -> None:
     code, text = run(estimates.main, "--device", "h200x")
     assert code != 0
     assert "h200x" in text
+
+
+@pytest.mark.parametrize("name", ["llama2-13b", "opt-6.7b"])
+def test_a_layer_has_few_kernels(name: str) -> None:
+    """Six at most in a decode step, whatever is split to fill the GPU, and eight in a prompt."""
+    counts = {
+        p.name: sum(step.name.startswith("layer") for step in p.kernels())
+        for p in estimates.plans(name, "bf16", [1, 4, 16, 32, 64], 1024, layers=1)
+    }
+    prompt = counts.pop("prefill")
+    assert len(counts) == 5
+    assert max(counts.values()) <= 6, counts
+    assert 1 < prompt <= 8
