@@ -78,7 +78,7 @@ def main(
         str,
         typer.Option(
             help=f"{', '.join(SHORT_NAMES)}, separated by commas; torch.compile takes long. A point that lacks one of "
-            "them is measured anew, with these alone."
+            "them is measured anew, with these and those that it has."
         ),
     ] = ",".join(SHORT_NAMES),
     repeats: Annotated[int, typer.Option(min=1, help="Samples of each system per point.")] = 3,
@@ -146,7 +146,7 @@ class _Run:
         ]
         if not missing or self._late():
             return
-        with self._built(name) as systems:
+        with self._built(name, self._wanted(name, missing)) as systems:
             for batch, context in missing:
                 if self._late():
                     notes.print("[yellow]out of time[/yellow]; run again to go on", highlight=False)
@@ -154,6 +154,12 @@ class _Run:
                 able = {n: build(batch) for n, build in systems.items()}
                 self.chart = self.chart.with_point(self._point(name, batch, context, able))
                 stored.save(self.chart, self.file)
+
+    def _wanted(self, name: str, missing: Sequence[tuple[int, int]]) -> list[str]:
+        """The systems that were asked for, and those of points to be measured anew: ratios are of one run."""
+        points = [self.chart.point(name, *key) for key in missing]
+        there = {s for s in chart_results.SYSTEMS for p in points if p is not None and p.decode.of(s)}
+        return [s for s in chart_results.SYSTEMS if s in there or s in self.systems]
 
     def _lacks(self, name: str, batch: int, context: int) -> bool:
         point = self.chart.point(name, batch, context)
@@ -168,12 +174,12 @@ class _Run:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     @contextmanager
-    def _built(self, name: str) -> Iterator[dict[str, Callable[[int], System]]]:
+    def _built(self, name: str, wanted: Sequence[str]) -> Iterator[dict[str, Callable[[int], System]]]:
         """Each system of a model, as a function of the batch; freed at the end of the block."""
         with Progress().step(f"Making {name}"):
             source = with_random_values(name, self.device, self.plan.positions)
         makers: dict[str, Callable[[int], System]] = {}
-        for system in self.systems:
+        for system in wanted:
             try:
                 makers[system] = self._maker(source, system)
             except (TilewrightError, torch.OutOfMemoryError) as error:

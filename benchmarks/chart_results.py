@@ -103,9 +103,14 @@ def _measure(row: dict[str, Any]) -> Measure:
 
 def newest(scale: str, device: str, folder: Path = stored.FOLDER) -> tuple[Path, Chart] | None:
     """The latest chart of a device at a scale, and its file; None when there is none."""
-    found = [
-        (file, chart)
-        for file, chart in stored.all_of(Chart, folder)
-        if chart.scale == scale and chart.machine["device"] == device
-    ]
-    return max(found, key=lambda pair: pair[1].date, default=None)
+    found = (pair for pair in latest(scale, folder) if pair[1].machine["device"] == device)
+    return next(found, None)
+
+
+def latest(scale: str, folder: Path = stored.FOLDER) -> list[tuple[Path, Chart]]:
+    """The latest chart of each device at a scale, and its file, by the device's name."""
+    found: dict[str, tuple[Path, Chart]] = {}
+    for file, chart in sorted(stored.all_of(Chart, folder), key=lambda pair: pair[1].date):
+        if chart.scale == scale:
+            found[chart.machine["device"]] = (file, chart)
+    return [found[device] for device in sorted(found)]

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def versions(*extras: str) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": version("transformers"),
     } | {name: version(name) for name in extras}
+    if find_spec("triton") is not None:
+        found["triton"] = version("triton")
     commit = _commit()
     return found | ({"commit": commit} if commit else {})
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import quality_results, results, stored, tables
+from benchmarks import chart_results, chart_tables, quality_results, results, stored, tables
+from benchmarks.chart_results import Chart
 from benchmarks.quality_results import QualityResults
 from benchmarks.results import LLAMA_CPP, Results
 
@@ -25,6 +26,7 @@ def current(folder: Path = stored.FOLDER) -> str:
         parts.append(speed(found[1], found[0].with_suffix(".svg")))
     if quality := quality_results.newest(folder):
         parts.append(closeness(quality[1]))
+    parts += [paper(chart, file.with_suffix(".svg")) for file, chart in chart_results.latest("paper", folder)]
     return "\n\n".join(parts) or NOTHING
 
 
@@ -59,6 +61,18 @@ def closeness(found: QualityResults) -> str:
             "embedding table in Q8_0, int4 has it in eight bits as well."
         )
     parts.append(note)
+    return "\n\n".join(parts)
+
+
+def paper(found: Chart, picture: Path) -> str:
+    """The chart of one device: its picture, if it is there, its tables, and what they were measured with."""
+    parts = [f"![Speedup over Hugging Face eager]({_link(picture)})"] if picture.exists() else []
+    parts += [rows.markdown() for rows in chart_tables.tables(found)]
+    named = ("torch", "transformers", "triton")
+    versions = ", ".join(f"{name} {found.versions[name]}" for name in named if name in found.versions)
+    parts.append(
+        f"{found.machine['device']}; random weights; {versions}; {found.date[:10]}; `{found.command}`."
+    )
     return "\n\n".join(parts)
 
 

@@ -12,7 +12,7 @@ import torch
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-from benchmarks import chart, chart_picture, chart_results, compare, gpu_check, peers, stored
+from benchmarks import chart, chart_picture, chart_results, compare, gpu_check, peers, readme, stored
 from benchmarks.chart_results import FORMS, Chart, Point
 from benchmarks.compare import changes
 from benchmarks.gpu_check import GpuCheck
@@ -76,6 +76,47 @@ def test_a_chart_is_drawn(tmp_path: Path) -> None:
             made(point(), point(batch=2), point("tiny-opt")), tmp_path / "d.svg"
         ).read_text()
     )
+
+
+def test_a_chart_becomes_tables(tmp_path: Path) -> None:
+    """Rates, speedup and share of each point in order; what was not measured is no row or a dash."""
+    whole = point(batch=2)
+    first = Measure("first_token", "bf16", 16, 1, PROBE, (Series(EAGER, (0.004,)), Series(BF16, (0.002,))))
+    one = replace(point(), first_token=first, peak_bytes={EAGER: 4 << 20, BF16: 3 << 20})
+    chart = replace(made(whole, one, point("tiny-opt")), scale="paper")
+    stored.save(chart, tmp_path / "some-gpu" / "c.json")
+    stored.save(replace(chart, scale="tiny", date="2027"), tmp_path / "some-gpu" / "later.json")
+    lines = readme.current(tmp_path).splitlines()
+    rates = [line for line in lines if "<br>" in line]
+    assert rates == [
+        "| tiny-llama, batch 1, context 16 | 2.50 | 10.0<br>4.00×<br>25% |",
+        "| tiny-llama, batch 2, context 16 | 5.00 | 20.0<br>4.00×<br>25% |",
+        "| tiny-opt, batch 1, context 16 | 2.50 | 10.0<br>4.00×<br>25% |",
+    ]
+    assert "| tiny-llama, batch 1, context 16 | 4.00 | 2.00 |" in lines
+    assert "| tiny-llama, batch 1, context 16 | 4.00 MiB | 3.00 MiB | 4.00 KiB |" in lines
+    assert any(line.startswith("Some GPU; random weights; torch ") and "2026-01-02" in line for line in lines)
+
+
+def test_a_point_is_measured_anew_with_all_that_it_has(tmp_path: Path) -> None:
+    """One more system does not take the others away, nor mix two runs in a ratio."""
+    file = tmp_path / "chart.json"
+    common = (
+        "--scale",
+        "tiny",
+        "--models",
+        "tiny-llama",
+        "--device",
+        "cpu",
+        "--repeats",
+        "1",
+        "--output",
+        str(file),
+    )
+    assert run(chart.main, *common, "--systems", "eager").exit_code == 0
+    assert run(chart.main, *common, "--systems", "int8").exit_code == 0
+    for found in stored.from_json(Chart, file.read_text()).points:
+        assert [s.system for s in found.decode.series] == [EAGER, f"{OURS} int8"]
 
 
 def test_a_run_adds_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
