@@ -193,9 +193,11 @@ class _Check:
             build = {**BUILDERS, **TINY}[self.plan.model]
             with self.device:
                 self.source = build(self.plan.layers, 0).to(torch.bfloat16).eval()
+        start = time.monotonic()
         fast = tw.compile(
             self.source, batch_sizes=self.plan.batch_sizes, max_length=self.plan.max_length, autotune=autotune
         )
+        taken = f"compiled in {time.monotonic() - start:.1f} s"
         engine = fast._tilewright.engine
         for executor in (*engine.decode_executors.values(), engine.prefill_executor):
             trial = Trial.of(executor.program, engine.spec)
@@ -224,7 +226,7 @@ class _Check:
                         peer,
                     )
                 )
-        return "; ".join(fast.report().notes) or "done"
+        return "; ".join((taken, *fast.report().notes))
 
     def chart(self, output: Path | None) -> str:
         """Some points of the chart, in a process of their own."""
