@@ -172,6 +172,7 @@ def test_a_recording_that_runs_out_of_memory_is_done_without(
         raise FULL
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "current")
     monkeypatch.setattr(torch.cuda, where, full)
     with pytest.warns(UserWarning, match=r"kernel by kernel: no CUDA graph, CUDA out of memory"):
         assert cuda_graph.record(lambda: None, CUDA) is None
