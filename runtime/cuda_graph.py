@@ -6,9 +6,11 @@ A graph holds addresses and launch arguments as they were. The kernels of a deco
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -30,29 +32,69 @@ def record(
     """A function that replays ``launches``; None where they cannot be recorded, with a warning that says ``otherwise``.
 
     Recording runs nothing. Whatever ``launches`` needs (compiled kernels, loaded modules) must be ready, so run it once
-    before. What it allocates belongs to the recording. Numbers that it draws from the default generator are drawn anew
-    by each replay, which moves the generator on as the launches would.
+    before. What it allocates must be free again at its end, and makes replays belong to the caller's stream. Numbers
+    that it draws from the default generator are drawn anew by each replay, which moves the generator on as the launches
+    would.
     """
     from triton.errors import TritonError
 
-    graph: torch.cuda.CUDAGraph | None = None
     try:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with alone, torch.inference_mode(False), torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        with alone:
+            place = _places.get(current) or _Place(device)
+            _places[current] = place
+            place.stream.wait_stream(current)
+            with _captured(graph, place.stream, place.keeper.pool()):
                 launches()
-            finally:
-                graph.capture_end()
     except (RuntimeError, TritonError) as error:
-        if graph is not None:
-            _failed.append(graph)
+        _places.clear()  # a pool may have been left in the middle of something
         _release_generator(device)
         warnings.warn(f"{otherwise}: no CUDA graph, {error}", stacklevel=2)
         return None
-    torch.cuda.current_stream(device).wait_stream(stream)
+    current.wait_stream(place.stream)
     return partial(_replay, graph)
+
+
+class _Place:
+    """Where recordings that one stream replays are made: on a stream, and in memory, that they share.
+
+    Replays on one stream come one after the other, and none needs what another one has allocated. With a pool to each
+    recording a process would fill its GPU with pools of recordings that are gone, as PyTorch's allocator frees them
+    only when nothing else is left.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # The allocator uses a block again only on the stream it was made for; a pool ends with its last graph.
+        self.stream, self.keeper = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+        with _captured(self.keeper, self.stream):
+            torch.zeros(1, device=device)
+
+
+_places: dict[torch.cuda.Stream, _Place] = {}
+"""By the stream that replays."""
+
+
+@contextmanager
+def _captured(
+    graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: torch.cuda._POOL_HANDLE | None = None
+) -> Iterator[None]:
+    """Record what the block launches on ``stream`` as ``graph``. No garbage is collected meanwhile: what is freed may
+    call CUDA, to unload a kernel for example, and so break the recording off."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.inference_mode(False), torch.cuda.stream(stream):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                yield
+            finally:
+                graph.capture_end()
+    except BaseException:
+        _failed.append(graph)
+        raise
+    finally:
+        if collects:
+            gc.enable()
 
 
 def is_recording() -> bool:

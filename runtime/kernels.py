@@ -26,9 +26,15 @@ KernelBuildError when there is none left."""
 # What CUDA says at every call after one that broke the context, and when its memory is full. No tile changes that.
 _OF_ANOTHER = (
     "illegal memory access",
+    "illegal instruction",
     "misaligned address",
+    "invalid program counter",
+    "hardware stack error",
+    "not supported on global/shared address space",
     "unspecified launch failure",
+    "launch timed out",
     "device-side assert",
+    "uncorrectable ECC error",
 )
 _FULL = "out of memory"
 

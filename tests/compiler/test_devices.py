@@ -41,7 +41,7 @@ def test_an_old_gpu_is_refused_by_name(arch: int, fits: bool, monkeypatch: pytes
     with pytest.raises(DeviceError, match=rf"Tesla T4 of compute capability {arch / 10}.*needs 8.0"):
         require_device(CUDA)
     with pytest.raises(DeviceError, match=r"backend='cpp'"):
-        check_options(torch.nn.Linear(2, 2), (1,), None, None, "off", "triton", None)
+        check_options(torch.nn.Linear(2, 2), (1,), None, None, None, "off", "triton", None)
 
 
 def facts(free: int) -> Any:
@@ -172,6 +172,7 @@ def test_a_recording_that_runs_out_of_memory_is_done_without(
         raise FULL
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "current")
     monkeypatch.setattr(torch.cuda, where, full)
     with pytest.warns(UserWarning, match=r"kernel by kernel: no CUDA graph, CUDA out of memory"):
         assert cuda_graph.record(lambda: None, CUDA) is None

@@ -76,6 +76,9 @@ def test_when_none_is_left_the_call_fails(tmp_path: Path) -> None:
         "__import__('torch').OutOfMemoryError('CUDA out of memory')",
         "RuntimeError('Triton Error [CUDA]: out of memory')",
         "RuntimeError('Triton Error [CUDA]: an illegal memory access was encountered')",
+        "RuntimeError('Triton Error [CUDA]: an illegal instruction was encountered')",
+        "RuntimeError('Triton Error [CUDA]: the launch timed out and was terminated')",
+        "RuntimeError('Triton Error [CUDA]: uncorrectable ECC error encountered')",
         "KeyboardInterrupt()",
     ],
 )
