@@ -18,7 +18,7 @@ import sympy
 import torch
 import torch.utils._pytree as pytree
 import transformers
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from transformers import PreTrainedModel
@@ -39,16 +39,16 @@ _MAX_LENGTH = 1 << 20  # where the config states no limit
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """One exported graph.
+    """One exported graph, or one of AOT autograd, which is functional already.
 
     ``inputs`` pairs each input placeholder with its logical name; ``tensors`` maps each parameter, buffer or constant
-    placeholder to a tensor name, relative to the layer for layer graphs and absolute for the outer graph;
+    to a tensor name, relative to the layer for layer graphs and absolute for the outer graph;
     ``literals`` holds those tensors that the code itself spells out; ``symbols`` maps the size symbols of the export to
     our names.
     """
 
     name: str
-    exported: ExportedProgram
+    exported: ExportedProgram | fx.GraphModule
     inputs: tuple[tuple[str, str], ...]
     tensors: Mapping[str, str]
     literals: Mapping[str, Tensor]

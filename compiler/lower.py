@@ -24,7 +24,13 @@ from tilewright.ir.ops import Builder
 from tilewright.ir.types import DType, TensorType, Value
 from tilewright.ir.verify import verify_module
 
-from . import aten_rules_matmul, aten_rules_pointwise, aten_rules_reduce, aten_rules_view  # noqa: F401 (fill RULES)
+from . import (  # noqa: F401 (fill RULES)
+    aten_rules_functional,
+    aten_rules_matmul,
+    aten_rules_pointwise,
+    aten_rules_reduce,
+    aten_rules_view,
+)
 from .aten_rules import RULES, Context
 from .capture import Captured, CapturedGraph, LayerCall
 from .capture_ops import ATTENTION, LAYER
@@ -66,8 +72,7 @@ class _FunctionLowering:
         return Function(self.graph.name, tuple(self.builder.params), tuple(self.builder.ops), self.returns)
 
     def run(self) -> None:
-        exported = _without_mutation(self.graph)
-        nodes = list(exported.graph.nodes)
+        nodes = list(_without_mutation(self.graph).nodes)
         live = _live(nodes)
         self._declare_inputs(nodes, live)
         shared: dict[str, Value] = {}
@@ -75,7 +80,7 @@ class _FunctionLowering:
             if node not in live or node.name in self.values:
                 continue
             self.builder.loc = _loc(node)
-            if node.op == "placeholder":
+            if node.op in ("placeholder", "get_attr"):
                 self._tensor(node, shared)
             elif node.op == "call_function":
                 self._located(node)
@@ -157,8 +162,7 @@ class _FunctionLowering:
             context.slot = self._slot(causal=args[-1])
             result: Any = aten_rules_matmul.opaque_attention(context, *args)
         else:
-            namespace, _, name = str(node.target).partition(".")
-            found = RULES.get(name) if namespace == "aten" else None
+            found = RULES.get(str(node.target).removeprefix("aten."))
             result = found(context, *args, **kwargs) if found else None
         if result is None:
             result = self._torch_call(str(node.target), args, kwargs, outs)
@@ -275,9 +279,11 @@ def _check_types(result: Value | tuple[Value, ...], outs: tuple[TensorType, ...]
             raise LoweringError(f"the rule gives {value.type}, PyTorch {out}")
 
 
-def _without_mutation(graph: CapturedGraph) -> torch.export.ExportedProgram:
-    """The exported program in functional form. Only graphs that write in place pay for the conversion."""
+def _without_mutation(graph: CapturedGraph) -> fx.Graph:
+    """The graph in functional form. Only exported graphs that write in place pay for the conversion."""
     exported = graph.exported
+    if isinstance(exported, fx.GraphModule):
+        return exported.graph
     targets = (node.target for node in exported.graph.nodes if node.op == "call_function")
     schemas = (t._schema for t in targets if isinstance(t, torch._ops.OpOverload))
     if any(s.is_mutable and s.name != "aten::detach_" for s in schemas):
@@ -288,7 +294,7 @@ def _without_mutation(graph: CapturedGraph) -> torch.export.ExportedProgram:
             f"{graph.name} writes to {', '.join(sorted(mutated.values()))} in its forward; only pure functions of the "
             "inputs can be compiled: compute a new tensor instead"
         )
-    return exported
+    return exported.graph
 
 
 def _live(nodes: Iterable[fx.Node]) -> set[fx.Node]:
