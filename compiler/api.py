@@ -34,11 +34,10 @@ from .capture import Captured, capture
 from .choices import choice_key, remember, remembered
 from .costs import eager_peak
 from .dump import Dump
-from .estimates import estimates, gpu
 from .interface import index_bounds, require_decoder
 from .lower import lower
 from .options import Options, check_options
-from .phases import Phase, phases_of, quantized_phases, report_dims, rival_phases, without_losers
+from .phases import Phase, phase_report, phases_of, quantized_phases, report_dims, rival_phases, without_losers
 from .progress import SILENT, Advance, Progress
 from .report import Fallback, Memory, PhaseReport, Report
 from .trials import Trial
@@ -335,11 +334,7 @@ class _Compilation:
 
     def _phase_report(self, program: Program) -> PhaseReport:
         dims = report_dims(program, self.options)
-        if self.options.backend != "triton":
-            return PhaseReport.of(program, dims)
-        device = gpu(self.options.device)
-        found = estimates(program, dims, device, self.tunables.get(program.name, {}))
-        return PhaseReport.of(program, dims, device.name, found)
+        return phase_report(program, dims, self.options, self.tunables.get(program.name, {}))
 
 
 def _compiled(
