@@ -13,7 +13,7 @@ from tilewright.ir.ops import broadcast
 from tilewright.ir.types import DType, Value
 
 from .aten_rules import Context, Number, Result, rule
-from .aten_rules_reduce import softmax
+from .aten_rules_reduce import safe_softmax, softmax
 
 
 def _matmul(ctx: Context, a: Value, b: Value) -> Value:
@@ -128,7 +128,8 @@ def _spelled_out_attention(
     ctx: Context, q: Value, k: Value, v: Value, mask: Value | None, scale: float, causal: bool
 ) -> Value:
     """Any rank, any mask: matmul, mask, softmax, matmul; scores in float32 for half types."""
-    weights = softmax(ctx, attention_scores(ctx, q, k, mask, scale, causal), -1)
+    scores = attention_scores(ctx, q, k, mask, scale, causal)
+    weights = softmax(ctx, scores, -1) if mask is None else safe_softmax(ctx, scores, -1)
     v = _repeat_heads(ctx, v, q)
     return ctx.cast(_matmul(ctx, weights, ctx.transposed(ctx.cast(v, weights.dtype))), q.dtype)
 

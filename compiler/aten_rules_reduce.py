@@ -137,6 +137,20 @@ def softmax(ctx: Context, x: Value, dim: int) -> Value:
     return ctx.apply("div", e, ctx.reduce("sum", e, axes, True))
 
 
+def safe_softmax(ctx: Context, x: Value, dim: int) -> Value:
+    """Softmax that gives zeros where a whole row is minus infinity, as rows of masked scores may be."""
+    axes = [axis(dim, x.type.rank)]
+    top = ctx.apply("maximum", ctx.reduce("max", x, axes, True), torch.finfo(x.dtype.torch).min)
+    e = ctx.apply("exp", ctx.apply("sub", x, top))
+    total = ctx.reduce("sum", e, axes, True)
+    return ctx.apply("div", e, ctx.apply("where", ctx.apply("eq", total, 0), 1, total, dtype=x.dtype))
+
+
+@rule("_safe_softmax.default")
+def _safe_softmax(ctx: Context, x: Value, dim: int, dtype: Any = None) -> Result:
+    return ctx.cast(safe_softmax(ctx, ctx.cast(x, ctx.wide(ctx.out.dtype)), dim), ctx.out.dtype)
+
+
 @rule("softmax.int", "_softmax.default")
 def _softmax(ctx: Context, x: Value, dim: int, dtype: Any = None) -> Result:
     return ctx.cast(softmax(ctx, ctx.cast(x, ctx.wide(ctx.out.dtype)), dim), ctx.out.dtype)

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tilewright.ir.errors import CaptureError, LoweringError, VerifyError
 
@@ -74,7 +75,8 @@ _made: list[weakref.ref[CompiledGraph | TorchGraph]] = []
 def _compiled(functional: fx.GraphModule, chosen: GraphOptions) -> CompiledGraph | TorchGraph:
     name = f"graph{next(_numbers)}"
     try:
-        result: CompiledGraph | TorchGraph = CompiledGraph(functional, chosen, name)
+        with _disable_current_modes():  # constants are looked at, and kernels are timed on tensors that are real
+            result: CompiledGraph | TorchGraph = CompiledGraph(functional, chosen, name)
     except (LoweringError, VerifyError) as error:
         result = TorchGraph(functional, name, f"PyTorch runs this graph: {error}")
         warnings.warn(result.report.notes[0], stacklevel=2)

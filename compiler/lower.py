@@ -31,7 +31,7 @@ from . import (  # noqa: F401 (fill RULES)
     aten_rules_reduce,
     aten_rules_view,
 )
-from .aten_rules import RULES, Context
+from .aten_rules import RULES, Context, Result, Rule
 from .capture import Captured, CapturedGraph, LayerCall
 from .capture_ops import ATTENTION, LAYER
 
@@ -81,7 +81,8 @@ class _FunctionLowering:
                 continue
             self.builder.loc = _loc(node)
             if node.op in ("placeholder", "get_attr"):
-                self._tensor(node, shared)
+                if isinstance(node.meta.get("val"), Tensor):  # sizes are resolved where they are used
+                    self._tensor(node, shared)
             elif node.op == "call_function":
                 self._located(node)
             elif node.op == "output":
@@ -163,7 +164,7 @@ class _FunctionLowering:
             result: Any = aten_rules_matmul.opaque_attention(context, *args)
         else:
             found = RULES.get(str(node.target).removeprefix("aten."))
-            result = found(context, *args, **kwargs) if found else None
+            result = _attempt(found, context, args, kwargs) if found else None
         if result is None:
             result = self._torch_call(str(node.target), args, kwargs, outs)
             result = result if isinstance(meta, tuple | list) else result[0]
@@ -266,6 +267,14 @@ _FUNCTIONS: dict[str, Any] = {
     "Add": sympy.Add, "Mul": sympy.Mul, "Pow": sympy.Pow, "Max": sympy.Max, "Min": sympy.Min,
     "FloorDiv": FloorDiv, "CleanDiv": FloorDiv, "Mod": Mod, "PythonMod": Mod,
 }  # fmt: skip
+
+
+def _attempt(rule: Rule, context: Context, args: Any, kwargs: Any) -> Result:
+    """What a rule gives; None too where the IR refuses the operands, as for sizes that are equal at run time only."""
+    try:
+        return rule(context, *args, **kwargs)
+    except (VerifyError, ParseError):
+        return None
 
 
 def _check_types(result: Value | tuple[Value, ...], outs: tuple[TensorType, ...]) -> None:
