@@ -40,6 +40,7 @@ from .options import Options, check_options
 from .phases import Phase, phase_report, phases_of, quantized_phases, report_dims, rival_phases, without_losers
 from .progress import SILENT, Advance, Progress
 from .report import Fallback, Memory, PhaseReport, Report
+from .shown_outputs import ShownOutputs, split_outputs
 from .trials import Trial
 from .tune import best, measure
 from .tune_kernels import KernelTuner, changes_of
@@ -113,6 +114,9 @@ class _Compilation:
         dump = Dump(self.options.dump)
         with self._stage("capture"):
             captured = capture(self.model, example_inputs)
+            shown = None
+            if captured.kind == "module":
+                captured, shown = split_outputs(captured)
         with self._stage("lower"):
             lowered = lower(captured)
             if captured.kind == "decoder":
@@ -160,7 +164,7 @@ class _Compilation:
         report = self._report(captured, lowered, programs, bound, built)
         dump.report(report)
         engine = self._engine(captured, programs, built)
-        return attach(self.model, _compiled(captured, engine, report, self.stages))
+        return attach(self.model, _compiled(captured, shown, engine, report, self.stages))
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -338,7 +342,11 @@ class _Compilation:
 
 
 def _compiled(
-    captured: Captured, engine: Engine, report: Report, stages: dict[str, Callable[[], str]]
+    captured: Captured,
+    shown: ShownOutputs | None,
+    engine: Engine,
+    report: Report,
+    stages: dict[str, Callable[[], str]],
 ) -> Compiled:
     return Compiled(
         engine=engine,
@@ -347,5 +355,7 @@ def _compiled(
         output_class=captured.output_class,
         output_spec=captured.output_spec,
         output_constants=captured.output_constants,
+        shown=shown,
+        tensors={} if shown is None else captured.tensors,
         stages=stages,
     )

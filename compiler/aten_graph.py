@@ -1,19 +1,10 @@
-"""A functional ATen graph, as AOT autograd gives it, in two parts: what has to be computed, and what shows it.
-
-    %y = add(%x, 1)                 compute: x -> y              (lowered, compiled)
-    %v = select(%y, 0, 0)     =>    finish:  x, n, y -> select(y, 0, 0), select(x, 0, 1), 2 * n
-    %w = select(%x, 0, 1)
-    return %v, %w, 2 * %n
-
-An output may be a view of an input or share memory with another output, and callers see that: they write into it. So
-the *roots*, what views lead back to, are computed, and PyTorch makes the views of them, which costs no kernel.
-"""
+"""One of AOT autograd's functional ATen graphs, read for lowering: its roots, sizes, layouts and device."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -23,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tilewright.ir.errors import LoweringError
 
 from .capture import Captured, CapturedGraph
+from .shown_outputs import computing, is_tensor, showing, walk
 
 
 @dataclass(frozen=True)
@@ -61,11 +53,13 @@ class AtenGraph:
     def of(module: fx.GraphModule) -> AtenGraph:
         """Split a functional graph. Raises LoweringError for one with tensors or sizes that the IR does not have."""
         placeholders = module.graph.find_nodes(op="placeholder")
-        roots, shown = _roots(module.graph)
+        outputs: Any = module.graph.output_node().args[0]
+        found = walk(outputs, ())
+        roots = [n for n in module.graph.nodes if n in found.roots]
         sizes, symbols, hints = _sizes(placeholders)
-        tensors = {n.name: number for number, n in enumerate(placeholders) if _is_tensor(n)}
+        tensors = {n.name: number for number, n in enumerate(placeholders) if is_tensor(n)}
         literals = {str(n.target): _literal(module, n) for n in module.graph.find_nodes(op="get_attr")}
-        compute = fx.GraphModule(module, _compute(module.graph, roots))
+        compute = fx.GraphModule(module, computing(module.graph, roots))
         main = CapturedGraph(
             name="main",
             exported=compute,
@@ -90,70 +84,13 @@ class AtenGraph:
         )
         return AtenGraph(
             captured=captured,
-            finish=fx.GraphModule(module, _finish(module.graph, roots, shown)),
+            finish=fx.GraphModule(module, showing(module.graph, placeholders, roots, outputs, {})),
             sizes=sizes,
             hints=hints,
             inputs=tensors,
             layouts=tuple(_layout(r.meta["val"]) for r in roots),
             device=_device(module),
         )
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
-
-
-# --- views --------------------------------------------------------------------------------------------------------
-
-
-def _base(node: fx.Node) -> fx.Node | None:
-    """The node that this one is a view, or a list of views, of; None where it holds memory of its own."""
-    if node.op != "call_function":
-        return None
-    if node.target is operator.getitem:
-        source = node.args[0]
-        return source if isinstance(source, fx.Node) and _base(source) is not None else None
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target.is_view:
-        return None
-    return node.args[0] if isinstance(node.args[0], fx.Node) else None
-
-
-def _roots(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The tensors that outputs lead back to and that have to be computed; and what leads to the outputs from there:
-    views and numbers. Both in the graph's order."""
-    roots, shown = set(), set()
-    pending = list(graph.output_node().all_input_nodes)
-    while pending:
-        node = pending.pop()
-        if node.op == "call_function" and _is_tensor(node) and _base(node) is None:
-            roots.add(node)
-        elif node.op != "placeholder" and node not in shown:
-            shown.add(node)
-            pending += node.all_input_nodes
-    return [n for n in graph.nodes if n in roots], [n for n in graph.nodes if n in shown]
-
-
-def _compute(graph: fx.Graph, roots: Sequence[fx.Node]) -> fx.Graph:
-    """The graph with the roots as its outputs."""
-    compute, table = fx.Graph(), {}
-    for node in graph.nodes:
-        if node.op != "output":
-            table[node] = compute.node_copy(node, table.__getitem__)
-    compute.output(tuple(table[r] for r in roots))
-    return compute
-
-
-def _finish(graph: fx.Graph, roots: Sequence[fx.Node], shown: Sequence[fx.Node]) -> fx.Graph:
-    """From the arguments and the roots to the outputs: views, and arithmetic on sizes."""
-    finish, table = fx.Graph(), {}
-    for node in graph.find_nodes(op="placeholder"):
-        table[node] = finish.placeholder(node.name)
-    for n, root in enumerate(roots):
-        table[root] = finish.placeholder(f"root_{n}")
-    for node in shown:
-        table[node] = finish.node_copy(node, table.__getitem__)
-    finish.output(fx.map_arg(graph.output_node().args[0], table.__getitem__))
-    return finish
 
 
 # --- sizes, layouts, devices --------------------------------------------------------------------------------------

@@ -330,11 +330,11 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 # --- any other module ---------------------------------------------------------------------------------------------
 
 
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_VARYING = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class _Plain(nn.Module):
-    """A module as a function of (args, kwargs) that gives its flat tensor outputs; notes how they nest."""
+    """A module as a function of (args, kwargs) that gives its flat outputs, tensors and sizes; notes how they nest."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -343,12 +343,8 @@ class _Plain(nn.Module):
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         leaves, self.returned.spec = pytree.tree_flatten(self.model(*args, **kwargs))
-        self.returned.constants = {n: leaf for n, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
-        if any(isinstance(leaf, _SYMBOLIC) for leaf in leaves):
-            raise CaptureError(
-                f"{type(self.model).__name__} returns a number that follows from the batch size"
-            )
-        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        self.returned.constants = {n: leaf for n, leaf in enumerate(leaves) if not isinstance(leaf, _VARYING)}
+        return tuple(leaf for leaf in leaves if isinstance(leaf, _VARYING))
 
 
 def _capture_module(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]) -> Captured:

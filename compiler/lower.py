@@ -1,7 +1,8 @@
 """Lowering: captured FX graphs become one IR module, op by op, through the table of ``aten_rules``.
 
-An ATen op without a rule (or with arguments that its rule does not cover) becomes ``call_torch``, which PyTorch runs
-at run time; ops that move no data (assertions, size queries) vanish. Every op keeps where it came from.
+An ATen op without a rule (or with arguments that its rule does not cover, or tensors without a single element) becomes
+``call_torch``, which PyTorch runs at run time; ops that move no data (assertions, size queries) vanish. Every op keeps
+where it came from.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import sympy
 import torch
+import torch.utils._pytree as pytree
 from sympy import Expr
 from torch import Tensor, fx
 
@@ -34,6 +36,7 @@ from . import (  # noqa: F401 (fill RULES)
 from .aten_rules import RULES, Context, Result, Rule
 from .capture import Captured, CapturedGraph, LayerCall
 from .capture_ops import ATTENTION, LAYER
+from .shown_outputs import is_functional
 
 
 def lower(captured: Captured) -> Module:
@@ -164,7 +167,9 @@ class _FunctionLowering:
             result: Any = aten_rules_matmul.opaque_attention(context, *args)
         else:
             found = RULES.get(str(node.target).removeprefix("aten."))
-            result = _attempt(found, context, args, kwargs) if found else None
+            given = [v.type for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Value)]
+            empty = any(d == 0 for type_ in (*given, *outs) for d in type_.shape)
+            result = _attempt(found, context, args, kwargs) if found and not empty else None
         if result is None:
             result = self._torch_call(str(node.target), args, kwargs, outs)
             result = result if isinstance(meta, tuple | list) else result[0]
@@ -293,9 +298,7 @@ def _without_mutation(graph: CapturedGraph) -> fx.Graph:
     exported = graph.exported
     if isinstance(exported, fx.GraphModule):
         return exported.graph
-    targets = (node.target for node in exported.graph.nodes if node.op == "call_function")
-    schemas = (t._schema for t in targets if isinstance(t, torch._ops.OpOverload))
-    if any(s.is_mutable and s.name != "aten::detach_" for s in schemas):
+    if not is_functional(exported.graph):
         exported = exported.run_decompositions({})
     mutated = {**exported.graph_signature.buffers_to_mutate, **exported.graph_signature.user_inputs_to_mutate}
     if mutated:
