@@ -37,7 +37,15 @@ from .dump import Dump
 from .interface import index_bounds, require_decoder
 from .lower import lower
 from .options import Options, check_options
-from .phases import Phase, phase_report, phases_of, quantized_phases, report_dims, rival_phases, without_losers
+from .phases import (
+    Phase,
+    phase_report,
+    phases_of,
+    quantized_phases,
+    report_dims,
+    rival_phases,
+    without_losers,
+)
 from .progress import SILENT, Advance, Progress
 from .report import Fallback, Memory, PhaseReport, Report
 from .shown_outputs import ShownOutputs, split_outputs

@@ -20,6 +20,7 @@ from transformers import GenerationMixin
 
 from tilewright.ir.errors import DeviceError, InputError, OptionError
 from tilewright.runtime.engine import Engine, require_tensor
+from tilewright.runtime.executor import EngineSpec
 from tilewright.runtime.generate import generate
 
 from .cache import EngineCache
@@ -34,9 +35,8 @@ class Compiled:
     """What a compiled model needs at run time and for inspection.
 
     ``output_class`` and ``outputs`` name the ModelOutput and its tensors; ``output_spec`` is the pytree of a plain
-    module's result, ``output_constants`` its leaves, by position, that never vary, and ``shown`` what it shows of what is
-    computed and of its own ``tensors``. ``stages`` maps the name of
-    each stage to its text, printed on demand.
+    module's result, ``output_constants`` its leaves, by position, that never vary, and ``shown`` what it shows of what
+    is computed and of its own ``tensors``. ``stages`` maps the name of each stage to its text, printed on demand.
     """
 
     engine: Engine
@@ -311,23 +311,30 @@ class ModuleMixin(CompiledMixin):
         assert compiled.output_spec is not None
         assert compiled.shown is not None
         given = flat_tensors(dict(list(bound.items())[1:]))
-        if not _covered(given, compiled.shown.written):
+        if not _covered(given, compiled.engine.spec, compiled.shown.written):
             return self._tilewright_forward(self, *args, **kwargs)
         tensors = {**compiled.tensors, **given}
         read = {i.name: tensors[i.name] for i in compiled.engine.spec.inputs if i.name in tensors}
         results = compiled.engine.forward({**given, **read})
-        varying, constants = iter(compiled.shown.show(tensors, tuple(results.values()))), compiled.output_constants
+        varying, constants = (
+            iter(compiled.shown.show(tensors, tuple(results.values()))),
+            compiled.output_constants,
+        )
         leaves = [
             constants[n] if n in constants else next(varying) for n in range(compiled.output_spec.num_leaves)
         ]
         return pytree.tree_unflatten(leaves, compiled.output_spec)
 
 
-def _covered(given: Mapping[str, Tensor], written: Collection[str]) -> bool:
-    """False for what kernels do not do as PyTorch does: without a single element, or where what is written in place is
-    also seen through another argument."""
-    if any(t.numel() == 0 for t in given.values()):
-        return False
+def _covered(given: Mapping[str, Tensor], spec: EngineSpec, written: Collection[str]) -> bool:
+    """False for what kernels do not do as PyTorch does: fewer rows than the graph was captured for, no element at all,
+    or an argument that is written in place and also seen through another one."""
+    least = {name: low for name, low, _ in spec.symbols}
+    for wanted in spec.inputs:
+        shape = given[wanted.name].shape if wanted.name in given else ()
+        small = (n < least.get(str(d), 1) for d, n in zip(wanted.type.shape, shape, strict=False))
+        if any(small):
+            return False
     memory = [t.untyped_storage().data_ptr() for t in given.values()]
     return not set(written) & set(given) or len(set(memory)) == len(memory)
 

@@ -25,10 +25,10 @@ class SizeSource:
     argument: int
     dim: int | None
 
-    def read(self, args: Sequence[object]) -> int:
+    def read(self, args: Sequence[Any]) -> int:
         """The size in a call with these arguments."""
         given = args[self.argument]
-        return int(given.shape[self.dim]) if isinstance(given, Tensor) and self.dim is not None else int(given)  # type: ignore[call-overload]
+        return int(given if self.dim is None else given.shape[self.dim])
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,12 @@ def _sizes(
 
 
 def _layout(value: Tensor) -> tuple[int, ...] | None:
-    """The order of a tensor's dims in memory; None for a contiguous one."""
-    if value.is_contiguous():
-        return None
-    strides = [_hint(s) for s in value.stride()]
-    return tuple(sorted(range(value.dim()), key=lambda n: -strides[n]))
+    """The order of a tensor's dims in memory; None for a contiguous one. The example decides: to ask about symbolic
+    sizes would add guards."""
+    sizes, strides = ([_hint(n) for n in numbers] for numbers in (value.shape, value.stride()))
+    order = tuple(sorted(range(value.dim()), key=lambda n: (-strides[n], -sizes[n])))
+    varying = [n for n in order if sizes[n] != 1]
+    return None if varying == sorted(varying) else order
 
 
 def _hint(size: int | torch.SymInt) -> int:

@@ -399,18 +399,20 @@ def _export_dynamic_batch(
     note = "the inputs do not share a first dim"
     with torch.no_grad():
         if len(sizes) == 1 and (size := next(iter(sizes))) is not None and size > 0:
-            batch = Dim("B", min=1, max=_MAX_BATCH)
+            rows = size
 
-            def double(x: Tensor) -> Tensor:
-                return torch.cat([x, x]) if size == 1 else x.clone()  # export specialises on size 1
+            def grow(x: Tensor) -> Tensor:
+                return torch.cat([x, x, x]) if rows < 3 else x.clone()  # export specialises on size 1
 
-            grown = pytree.tree_map(double, (args, kwargs))
-            shapes = pytree.tree_map(lambda _: {0: batch}, (args, kwargs))
-            try:
-                exported = _export(plain, grown, {"args": shapes[0], "kwargs": shapes[1]}, name)
-                return exported, {"B": (1, _MAX_BATCH)}, ()
-            except CaptureError as error:
-                note = str(error).splitlines()[0]
+            grown = pytree.tree_map(grow, (args, kwargs))
+            for least in (1, 3):  # from 3 rows on, all but one of them are several
+                batch = Dim("B", min=least, max=_MAX_BATCH)
+                shapes = pytree.tree_map(lambda _, dim=batch: {0: dim}, (args, kwargs))
+                try:
+                    exported = _export(plain, grown, {"args": shapes[0], "kwargs": shapes[1]}, name)
+                    return exported, {"B": (least, _MAX_BATCH)}, ()
+                except CaptureError as error:
+                    note = str(error).splitlines()[0]
         return _export(plain, (args, kwargs), None, name), {}, (f"sizes are fixed to the example's: {note}",)
 
 

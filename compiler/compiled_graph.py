@@ -27,7 +27,7 @@ from .aten_graph import AtenGraph
 from .backends import build, candidates, measures, no_candidates
 from .costs import eager_peak
 from .dump import Dump
-from .interface import index_bounds
+from .interface import index_bounds, lookups
 from .lower import lower
 from .options import GraphOptions
 from .phases import phase_report
@@ -75,6 +75,7 @@ class CompiledGraph:
             self.parts = AtenGraph.of(graph)
             self.options = options = chosen.on(self.parts.device, name)
             lowered = lower(self.parts.captured)
+            self._lookups = lookups(lowered)
             self._bounds = index_bounds(lowered)
             self._grows = _grow(lowered)
         dump = Dump(options.dump)
@@ -117,6 +118,7 @@ class CompiledGraph:
         dims = {source.name: source.read(args) for source in self.parts.sizes}
         if any(size < 1 for size in dims.values()):
             return self.graph(*args)  # index arithmetic takes dims for positive
+        self._check_lookups(args, dims)
         plan = self._plan(dims)
         roots = plan.run({spec.name: self._input(spec, args) for spec in plan.spec.inputs}, dims)
         laid_out = (_laid_out(root, order) for root, order in zip(roots, self.parts.layouts, strict=True))
@@ -124,14 +126,19 @@ class CompiledGraph:
 
     def _input(self, spec: TensorSpec, args: Sequence[Any]) -> Tensor:
         value: Tensor = args[self.parts.inputs[spec.name]]
-        if spec.bounds is not None and value.numel():
-            low, high = (int(v) for v in torch.aminmax(value))
-            if low < spec.bounds[0] or high > spec.bounds[1]:
-                raise InputError(
-                    f"an index is {low if low < spec.bounds[0] else high}, but its table has {spec.bounds[1] + 1} "
-                    "entries"
-                )
         return value.detach().to(self.options.device).contiguous()
+
+    def _check_lookups(self, args: Sequence[Any], dims: Mapping[str, int]) -> None:
+        """Kernels do not check the indices that they are given."""
+        for lookup in self._lookups:
+            index: Tensor = args[self.parts.inputs[lookup.index]]
+            if index.numel():
+                low, high = (int(v) for v in torch.aminmax(index))
+                least, most = lookup.bounds(dims)
+                if low < least or high > most:
+                    raise InputError(
+                        f"an index is {low if low < least else high}, but its table has {most + 1} entries"
+                    )
 
     # --- plans ----------------------------------------------------------------------------------------------------
 
@@ -172,9 +179,7 @@ class CompiledGraph:
             choices = tuner.recall()
         else:
             with self._stage("tune kernels"):
-                tried = build(
-                    [program] * len(tuner.variants), self._weights, self.options, tuner.variants
-                )
+                tried = build([program] * len(tuner.variants), self._weights, self.options, tuner.variants)
                 spec = EngineSpec.of(program, "module", self.options.device, bounds=self._bounds)
                 choices = tuner.choose(tried.executors, Trial.forward(spec, dict(self.parts.hints)))
         return changes_of(choices), tuple(map(str, choices))

@@ -40,8 +40,8 @@ def backend(
     "dump" mean what ``backend``, ``autotune`` and ``dump`` mean to ``tilewright.compile``.
 
     Raises OptionError for other options, CaptureError for a graph that records gradients, DeviceError,
-    CompilerNotFoundError and KernelBuildError. Dynamo wraps them in BackendCompilerFailed, as ``inner_exception``. A graph
-    that the IR cannot express runs in PyTorch, with a warning, and its report says why.
+    CompilerNotFoundError and KernelBuildError. Dynamo wraps them in BackendCompilerFailed, as ``inner_exception``. A
+    graph that the IR cannot express runs in PyTorch, with a warning, and its report says why.
     """
     chosen = GraphOptions.of(options or {}, mode)
 
@@ -75,7 +75,9 @@ _made: list[weakref.ref[CompiledGraph | TorchGraph]] = []
 def _compiled(functional: fx.GraphModule, chosen: GraphOptions) -> CompiledGraph | TorchGraph:
     name = f"graph{next(_numbers)}"
     try:
-        with _disable_current_modes():  # constants are looked at, and kernels are timed on tensors that are real
+        with (
+            _disable_current_modes()
+        ):  # constants are looked at, and kernels are timed on tensors that are real
             result: CompiledGraph | TorchGraph = CompiledGraph(functional, chosen, name)
     except (LoweringError, VerifyError) as error:
         result = TorchGraph(functional, name, f"PyTorch runs this graph: {error}")

@@ -90,7 +90,9 @@ class GraphOptions:
     def of(given: Mapping[str, Any], mode: str | None) -> GraphOptions:
         """Raise OptionError for an option that there is not, and for values that cannot work."""
         if mode is not None:
-            raise OptionError(f"mode={mode!r} means nothing here; pass options={{'autotune': 'full'}} to tune kernels")
+            raise OptionError(
+                f"mode={mode!r} means nothing here; pass options={{'autotune': 'full'}} to tune kernels"
+            )
         known = tuple(field.name for field in fields(GraphOptions))
         if unknown := sorted(set(given) - set(known)):
             raise OptionError(f"unknown options {', '.join(unknown)}; this backend has {', '.join(known)}")
@@ -101,7 +103,8 @@ class GraphOptions:
         return options
 
     def on(self, device: torch.device, name: str) -> Options:
-        """The options for a graph on ``device``; ``name`` is its folder in the dump. Raises OptionError, DeviceError."""
+        """The options for a graph on ``device``, whose dump goes to the folder ``name``. Raises OptionError,
+        DeviceError."""
         return Options(
             batch_sizes=(1,),
             max_length=1,

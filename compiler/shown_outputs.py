@@ -55,7 +55,8 @@ def split_outputs(captured: Captured) -> tuple[Captured, ShownOutputs]:
     placeholders = {n.name: n for n in graph.find_nodes(op="placeholder")}
     logical = {**main.tensors, **dict(main.inputs)}
     buffers = {target: name for name, target in signature.inputs_to_buffers.items()}
-    values = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    returned: Any = graph.output_node().args[0]
+    values = list(returned)
     updates: dict[fx.Node, fx.Node] = {}
     shown: list[Any] = []
     for spec, value in zip(signature.output_specs, values, strict=True):
@@ -78,7 +79,9 @@ def split_outputs(captured: Captured) -> tuple[Captured, ShownOutputs]:
         arguments=tuple(logical[n.name] for n in arguments),
         written=tuple(logical[n.name] for n in updates.values()),
         writes=fx.GraphModule(exported.graph_module, showing(graph, arguments, roots, tuple(updates), {})),
-        outputs=fx.GraphModule(exported.graph_module, showing(graph, arguments, roots, tuple(shown), updates)),
+        outputs=fx.GraphModule(
+            exported.graph_module, showing(graph, arguments, roots, tuple(shown), updates)
+        ),
     )
     return replace(captured, main=split, outputs=tuple(f"output{n}" for n in range(len(roots)))), outputs
 
@@ -105,7 +108,9 @@ def base_of(node: fx.Node) -> fx.Node | None:
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target.is_view:
         return None
     base = node.args[0]
-    if not isinstance(base, fx.Node) or (is_tensor(node) and node.meta["val"].dtype != base.meta["val"].dtype):
+    if not isinstance(base, fx.Node) or (
+        is_tensor(node) and node.meta["val"].dtype != base.meta["val"].dtype
+    ):
         return None
     return base
 
@@ -146,7 +151,8 @@ def _ordered(graph: fx.Graph, nodes: set[fx.Node]) -> list[fx.Node]:
 
 def computing(graph: fx.Graph, roots: Sequence[fx.Node]) -> fx.Graph:
     """The graph with the roots as its outputs."""
-    result, table = fx.Graph(), {}
+    result = fx.Graph()
+    table: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.op != "output":
             table[node] = result.node_copy(node, table.__getitem__)
@@ -163,7 +169,8 @@ def showing(
 ) -> fx.Graph:
     """From arguments and roots to ``outputs``: views, and arithmetic on sizes. A node of ``given`` stands for the
     argument that it is mapped to."""
-    result, table = fx.Graph(), {}
+    result = fx.Graph()
+    table: dict[fx.Node, fx.Node] = {}
     for node in arguments:
         table[node] = result.placeholder(node.name)
     for n, root in enumerate(roots):

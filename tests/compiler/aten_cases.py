@@ -325,7 +325,9 @@ FUNCTIONAL = [
     case("copy.default", lambda n: (f(n, 4), i(1, 4))),
     case("native_layer_norm.default", lambda n: (f(n, 3, 4), [4], positive(4), f(4), 1e-5)),
     case("native_layer_norm.default", lambda n: (f(n, 3, 4), [3, 4], None, None, 1e-5)),
-    case("_safe_softmax.default", lambda n: (f(n, 4).masked_fill(torch.arange(n)[:, None] == 1, -torch.inf), 1)),
+    case(
+        "_safe_softmax.default", lambda n: (f(n, 4).masked_fill(torch.arange(n)[:, None] == 1, -torch.inf), 1)
+    ),
     case("select_scatter.default", lambda n: (f(n, 4), f(n), 1, -1)),
     case("select_scatter.default", lambda n: (f(n, 4), f(4), 0, 0)),
     case("slice_scatter.default", lambda n: (f(n, 6), f(n, 2), 1, 3, 5)),
