@@ -19,6 +19,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .api import compile as compile
+    from .dynamo import reports as reports
     from .progress import Progress as Progress
 
 __version__ = "0.1.0"
@@ -39,9 +40,10 @@ __all__ = [
     "WeightsError",
     "__version__",
     "compile",
+    "reports",
 ]
 
-_LAZY = {"compile": "api", "Progress": "progress"}
+_LAZY = {"compile": "api", "reports": "dynamo", "Progress": "progress"}
 
 
 def __getattr__(name: str) -> Any:

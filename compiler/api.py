@@ -34,13 +34,21 @@ from .capture import Captured, capture
 from .choices import choice_key, remember, remembered
 from .costs import eager_peak
 from .dump import Dump
-from .estimates import estimates, gpu
 from .interface import index_bounds, require_decoder
 from .lower import lower
 from .options import Options, check_options
-from .phases import Phase, phases_of, quantized_phases, report_dims, rival_phases, without_losers
+from .phases import (
+    Phase,
+    phase_report,
+    phases_of,
+    quantized_phases,
+    report_dims,
+    rival_phases,
+    without_losers,
+)
 from .progress import SILENT, Advance, Progress
 from .report import Fallback, Memory, PhaseReport, Report
+from .shown_outputs import ShownOutputs, split_outputs
 from .trials import Trial
 from .tune import best, measure
 from .tune_kernels import KernelTuner, changes_of
@@ -114,6 +122,9 @@ class _Compilation:
         dump = Dump(self.options.dump)
         with self._stage("capture"):
             captured = capture(self.model, example_inputs)
+            shown = None
+            if captured.kind == "module":
+                captured, shown = split_outputs(captured)
         with self._stage("lower"):
             lowered = lower(captured)
             if captured.kind == "decoder":
@@ -161,7 +172,7 @@ class _Compilation:
         report = self._report(captured, lowered, programs, bound, built)
         dump.report(report)
         engine = self._engine(captured, programs, built)
-        return attach(self.model, _compiled(captured, engine, report, self.stages))
+        return attach(self.model, _compiled(captured, shown, engine, report, self.stages))
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -335,15 +346,15 @@ class _Compilation:
 
     def _phase_report(self, program: Program) -> PhaseReport:
         dims = report_dims(program, self.options)
-        if self.options.backend != "triton":
-            return PhaseReport.of(program, dims)
-        device = gpu(self.options.device)
-        found = estimates(program, dims, device, self.tunables.get(program.name, {}))
-        return PhaseReport.of(program, dims, device.name, found)
+        return phase_report(program, dims, self.options, self.tunables.get(program.name, {}))
 
 
 def _compiled(
-    captured: Captured, engine: Engine, report: Report, stages: dict[str, Callable[[], str]]
+    captured: Captured,
+    shown: ShownOutputs | None,
+    engine: Engine,
+    report: Report,
+    stages: dict[str, Callable[[], str]],
 ) -> Compiled:
     return Compiled(
         engine=engine,
@@ -352,5 +363,7 @@ def _compiled(
         output_class=captured.output_class,
         output_spec=captured.output_spec,
         output_constants=captured.output_constants,
+        shown=shown,
+        tensors={} if shown is None else captured.tensors,
         stages=stages,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +20,14 @@ from transformers import GenerationMixin
 
 from tilewright.ir.errors import DeviceError, InputError, OptionError
 from tilewright.runtime.engine import Engine, require_tensor
+from tilewright.runtime.executor import EngineSpec
 from tilewright.runtime.generate import generate
 
 from .cache import EngineCache
 from .capture_layers import flat_names
 from .generate_options import plain_options
 from .report import Report
+from .shown_outputs import ShownOutputs
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Compiled:
     """What a compiled model needs at run time and for inspection.
 
     ``output_class`` and ``outputs`` name the ModelOutput and its tensors; ``output_spec`` is the pytree of a plain
-    module's result, and ``output_constants`` its leaves, by position, that are no tensors. ``stages`` maps the name of
-    each stage to its text, printed on demand.
+    module's result, ``output_constants`` its leaves, by position, that never vary, and ``shown`` what it shows of what
+    is computed and of its own ``tensors``. ``stages`` maps the name of each stage to its text, printed on demand.
     """
 
     engine: Engine
@@ -43,6 +45,8 @@ class Compiled:
     output_class: type | None = None
     output_spec: pytree.TreeSpec | None = None
     output_constants: Mapping[int, Any] = field(default_factory=dict)
+    shown: ShownOutputs | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     stages: dict[str, Callable[[], str]] = field(default_factory=dict)
 
 
@@ -304,13 +308,35 @@ class ModuleMixin(CompiledMixin):
             bound = inspect.signature(self._tilewright_forward).bind(self, *args, **kwargs).arguments
         except TypeError as error:
             raise InputError(f"the arguments do not fit this module's forward: {error}") from error
-        results = compiled.engine.forward(flat_tensors(dict(list(bound.items())[1:])))
         assert compiled.output_spec is not None
-        tensors, constants = iter(results.values()), compiled.output_constants
+        assert compiled.shown is not None
+        given = flat_tensors(dict(list(bound.items())[1:]))
+        if not _covered(given, compiled.engine.spec, compiled.shown.written):
+            return self._tilewright_forward(self, *args, **kwargs)
+        tensors = {**compiled.tensors, **given}
+        read = {i.name: tensors[i.name] for i in compiled.engine.spec.inputs if i.name in tensors}
+        results = compiled.engine.forward({**given, **read})
+        varying, constants = (
+            iter(compiled.shown.show(tensors, tuple(results.values()))),
+            compiled.output_constants,
+        )
         leaves = [
-            constants[n] if n in constants else next(tensors) for n in range(compiled.output_spec.num_leaves)
+            constants[n] if n in constants else next(varying) for n in range(compiled.output_spec.num_leaves)
         ]
         return pytree.tree_unflatten(leaves, compiled.output_spec)
+
+
+def _covered(given: Mapping[str, Tensor], spec: EngineSpec, written: Collection[str]) -> bool:
+    """False for what kernels do not do as PyTorch does: fewer rows than the graph was captured for, no element at all,
+    or an argument that is written in place and also seen through another one."""
+    least = {name: low for name, low, _ in spec.symbols}
+    for wanted in spec.inputs:
+        shape = given[wanted.name].shape if wanted.name in given else ()
+        small = (n < least.get(str(d), 1) for d, n in zip(wanted.type.shape, shape, strict=False))
+        if any(small):
+            return False
+    memory = [t.untyped_storage().data_ptr() for t in given.values()]
+    return not set(written) & set(given) or len(set(memory)) == len(memory)
 
 
 def flat_tensors(arguments: Mapping[str, Any]) -> dict[str, Tensor]:

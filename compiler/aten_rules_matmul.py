@@ -13,7 +13,7 @@ from tilewright.ir.ops import broadcast
 from tilewright.ir.types import DType, Value
 
 from .aten_rules import Context, Number, Result, rule
-from .aten_rules_reduce import softmax
+from .aten_rules_reduce import safe_softmax, softmax
 
 
 def _matmul(ctx: Context, a: Value, b: Value) -> Value:
@@ -104,28 +104,41 @@ def _sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Result:
-    if dropout_p:
-        return None
+    return None if dropout_p else attend(ctx, q, k, v, attn_mask, is_causal, scale)
+
+
+def attend(
+    ctx: Context, q: Value, k: Value, v: Value, mask: Value | None, is_causal: bool, scale: float | None
+) -> Value | None:
+    """PyTorch's scaled dot product attention without dropout; None where its scale depends on a size."""
     size = q.shape[-1]
     if scale is None and not size.is_Integer:
         return None
     factor = 1 / math.sqrt(int(size)) if scale is None else scale
     # PyTorch aligns causality at the first key, the IR at the last: the same only for equally many queries and keys.
     aligned = not is_causal or q.shape[-2] == k.shape[-2]
-    if q.type.rank == 4 and attn_mask is None and aligned and q.shape[:1] == k.shape[:1]:
+    if q.type.rank == 4 and mask is None and aligned and q.shape[:1] == k.shape[:1]:
         return ctx.builder.add(
             "attention", q, k, v, scale=factor, softcap=0.0, window=0, causal=is_causal, slot=""
         )
-    return _spelled_out_attention(ctx, q, k, v, attn_mask, factor, is_causal)
+    return _spelled_out_attention(ctx, q, k, v, mask, factor, is_causal)
 
 
 def _spelled_out_attention(
     ctx: Context, q: Value, k: Value, v: Value, mask: Value | None, scale: float, causal: bool
 ) -> Value:
     """Any rank, any mask: matmul, mask, softmax, matmul; scores in float32 for half types."""
-    if q.type.rank >= 3 and k.shape[-3] != q.shape[-3]:
-        k, v = (_repeat_heads(ctx, x, q.shape[-3]) for x in (k, v))
-    wide = ctx.wide(q.dtype)
+    scores = attention_scores(ctx, q, k, mask, scale, causal)
+    weights = softmax(ctx, scores, -1) if mask is None else safe_softmax(ctx, scores, -1)
+    v = _repeat_heads(ctx, v, q)
+    return ctx.cast(_matmul(ctx, weights, ctx.transposed(ctx.cast(v, weights.dtype))), q.dtype)
+
+
+def attention_scores(
+    ctx: Context, q: Value, k: Value, mask: Value | None, scale: float, causal: bool
+) -> Value:
+    """Masked scores [.., S, T]; in float32 for half types."""
+    k, wide = _repeat_heads(ctx, k, q), ctx.wide(q.dtype)
     scores = ctx.apply("mul", _matmul(ctx, ctx.cast(q, wide), ctx.cast(k, wide)), scale)
     if causal:
         rank = scores.type.rank
@@ -136,13 +149,15 @@ def _spelled_out_attention(
         scores = ctx.apply("where", mask, scores, ctx.const(-math.inf, wide))
     elif mask is not None:
         scores = ctx.apply("add", scores, ctx.cast(mask, wide))
-    weights = softmax(ctx, scores, -1)
-    return ctx.cast(_matmul(ctx, weights, ctx.transposed(ctx.cast(v, wide))), q.dtype)
+    return scores
 
 
-def _repeat_heads(ctx: Context, x: Value, heads: Expr) -> Value:
+def _repeat_heads(ctx: Context, x: Value, q: Value) -> Value:
     """Grouped queries: each key-value head serves ``heads / groups`` query heads in a row."""
     at = x.type.rank - 3
+    if at < 0 or x.shape[at] == q.shape[at]:
+        return x
+    heads = q.shape[at]
     symbols: list[Expr] = list(index_symbols(x.type.rank))
     symbols[at] = FloorDiv(symbols[at], sympy.Integer(int(heads) // int(x.shape[at])))
     shape: Sequence[Expr] = [heads if n == at else d for n, d in enumerate(x.shape)]

@@ -137,6 +137,20 @@ def softmax(ctx: Context, x: Value, dim: int) -> Value:
     return ctx.apply("div", e, ctx.reduce("sum", e, axes, True))
 
 
+def safe_softmax(ctx: Context, x: Value, dim: int) -> Value:
+    """Softmax that gives zeros where a whole row is minus infinity, as rows of masked scores may be."""
+    axes = [axis(dim, x.type.rank)]
+    top = ctx.apply("maximum", ctx.reduce("max", x, axes, True), torch.finfo(x.dtype.torch).min)
+    e = ctx.apply("exp", ctx.apply("sub", x, top))
+    total = ctx.reduce("sum", e, axes, True)
+    return ctx.apply("div", e, ctx.apply("where", ctx.apply("eq", total, 0), 1, total, dtype=x.dtype))
+
+
+@rule("_safe_softmax.default")
+def _safe_softmax(ctx: Context, x: Value, dim: int, dtype: Any = None) -> Result:
+    return ctx.cast(safe_softmax(ctx, ctx.cast(x, ctx.wide(ctx.out.dtype)), dim), ctx.out.dtype)
+
+
 @rule("softmax.int", "_softmax.default")
 def _softmax(ctx: Context, x: Value, dim: int, dtype: Any = None) -> Result:
     return ctx.cast(softmax(ctx, ctx.cast(x, ctx.wide(ctx.out.dtype)), dim), ctx.out.dtype)
@@ -153,12 +167,16 @@ def _log_softmax(ctx: Context, x: Value, dim: int, dtype: Any = None) -> Result:
 
 @rule("logsumexp.default")
 def _logsumexp(ctx: Context, x: Value, dim: Dims, keepdim: bool = False) -> Result:
-    axes = axes_of(dim, x.type.rank)
     wide = ctx.cast(x, ctx.wide(ctx.out.dtype))
-    top = ctx.reduce("max", wide, axes, True)
-    total = ctx.reduce("sum", ctx.apply("exp", ctx.apply("sub", wide, top)), axes, True)
+    return ctx.cast(log_sum_exp(ctx, wide, axes_of(dim, x.type.rank), keepdim), ctx.out.dtype)
+
+
+def log_sum_exp(ctx: Context, x: Value, axes: Sequence[int], keepdim: bool) -> Value:
+    """The log of the sum of exponentials in the type of ``x``, shifted by the maximum."""
+    top = ctx.reduce("max", x, axes, True)
+    total = ctx.reduce("sum", ctx.apply("exp", ctx.apply("sub", x, top)), axes, True)
     out = ctx.apply("add", ctx.apply("log", total), top)
-    return ctx.cast(out if keepdim else ctx.drop(out, axes), ctx.out.dtype)
+    return out if keepdim else ctx.drop(out, axes)
 
 
 # --- norms --------------------------------------------------------------------------------------------------------
@@ -183,12 +201,20 @@ def _layer_norm(
     cudnn_enable: bool = True,
 ) -> Result:
     rank = x.type.rank
-    axes = range(rank - len(normalized_shape), rank)
+    return normalize(ctx, x, range(rank - len(normalized_shape), rank), weight, bias, eps)[0]
+
+
+def normalize(
+    ctx: Context, x: Value, axes: Sequence[int], weight: Value | None, bias: Value | None, eps: float
+) -> tuple[Value, Value, Value]:
+    """Layer norm over ``axes``; also gives the mean, and the factor that makes the variance 1."""
     wide = ctx.cast(x, ctx.wide(x.dtype))
-    centred = ctx.apply("sub", wide, _mean(ctx, wide, axes, True))
+    mean = _mean(ctx, wide, axes, True)
+    centred = ctx.apply("sub", wide, mean)
     variance = _mean(ctx, ctx.apply("mul", centred, centred), axes, True)
-    normal = ctx.apply("mul", centred, ctx.apply("rsqrt", ctx.apply("add", variance, eps)))
-    return ctx.cast(_scale_and_shift(ctx, normal, weight, bias), ctx.out.dtype)
+    factor = ctx.apply("rsqrt", ctx.apply("add", variance, eps))
+    normal = ctx.apply("mul", centred, factor)
+    return ctx.cast(_scale_and_shift(ctx, normal, weight, bias), ctx.out.dtype), mean, factor
 
 
 @rule("rms_norm.default")

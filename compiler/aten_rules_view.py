@@ -83,7 +83,7 @@ def _expand(ctx: Context, x: Value, *_: Any, **__: Any) -> Result:
 # --- slices -------------------------------------------------------------------------------------------------------
 
 
-def _from_front(position: Number, size: Expr) -> Number | None:
+def from_front(position: Number, size: Expr) -> Number | None:
     """A slice position counted from the front, or None when its sign is not known."""
     position = sympy.sympify(position)
     if position.is_nonnegative:
@@ -102,7 +102,7 @@ def _slice(
     step: int = 1,
 ) -> Result:
     at = axis(dim, x.type.rank)
-    first = _from_front(0 if start is None else start, x.shape[at])
+    first = from_front(0 if start is None else start, x.shape[at])
     return None if first is None else ctx.narrow(x, at, first, ctx.out.shape[at], step)
 
 
@@ -114,7 +114,7 @@ def _narrow(ctx: Context, x: Value, dim: int, start: Number, length: Number) -> 
 @rule("select.int")
 def _select(ctx: Context, x: Value, dim: int, index: Number) -> Result:
     at = axis(dim, x.type.rank)
-    position = _from_front(index, x.shape[at])
+    position = from_front(index, x.shape[at])
     if position is None:
         return None
     return ctx.drop(ctx.narrow(x, at, position, sympy.Integer(1)), [at])

@@ -18,7 +18,7 @@ import sympy
 import torch
 import torch.utils._pytree as pytree
 import transformers
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from transformers import PreTrainedModel
@@ -39,16 +39,16 @@ _MAX_LENGTH = 1 << 20  # where the config states no limit
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """One exported graph.
+    """One exported graph, or one of AOT autograd, which is functional already.
 
     ``inputs`` pairs each input placeholder with its logical name; ``tensors`` maps each parameter, buffer or constant
-    placeholder to a tensor name, relative to the layer for layer graphs and absolute for the outer graph;
+    to a tensor name, relative to the layer for layer graphs and absolute for the outer graph;
     ``literals`` holds those tensors that the code itself spells out; ``symbols`` maps the size symbols of the export to
     our names.
     """
 
     name: str
-    exported: ExportedProgram
+    exported: ExportedProgram | fx.GraphModule
     inputs: tuple[tuple[str, str], ...]
     tensors: Mapping[str, str]
     literals: Mapping[str, Tensor]
@@ -330,11 +330,11 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 # --- any other module ---------------------------------------------------------------------------------------------
 
 
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_VARYING = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class _Plain(nn.Module):
-    """A module as a function of (args, kwargs) that gives its flat tensor outputs; notes how they nest."""
+    """A module as a function of (args, kwargs) that gives its flat outputs, tensors and sizes; notes how they nest."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -343,12 +343,8 @@ class _Plain(nn.Module):
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         leaves, self.returned.spec = pytree.tree_flatten(self.model(*args, **kwargs))
-        self.returned.constants = {n: leaf for n, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
-        if any(isinstance(leaf, _SYMBOLIC) for leaf in leaves):
-            raise CaptureError(
-                f"{type(self.model).__name__} returns a number that follows from the batch size"
-            )
-        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        self.returned.constants = {n: leaf for n, leaf in enumerate(leaves) if not isinstance(leaf, _VARYING)}
+        return tuple(leaf for leaf in leaves if isinstance(leaf, _VARYING))
 
 
 def _capture_module(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]) -> Captured:
@@ -403,18 +399,20 @@ def _export_dynamic_batch(
     note = "the inputs do not share a first dim"
     with torch.no_grad():
         if len(sizes) == 1 and (size := next(iter(sizes))) is not None and size > 0:
-            batch = Dim("B", min=1, max=_MAX_BATCH)
+            rows = size
 
-            def double(x: Tensor) -> Tensor:
-                return torch.cat([x, x]) if size == 1 else x.clone()  # export specialises on size 1
+            def grow(x: Tensor) -> Tensor:
+                return torch.cat([x, x, x]) if rows < 3 else x.clone()  # export specialises on size 1
 
-            grown = pytree.tree_map(double, (args, kwargs))
-            shapes = pytree.tree_map(lambda _: {0: batch}, (args, kwargs))
-            try:
-                exported = _export(plain, grown, {"args": shapes[0], "kwargs": shapes[1]}, name)
-                return exported, {"B": (1, _MAX_BATCH)}, ()
-            except CaptureError as error:
-                note = str(error).splitlines()[0]
+            grown = pytree.tree_map(grow, (args, kwargs))
+            for least in (1, 3):  # from 3 rows on, all but one of them are several
+                batch = Dim("B", min=least, max=_MAX_BATCH)
+                shapes = pytree.tree_map(lambda _, dim=batch: {0: dim}, (args, kwargs))
+                try:
+                    exported = _export(plain, grown, {"args": shapes[0], "kwargs": shapes[1]}, name)
+                    return exported, {"B": (least, _MAX_BATCH)}, ()
+                except CaptureError as error:
+                    note = str(error).splitlines()[0]
         return _export(plain, (args, kwargs), None, name), {}, (f"sizes are fixed to the example's: {note}",)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import sympy
+from sympy import Expr
 
 from tilewright.ir.errors import CaptureError
 from tilewright.ir.index import sym
 from tilewright.ir.module import Function, Module, Op
-from tilewright.ir.types import Value
+from tilewright.ir.types import Value, concrete
 
 
 def require_decoder(name: str, lowered: Module) -> None:
@@ -32,19 +36,43 @@ def index_bounds(lowered: Module) -> dict[str, tuple[int, int]]:
     An index that is computed (positions with an offset, counted masks) or cut out of an input is not among them. Where
     negative indices count from the end, those of the table are within bounds.
     """
+    found: dict[str, tuple[int, int]] = {}
+    for lookup in lookups(lowered):
+        if lookup.size.is_Integer:
+            least, most = lookup.bounds({})
+            before = found.get(lookup.index, (least, most))
+            found[lookup.index] = max(before[0], least), min(before[1], most)
+    return found
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """An input that picks rows of a table of ``size`` rows; ``wraps`` where negative ones count from the end."""
+
+    index: str
+    size: Expr
+    wraps: bool
+
+    def bounds(self, dims: Mapping[str, int]) -> tuple[int, int]:
+        """Least and largest value that the input may have, at the sizes ``dims``."""
+        (size,) = concrete((self.size,), dims)
+        return -size if self.wraps else 0, size - 1
+
+
+def lookups(lowered: Module) -> tuple[Lookup, ...]:
+    """Every use of an input of the main function that picks rows of a table as it is."""
     main = lowered.main
     uses = _Uses(main)
-    found: dict[str, tuple[int, int]] = {}
+    found: list[Lookup] = []
     for op in main.ops:
-        if op.opcode != "gather" or not (size := op.operands[0].shape[op.attr("axis")]).is_Integer:
-            continue
-        index, least, most = uses.source(op.operands[1]), 0, int(size) - 1
-        if (from_front := uses.unwrapped(index, int(size))) is not None:
-            index, least = from_front, -int(size)
-        if index in main.params and index.dtype.is_int:
-            before = found.get(index.name, (least, most))
-            found[index.name] = max(before[0], least), min(before[1], most)
-    return found
+        if op.opcode == "gather":
+            size = op.operands[0].shape[op.attr("axis")]
+            index = uses.source(op.operands[1])
+            wrapped = uses.unwrapped(index, size)
+            given = index if wrapped is None else wrapped
+            if given in main.params and given.dtype.is_int:
+                found.append(Lookup(given.name, size, wrapped is not None))
+    return tuple(dict.fromkeys(found))
 
 
 class _Uses:
@@ -59,7 +87,7 @@ class _Uses:
             value = op.operands[0]
         return value
 
-    def unwrapped(self, value: Value, size: int) -> Value | None:
+    def unwrapped(self, value: Value, size: Expr) -> Value | None:
         """i, where the value is ``where(i < 0, i + size, i)``, as PyTorch's indexing has it."""
         match [self.made_by.get(value), *self._parts(value)]:
             case [
@@ -79,7 +107,10 @@ class _Uses:
         op = self.made_by.get(value)
         while op is not None and op.opcode in ("view", "cast"):
             op = self.made_by.get(op.operands[0])
-        return None if op is None or op.opcode != "const" else op.attr("value")
+        return None if op is None or op.opcode not in _NUMBERS else op.attr(_NUMBERS[op.opcode])
+
+
+_NUMBERS = {"const": "value", "dim": "expr"}
 
 
 def _shows_all(op: Op) -> bool:

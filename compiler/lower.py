@@ -1,7 +1,8 @@
 """Lowering: captured FX graphs become one IR module, op by op, through the table of ``aten_rules``.
 
-An ATen op without a rule (or with arguments that its rule does not cover) becomes ``call_torch``, which PyTorch runs
-at run time; ops that move no data (assertions, size queries) vanish. Every op keeps where it came from.
+An ATen op without a rule (or with arguments that its rule does not cover, or tensors without a single element) becomes
+``call_torch``, which PyTorch runs at run time; ops that move no data (assertions, size queries) vanish. Every op keeps
+where it came from.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import sympy
 import torch
+import torch.utils._pytree as pytree
 from sympy import Expr
 from torch import Tensor, fx
 
@@ -24,10 +26,17 @@ from tilewright.ir.ops import Builder
 from tilewright.ir.types import DType, TensorType, Value
 from tilewright.ir.verify import verify_module
 
-from . import aten_rules_matmul, aten_rules_pointwise, aten_rules_reduce, aten_rules_view  # noqa: F401 (fill RULES)
-from .aten_rules import RULES, Context
+from . import (  # noqa: F401 (fill RULES)
+    aten_rules_functional,
+    aten_rules_matmul,
+    aten_rules_pointwise,
+    aten_rules_reduce,
+    aten_rules_view,
+)
+from .aten_rules import RULES, Context, Result, Rule
 from .capture import Captured, CapturedGraph, LayerCall
 from .capture_ops import ATTENTION, LAYER
+from .shown_outputs import is_functional
 
 
 def lower(captured: Captured) -> Module:
@@ -66,8 +75,7 @@ class _FunctionLowering:
         return Function(self.graph.name, tuple(self.builder.params), tuple(self.builder.ops), self.returns)
 
     def run(self) -> None:
-        exported = _without_mutation(self.graph)
-        nodes = list(exported.graph.nodes)
+        nodes = list(_without_mutation(self.graph).nodes)
         live = _live(nodes)
         self._declare_inputs(nodes, live)
         shared: dict[str, Value] = {}
@@ -75,8 +83,9 @@ class _FunctionLowering:
             if node not in live or node.name in self.values:
                 continue
             self.builder.loc = _loc(node)
-            if node.op == "placeholder":
-                self._tensor(node, shared)
+            if node.op in ("placeholder", "get_attr"):
+                if isinstance(node.meta.get("val"), Tensor):  # sizes are resolved where they are used
+                    self._tensor(node, shared)
             elif node.op == "call_function":
                 self._located(node)
             elif node.op == "output":
@@ -157,9 +166,10 @@ class _FunctionLowering:
             context.slot = self._slot(causal=args[-1])
             result: Any = aten_rules_matmul.opaque_attention(context, *args)
         else:
-            namespace, _, name = str(node.target).partition(".")
-            found = RULES.get(name) if namespace == "aten" else None
-            result = found(context, *args, **kwargs) if found else None
+            found = RULES.get(str(node.target).removeprefix("aten."))
+            given = [v.type for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Value)]
+            empty = any(d == 0 for type_ in (*given, *outs) for d in type_.shape)
+            result = _attempt(found, context, args, kwargs) if found and not empty else None
         if result is None:
             result = self._torch_call(str(node.target), args, kwargs, outs)
             result = result if isinstance(meta, tuple | list) else result[0]
@@ -264,6 +274,14 @@ _FUNCTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def _attempt(rule: Rule, context: Context, args: Any, kwargs: Any) -> Result:
+    """What a rule gives; None too where the IR refuses the operands, as for sizes that are equal at run time only."""
+    try:
+        return rule(context, *args, **kwargs)
+    except (VerifyError, ParseError):
+        return None
+
+
 def _check_types(result: Value | tuple[Value, ...], outs: tuple[TensorType, ...]) -> None:
     """A rule must give what PyTorch gives: guards every rule, for every model."""
     values = (result,) if isinstance(result, Value) else result
@@ -275,12 +293,12 @@ def _check_types(result: Value | tuple[Value, ...], outs: tuple[TensorType, ...]
             raise LoweringError(f"the rule gives {value.type}, PyTorch {out}")
 
 
-def _without_mutation(graph: CapturedGraph) -> torch.export.ExportedProgram:
-    """The exported program in functional form. Only graphs that write in place pay for the conversion."""
+def _without_mutation(graph: CapturedGraph) -> fx.Graph:
+    """The graph in functional form. Only exported graphs that write in place pay for the conversion."""
     exported = graph.exported
-    targets = (node.target for node in exported.graph.nodes if node.op == "call_function")
-    schemas = (t._schema for t in targets if isinstance(t, torch._ops.OpOverload))
-    if any(s.is_mutable and s.name != "aten::detach_" for s in schemas):
+    if isinstance(exported, fx.GraphModule):
+        return exported.graph
+    if not is_functional(exported.graph):
         exported = exported.run_decompositions({})
     mutated = {**exported.graph_signature.buffers_to_mutate, **exported.graph_signature.user_inputs_to_mutate}
     if mutated:
@@ -288,7 +306,7 @@ def _without_mutation(graph: CapturedGraph) -> torch.export.ExportedProgram:
             f"{graph.name} writes to {', '.join(sorted(mutated.values()))} in its forward; only pure functions of the "
             "inputs can be compiled: compute a new tensor instead"
         )
-    return exported
+    return exported.graph
 
 
 def _live(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,7 @@ def check_options(
     """Raise OptionError or DeviceError, naming the remedy, for options that cannot work with ``model``."""
     if not isinstance(model, nn.Module):
         raise OptionError(f"compile takes an nn.Module, got {type(model).__name__}")
-    if autotune not in AUTOTUNE:
-        raise OptionError(f"autotune={autotune!r} is none of {', '.join(AUTOTUNE)}")
+    _check_autotune(autotune)
     device = _device(model)
     return Options(
         batch_sizes=_batch_sizes(batch_sizes),
@@ -76,6 +75,51 @@ def check_options(
         device=device,
         dump=_dump_folder(dump),
     )
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """The options of ``torch.compile(backend="tilewright")``, before the device is known. kernels: a backend of
+    ``compile``, or None for the device's own."""
+
+    kernels: str | None = None
+    autotune: str = "cached"
+    dump: str | os.PathLike[str] | None = None
+
+    @staticmethod
+    def of(given: Mapping[str, Any], mode: str | None) -> GraphOptions:
+        """Raise OptionError for an option that there is not, and for values that cannot work."""
+        if mode is not None:
+            raise OptionError(
+                f"mode={mode!r} means nothing here; pass options={{'autotune': 'full'}} to tune kernels"
+            )
+        known = tuple(field.name for field in fields(GraphOptions))
+        if unknown := sorted(set(given) - set(known)):
+            raise OptionError(f"unknown options {', '.join(unknown)}; this backend has {', '.join(known)}")
+        options = GraphOptions(**given)
+        if options.kernels is not None and options.kernels not in BACKENDS:
+            raise OptionError(f"kernels={options.kernels!r} is none of {', '.join(BACKENDS)}")
+        _check_autotune(options.autotune)
+        return options
+
+    def on(self, device: torch.device, name: str) -> Options:
+        """The options for a graph on ``device``, whose dump goes to the folder ``name``. Raises OptionError,
+        DeviceError."""
+        return Options(
+            batch_sizes=(1,),
+            max_length=1,
+            weights="",
+            kv_cache="",
+            autotune=self.autotune,
+            backend=_backend(self.kernels, device),
+            device=device,
+            dump=None if self.dump is None else _dump_folder(Path(self.dump) / name),
+        )
+
+
+def _check_autotune(autotune: str) -> None:
+    if autotune not in AUTOTUNE:
+        raise OptionError(f"autotune={autotune!r} is none of {', '.join(AUTOTUNE)}")
 
 
 def _batch_sizes(sizes: Any) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from tilewright.codegen.tunables import Tunables
 from tilewright.ir.module import Module
 from tilewright.ir.program import Program
 from tilewright.passes.base import PassOptions
@@ -15,9 +16,10 @@ from tilewright.passes.plan_memory import plan_memory
 
 from .backends import ACTIVATION_GROUP, ROW_BLOCK, SPLITS, measures
 from .capture import Captured, capture
-from .estimates import gpu
+from .estimates import estimates, gpu
 from .lower import lower
 from .options import Options
+from .report import PhaseReport
 
 
 @dataclass(frozen=True)
@@ -122,3 +124,13 @@ def report_dims(program: Program, options: Options) -> dict[str, int]:
         return {"B": program.batch, "S": 1, "L": 1, "T": context}
     sizes = {"B": 1, "S": context, "T": context, "L": 1}
     return {name: min(size, highs[name]) for name, size in sizes.items() if name in highs}
+
+
+def phase_report(
+    program: Program, dims: Mapping[str, int], options: Options, tunables: Tunables
+) -> PhaseReport:
+    """What a run at the sizes ``dims`` costs, with the cost model's estimates where the backend has one."""
+    if options.backend != "triton":
+        return PhaseReport.of(program, dims)
+    device = gpu(options.device)
+    return PhaseReport.of(program, dims, device.name, estimates(program, dims, device, tunables))

@@ -29,10 +29,14 @@ class Trial:
 
     @staticmethod
     def of(program: Program, spec: EngineSpec) -> Trial:
-        """A request for a program of any phase."""
+        """A request for a program of any phase: where it has no KV state, one sequence of up to 128 tokens, or the
+        least of every other dim."""
         if program.phase == "decode":
             return Trial.decode(spec, program.batch)
-        return Trial.prefill(spec) if program.phase == "prefill" else Trial.forward(program, spec)
+        if program.phase == "prefill":
+            return Trial.prefill(spec)
+        sizes = {name: min(high, TOKENS) if name == "S" else low for name, low, high in program.symbols}
+        return Trial.forward(spec, sizes)
 
     @staticmethod
     def decode(spec: EngineSpec, rows: int) -> Trial:
@@ -51,10 +55,8 @@ class Trial:
         return Trial._of(spec, {"B": 1, "S": tokens, "T": tokens, "L": 1}, max(1, rows))
 
     @staticmethod
-    def forward(program: Program, spec: EngineSpec) -> Trial:
-        """One sequence of up to 128 tokens, or the least of every other dim; integers are ones, which in a mask means
-        that everything counts."""
-        dims = {name: min(high, TOKENS) if name == "S" else low for name, low, high in program.symbols}
+    def forward(spec: EngineSpec, dims: dict[str, int]) -> Trial:
+        """A run at these sizes; integers are ones, which in a mask means that everything counts."""
         inputs = {}
         for given in spec.inputs:
             tensor = given.empty(dims, spec.device)

@@ -52,7 +52,10 @@ class RequestState:
             self.mask = torch.ones(rows, spec.max_length, dtype=torch.bool, device=spec.device)
             self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=spec.device)
             self.positions = torch.zeros(rows, 1, dtype=torch.int64, device=spec.device)
-            self.logits = spec.outputs[0].empty({"B": rows, "S": 1, "L": 1}, spec.device)
+            steps = spec.kind == "decoder"
+            self.logits = (
+                spec.outputs[0].empty({"B": rows, "S": 1, "L": 1}, spec.device) if steps else torch.empty(0)
+            )
         self._bind()
 
     def _bind(self) -> None:
@@ -62,7 +65,7 @@ class RequestState:
             "position_ids": self.positions,
             "attention_mask": self.mask,
         }
-        self.step_outputs = {self.spec.outputs[0].name: self.logits}
+        self.step_outputs = {output.name: self.logits for output in self.spec.outputs[:1]}
         self.step_dims = {"B": self.rows, "S": 1, "T": 1, "L": 1}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RequestState:

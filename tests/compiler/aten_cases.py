@@ -33,7 +33,7 @@ def index(*shape: int, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A call ``aten.<target>(*args(n), **kwargs)``."""
+    """A call ``aten.<target>(*args(n), **kwargs)``; a target of three parts names its namespace itself."""
 
     target: str
     args: Callable[[int], tuple[Any, ...]]
@@ -41,8 +41,12 @@ class Case:
 
     @property
     def op(self) -> Any:
-        packet, _, overload = self.target.partition(".")
-        return getattr(getattr(torch.ops.aten, packet), overload)
+        namespace, packet, overload = self.name.split(".")
+        return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+
+    @property
+    def name(self) -> str:
+        return self.target if self.target.count(".") == 2 else f"aten.{self.target}"
 
 
 def case(target: str, args: Callable[[int], tuple[Any, ...]], **kwargs: Any) -> Case:
@@ -316,4 +320,22 @@ MATMUL = [
     ),
 ]
 
-CASES = [*UNARY, *BINARY, *REDUCE, *VIEW, *CREATE, *MATMUL]
+FUNCTIONAL = [
+    case("prims.convert_element_type.default", lambda n: (f(n, 4), torch.int64)),
+    case("copy.default", lambda n: (f(n, 4), i(1, 4))),
+    case("native_layer_norm.default", lambda n: (f(n, 3, 4), [4], positive(4), f(4), 1e-5)),
+    case("native_layer_norm.default", lambda n: (f(n, 3, 4), [3, 4], None, None, 1e-5)),
+    case(
+        "_safe_softmax.default", lambda n: (f(n, 4).masked_fill(torch.arange(n)[:, None] == 1, -torch.inf), 1)
+    ),
+    case("select_scatter.default", lambda n: (f(n, 4), f(n), 1, -1)),
+    case("select_scatter.default", lambda n: (f(n, 4), f(4), 0, 0)),
+    case("slice_scatter.default", lambda n: (f(n, 6), f(n, 2), 1, 3, 5)),
+    case("slice_scatter.default", lambda n: (f(n, 6), f(n, 6), 1)),
+    *(
+        case("_scaled_dot_product_flash_attention_for_cpu.default", lambda n: (f(n, 2, 5, 4),) * 3, **options)
+        for options in ({}, {"is_causal": True}, {"scale": 0.3, "attn_mask": f(5, 5)})
+    ),
+]
+
+CASES = [*FUNCTIONAL, *UNARY, *BINARY, *REDUCE, *VIEW, *CREATE, *MATMUL]

@@ -1,0 +1,100 @@
+"""Rules for what AOT autograd's functional graphs say instead of composites and of writes in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+
+from tilewright.ir.types import Value
+
+from .aten_rules import Context, Number, Result, axis, rule
+from .aten_rules_matmul import attend, attention_scores
+from .aten_rules_reduce import log_sum_exp, normalize
+from .aten_rules_view import from_front
+
+
+@rule("prims.convert_element_type.default")
+def _convert(ctx: Context, x: Value, dtype: Any) -> Result:
+    return ctx.cast(x, ctx.out.dtype)
+
+
+@rule("copy.default")
+def _copied(ctx: Context, x: Value, source: Value, non_blocking: bool = False) -> Result:
+    return ctx.expand(ctx.cast(source, ctx.out.dtype), ctx.out.shape)
+
+
+@rule("native_layer_norm.default")
+def _native_layer_norm(
+    ctx: Context,
+    x: Value,
+    normalized_shape: Sequence[int],
+    weight: Value | None,
+    bias: Value | None,
+    eps: float,
+) -> Result:
+    rank = x.type.rank
+    out, mean, scale = normalize(ctx, x, range(rank - len(normalized_shape), rank), weight, bias, eps)
+    return out, ctx.cast(mean, ctx.outs[1].dtype), ctx.cast(scale, ctx.outs[2].dtype)
+
+
+@rule("select_scatter.default")
+def _select_scatter(ctx: Context, x: Value, source: Value, dim: int, index: Number) -> Result:
+    at = axis(dim, x.type.rank)
+    return _replaced(ctx, x, ctx.unsqueeze(source, at), at, from_front(index, x.shape[at]))
+
+
+@rule("slice_scatter.default")
+def _slice_scatter(
+    ctx: Context,
+    x: Value,
+    source: Value,
+    dim: int = 0,
+    start: Number | None = None,
+    end: Number | None = None,
+    step: int = 1,
+) -> Result:
+    at = axis(dim, x.type.rank)
+    first = from_front(0 if start is None else start, x.shape[at])
+    return _replaced(ctx, x, source, at, first) if step == 1 else None
+
+
+def _replaced(ctx: Context, x: Value, part: Value, at: int, first: Number | None) -> Result:
+    """``x`` with ``part`` in place of what it has along dim ``at`` from ``first`` on; None where that is not known."""
+    if first is None:
+        return None
+    start, size = sympy.sympify(first), x.shape[at]
+    end = start + part.shape[at]
+    rest = sympy.expand(size - end)
+    if not rest.is_nonnegative:
+        return None
+    pieces = [
+        ctx.narrow(x, at, 0, start) if start != 0 else None,
+        ctx.cast(part, x.dtype),
+        ctx.narrow(x, at, end, rest) if rest != 0 else None,
+    ]
+    kept = [piece for piece in pieces if piece is not None]
+    return kept[0] if len(kept) == 1 else ctx.builder.add("concat", *kept, axis=at)
+
+
+@rule("_scaled_dot_product_flash_attention_for_cpu.default")
+def _flash_attention(
+    ctx: Context,
+    q: Value,
+    k: Value,
+    v: Value,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Value | None = None,
+    scale: float | None = None,
+) -> Result:
+    """q [B,H,S,D], k, v [B,G,T,D] -> out [B,H,S,D] and the log of each row's sum, f32[B,H,S] (rarely asked for)."""
+    out = attend(ctx, q, k, v, attn_mask, is_causal, scale)
+    if dropout_p or out is None:
+        return None
+    factor = 1 / math.sqrt(int(q.shape[-1])) if scale is None else scale
+    scores = attention_scores(ctx, q, k, attn_mask, factor, is_causal)
+    return out, ctx.cast(log_sum_exp(ctx, scores, [scores.type.rank - 1], False), ctx.outs[1].dtype)
