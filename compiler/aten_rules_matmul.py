@@ -69,26 +69,29 @@ def _addmm(ctx: Context, bias: Value, a: Value, b: Value, beta: Number = 1, alph
 # --- convolutions -------------------------------------------------------------------------------------------------
 
 
-@rule("conv1d.default", "conv2d.default", "conv3d.default")
+@rule(
+    "conv1d.default", "conv2d.default", "conv3d.default", "conv1d.padding", "conv2d.padding", "conv3d.padding"
+)
 def _patches_product(
     ctx: Context,
     x: Value,
     weight: Value,
     bias: Value | None = None,
     stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
+    padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Result:
     """x[B, C, *sizes], weight[O, C, *kernel] -> [B, O, *counts], where the kernel steps by its own size.
 
-    Then every element belongs to one patch at most, and the convolution is a product of patches: [B, *counts, C * kernel]
-    with the weight's rows. Others are left to PyTorch, as is an input without a batch dim.
+    Then every element belongs to one patch at most, and the convolution is a product of patches,
+    [B, *counts, C * kernel], with the weight's rows. Others are left to PyTorch, as is an input without a batch dim.
     """
     kernel = weight.shape[2:]
     dims = len(kernel)
-    apart = _per_dim(stride, dims) == kernel and not any(_per_dim(padding, dims))
-    plain = groups == 1 and all(d == 1 for d in _per_dim(dilation, dims))
+    apart = _per_dim(stride, dims) == kernel
+    padded = padding != "valid" if isinstance(padding, str) else any(_per_dim(padding, dims))
+    plain = not padded and groups == 1 and all(d == 1 for d in _per_dim(dilation, dims))
     if x.type.rank != dims + 2 or not apart or not plain or not x.dtype.is_float:
         return None
     counts = ctx.out.shape[2:]

@@ -52,7 +52,8 @@ class RequestState:
             self.mask = torch.ones(rows, spec.max_length, dtype=torch.bool, device=spec.device)
             self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=spec.device)
             self.positions = torch.zeros(rows, 1, dtype=torch.int64, device=spec.device)
-            self.logits = spec.outputs[0].empty({"B": rows, "S": 1, "L": 1}, spec.device)
+            sizes = dict.fromkeys((name for name, _, _ in spec.symbols), 0) | {"B": rows, "S": 1, "L": 1}
+            self.logits = spec.outputs[0].empty(sizes, spec.device)
         self._bind()
 
     def _bind(self) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 import tilewright as tw
+
+from .models import random
 
 _PLAIN = {
     "vocab_size": 128,
@@ -81,16 +83,6 @@ REFUSED: dict[str, PretrainedConfig] = {
     ),
     "falcon_alibi": hf.FalconConfig(**_FALCON, alibi=True),
 }
-
-
-def random(config: PretrainedConfig, kind: Any) -> PreTrainedModel:
-    """A model with weights large enough for its tokens to differ, sinks and biases among them."""
-    torch.manual_seed(0)
-    model: PreTrainedModel = kind.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
 
 
 def prompt() -> tuple[torch.Tensor, torch.Tensor]:
