@@ -124,13 +124,17 @@ def opaque_attention(
     mask: Value | None,
     sinks: Value | None,
     slopes: Value | None,
+    distances: Value | None,
     scale: float,
     softcap: float,
     window: int,
     causal: bool,
 ) -> Value:
     """``tilewright::attention``: q, k, v [B,H,S,D] -> [B,S,H,Dv]; ``ctx.slot`` names the KV state, or is empty."""
-    given = {"mask": (mask, DType.bool), "sinks": (sinks, q.dtype), "slopes": (slopes, DType.f32)}
+    given = {
+        "mask": (mask, DType.bool), "sinks": (sinks, q.dtype), "slopes": (slopes, DType.f32),
+        "distances": (distances, DType.f32),
+    }  # fmt: skip
     extras = {name: ctx.cast(value, dtype) for name, (value, dtype) in given.items() if value is not None}
     out = ctx.builder.add(
         "attention", q, k, v, *extras.values(), extras=tuple(extras) or None,

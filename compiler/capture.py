@@ -25,7 +25,15 @@ from transformers.utils import ModelOutput
 
 from tilewright.ir.errors import CaptureError
 
-from .capture_inputs import MAX_BATCH, Inputs, Kind, model_inputs, model_kind, symbol_ranges
+from .capture_inputs import (
+    MAX_BATCH,
+    Inputs,
+    Kind,
+    attends_to_an_encoder,
+    model_inputs,
+    model_kind,
+    symbol_ranges,
+)
 from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, flat_names, opaque_layers
 from .capture_ops import ATTENTION, attention_forward, opaque_attention
 from .capture_patches import PositionRule, has_own_attention, position_rule, rerouted
@@ -94,14 +102,16 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     _check_ready(model)
     if example_inputs is not None:
         return _capture_module(model, example_inputs)
+    if isinstance(model, PreTrainedModel) and attends_to_an_encoder(model):
+        raise CaptureError(
+            f"{type(model).__name__} has a decoder that attends to an encoder's states, which is not supported yet; "
+            "compile the encoder of the whole model, encoder = tilewright.compile(model.get_encoder()) (one of sound "
+            "needs example_inputs=), and have Hugging Face decode: model.generate(encoder_outputs=encoder(...))"
+        )
     if not isinstance(model, PreTrainedModel) or model.main_input_name not in ("input_ids", "pixel_values"):
         raise CaptureError(
             f"{type(model).__name__} is not a Hugging Face model of text or images, so its inputs are unknown; pass "
             "example_inputs= (a tuple of arguments or a dict of keyword arguments)"
-        )
-    if model.config.is_encoder_decoder:
-        raise CaptureError(
-            f"{type(model).__name__} is an encoder-decoder; compile its parts, for example model.get_encoder()"
         )
     return _capture_transformer(model)
 

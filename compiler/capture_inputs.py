@@ -37,6 +37,12 @@ def model_kind(model: PreTrainedModel) -> Kind:
     return "decoder" if causal else "encoder"
 
 
+def attends_to_an_encoder(model: PreTrainedModel) -> bool:
+    """True for an encoder-decoder, and for the decoder of one; False for its encoder, whose config says the same."""
+    whole = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    return bool(model.config.is_encoder_decoder) and (whole or model_kind(model) == "decoder")
+
+
 def model_inputs(model: PreTrainedModel, kind: Kind) -> Inputs:
     """The inputs that a model is captured with. Masks are boolean from the start: 2-D, over the whole context.
 

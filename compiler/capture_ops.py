@@ -28,8 +28,8 @@ IMPLEMENTATION = "tilewright"
 
 _LIB = torch.library.Library("tilewright", "DEF")
 _LIB.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, Tensor? slopes, float scale, float softcap, "
-    "int window, bool causal) -> Tensor"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, Tensor? slopes, "
+    "Tensor? distances, float scale, float softcap, int window, bool causal) -> Tensor"
 )
 _LIB.define("layer(Tensor x, Tensor[] rest, int index) -> Tensor")
 
@@ -62,16 +62,18 @@ def attention_forward(
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
     slopes: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in place of eager or SDPA attention: emit one opaque op.
 
     query, key, value [B, H, S, D] give [B, S, H, D]. ``s_aux`` [H] are sinks, under the name that transformers has for
-    them; ``slopes`` f32[H] are those of ALiBi, which only ``capture_patches`` passes. Raises CaptureError for a bias or
-    a mask that the op cannot express.
+    them; ``slopes`` f32[H] are those of ALiBi, and a ``position_bias`` f32[H, R] is a table by distance: only
+    ``capture_patches`` passes such. Raises CaptureError for a bias or a mask that the op cannot express.
     """
-    for name in ("position_bias", "head_mask"):
-        if extra.get(name) is not None:
+    arrays = {"head_mask": extra.get("head_mask"), "position_bias": position_bias}
+    for name, array in arrays.items():
+        if array is not None and array.ndim != 2:
             raise CaptureError(
                 f"unsupported attention: {type(module).__name__} passes {name!r}, for which the attention op "
                 "has no operand; run this model with Hugging Face instead"
@@ -90,6 +92,7 @@ def attention_forward(
         attention_mask,
         s_aux,
         slopes,
+        position_bias,
         float(scale),
         float(softcap or 0.0),
         int(sliding_window or 0),
