@@ -32,8 +32,8 @@ Scores are scaled, capped, biased, then masked. ``extras`` names the operands th
   "Efficient Streaming Language Models with Attention Sinks", 2023, in the learned form of gpt-oss)
 - slopes f32[H]: ``slopes[h] * (key - query)``, of the positions in the context, is added to each score (ALiBi: Press
   et al., "Train Short, Test Long", 2022)
-- distances f32[H, R], R odd: ``distances[h, R // 2 + key - query]`` is added to each score, of the first or last of them
-  beyond either end (T5's relative positions: Raffel et al., "Exploring the Limits of Transfer Learning", 2020)
+- distances f32[H, R], R odd: ``distances[h, R // 2 + key - query]`` is added to each score, or the first or last of
+  them beyond either end (T5's relative positions: Raffel et al., "Exploring the Limits of Transfer Learning", 2020)
 
 ``matmul`` may carry ``activation_group``: runs of that many values of a's rows may then be rounded to int8, each run
 with a scale of its own, so that a kernel can multiply integers. Codes and scales are those of ``quantization``.
