@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from tilewright.codegen.tunables import Tunables
 from tilewright.ir.module import Module
@@ -31,6 +30,7 @@ from .api_mixin import Compiled, attach
 from .backends import Built, build, candidates, measures, no_candidates
 from .capacity import require_memory
 from .capture import Captured, capture
+from .capture_inputs import vocabulary
 from .choices import choice_key, remember, remembered
 from .costs import eager_peak
 from .dump import Dump
@@ -73,10 +73,10 @@ def compile(
 ) -> Any:
     """Compile ``model`` for inference; gives an object of the model's own class that runs generated kernels.
 
-    model: a Hugging Face text model, or any module when ``example_inputs`` (a tuple of arguments or a dict of keyword
-    arguments) is given; in eval mode. It is left as it was and still runs; the weights are shared with it.
+    model: a Hugging Face model of text or images, or any module when ``example_inputs`` (a tuple of arguments or a dict
+    of keyword arguments) is given; in eval mode. It is left as it was and still runs; the weights are shared with it.
     batch_sizes: a program is built for each; a batch in between runs in the next one up. A batch counts beams and
-    returned sequences. An encoder runs a larger batch in several goes.
+    returned sequences. An encoder runs a larger batch in several goes, unless it compares texts with images.
     max_length: longest sequence, prompt and new tokens together; by default 2048 or what the model can.
     weights: "int8" or "fp8" (e4m3; both have one scale per output channel) or "int4" (scale and minimum per 32 columns)
     stores the weights of matrix products in that form; an embedding that is tied to the last product is int8 in "int4".
@@ -302,12 +302,11 @@ class _Compilation:
         return Engine(decode, built.executors[-1], self._spec(captured, programs[-1]))
 
     def _spec(self, captured: Captured, program: Program) -> EngineSpec:
-        embeddings = self.model.get_input_embeddings() if isinstance(self.model, PreTrainedModel) else None
         return EngineSpec.of(
             program,
             captured.kind,
             self.options.device,
-            vocab_size=embeddings.weight.shape[0] if embeddings is not None else 0,
+            vocab_size=vocabulary(self.model),
             chunk=self.options.chunk,
             positions=captured.position_rule,
             bounds=self.bounds,

@@ -135,6 +135,18 @@ class CompiledMixin:
                 f"now {now[1]} on {now[0]}; move it back with model.to({str(home[0])!r}, {home[1]}), or compile again"
             )
 
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by the names that the original's forward has for them, in its order.
+
+        Raises InputError when they do not fit.
+        """
+        signature = inspect.signature(self._tilewright_forward)
+        try:
+            bound = signature.bind(self, *args, **kwargs).arguments
+        except TypeError as error:
+            raise InputError(f"the arguments do not fit this model's forward: {error}") from error
+        return dict(list(bound.items())[1:])
+
     def _refuse(self, arguments: Mapping[str, Any]) -> None:
         """Raise InputError for what the kernels do not compute: an argument that the original's forward names, or an
         output that it could be asked for. What the original would ignore (generate() passes such) is ignored here too.
@@ -267,33 +279,40 @@ class EncoderMixin(CompiledMixin):
     """A model without KV state."""
 
     @torch.no_grad()
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same arguments and result as the original's forward. Raises InputError for input that does not fit."""
         compiled = self._tilewright
         engine = compiled.engine
         self._require_home()
-        self._refuse(kwargs)
-        if input_ids is None:
-            raise InputError("input_ids is missing")
-        ids = engine.check_prompt(input_ids)
-        given = {"input_ids": ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        defaults = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
-        inputs = {
-            name: defaults[name](ids) if value is None else value
-            for name, value in given.items()
-            if engine.spec.has_input(name)
-        }
-        results = engine.forward(inputs)
-        assert compiled.output_class is not None
-        output = compiled.output_class(**dict(zip(compiled.outputs, results.values(), strict=True)))
+        given = self._arguments(args, kwargs)
+        named = inspect.signature(self._tilewright_forward).parameters
+        for rest in [n for n in given if named[n].kind is inspect.Parameter.VAR_KEYWORD]:
+            given |= given.pop(rest)
+        return_dict = given.pop("return_dict", None)
+        taken = {i.name: given.pop(i.name, None) for i in engine.spec.inputs}
+        self._refuse(given)
+        results = engine.forward(_filled_in(engine, taken))
+        assert compiled.output_spec is not None
+        output = pytree.tree_unflatten(list(results.values()), compiled.output_spec)
         return output if return_dict is not False else output.to_tuple()
+
+
+_DEFAULTS = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
+
+
+def _filled_in(engine: Engine, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """An encoder's inputs with the defaults that Hugging Face has, and images in the model's dtype, as it has them."""
+    inputs = dict(given)
+    if isinstance(images := given.get("pixel_values"), Tensor) and images.is_floating_point():
+        spec = engine.spec.input("pixel_values")
+        assert spec is not None
+        inputs["pixel_values"] = images.to(spec.dtype)
+    if (ids := given.get("input_ids")) is not None:
+        ids = inputs["input_ids"] = engine.check_prompt(ids)
+        inputs |= {n: make(ids) for n, make in _DEFAULTS.items() if n in given and given[n] is None}
+    if missing := [name for name, value in inputs.items() if value is None]:
+        raise InputError(f"{missing[0]} is missing")
+    return {name: value for name, value in inputs.items() if value is not None}
 
 
 class ModuleMixin(CompiledMixin):
@@ -304,13 +323,9 @@ class ModuleMixin(CompiledMixin):
         """Same arguments and result as the original's forward. Raises InputError for input that does not fit."""
         compiled = self._tilewright
         self._require_home()
-        try:
-            bound = inspect.signature(self._tilewright_forward).bind(self, *args, **kwargs).arguments
-        except TypeError as error:
-            raise InputError(f"the arguments do not fit this module's forward: {error}") from error
+        given = flat_tensors(self._arguments(args, kwargs))
         assert compiled.output_spec is not None
         assert compiled.shown is not None
-        given = flat_tensors(dict(list(bound.items())[1:]))
         if not _covered(given, compiled.engine.spec, compiled.shown.written):
             return self._tilewright_forward(self, *args, **kwargs)
         tensors = {**compiled.tensors, **given}

@@ -17,7 +17,7 @@ import sympy
 import torch
 from sympy import Expr
 
-from tilewright.ir.index import IndexMap, index_symbols
+from tilewright.ir.index import IndexMap, index_symbols, reshape_map
 from tilewright.ir.ops import Builder
 from tilewright.ir.types import DType, TensorType, Value
 
@@ -115,6 +115,10 @@ class Context:
         if type_ == x.type and index_map.is_identity():
             return x
         return self.builder.add("view", x, type=type_, map=index_map)
+
+    def reshape(self, x: Value, shape: Sequence[Expr]) -> Value:
+        """The elements of ``x`` in row-major order under another shape of the same size."""
+        return self.view(x, shape, reshape_map(x.shape, tuple(shape)).exprs)
 
     def permute(self, x: Value, order: Sequence[int]) -> Value:
         """Dim n of the result is dim ``order[n]`` of ``x``."""

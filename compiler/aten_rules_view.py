@@ -8,21 +8,17 @@ from typing import Any
 import sympy
 from sympy import Expr
 
-from tilewright.ir.index import FloorDiv, Mod, index_symbols, reshape_map
+from tilewright.ir.index import FloorDiv, Mod, index_symbols
 from tilewright.ir.types import DType, TensorType, Value
 
 from .aten_rules import Context, Number, Result, axis, rule
-
-
-def _reshape(ctx: Context, x: Value, shape: tuple[Expr, ...]) -> Value:
-    return ctx.view(x, shape, reshape_map(x.shape, shape).exprs)
 
 
 @rule(
     "view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int", "view_as.default",
 )  # fmt: skip
 def _reshaped(ctx: Context, x: Value, *_: Any) -> Result:
-    return _reshape(ctx, x, ctx.out.shape)
+    return ctx.reshape(x, ctx.out.shape)
 
 
 @rule("unsqueeze.default")
@@ -163,7 +159,7 @@ def _repeat(ctx: Context, x: Value, repeats: Sequence[Number]) -> Result:
 @rule("repeat_interleave.self_int")
 def _repeat_interleave(ctx: Context, x: Value, repeats: int, dim: int | None = None, **_: Any) -> Result:
     if dim is None:
-        x, dim = _reshape(ctx, x, (x.type.numel,)), 0
+        x, dim = ctx.reshape(x, (x.type.numel,)), 0
     symbols: list[Expr] = list(index_symbols(x.type.rank))
     at = axis(dim, x.type.rank)
     symbols[at] = FloorDiv(symbols[at], sympy.sympify(repeats))

@@ -12,29 +12,34 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import sympy
 import torch
 import torch.utils._pytree as pytree
-import transformers
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from tilewright.ir.errors import CaptureError
 
+from .capture_inputs import (
+    MAX_BATCH,
+    Inputs,
+    Kind,
+    attends_to_an_encoder,
+    model_inputs,
+    model_kind,
+    symbol_ranges,
+)
 from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, flat_names, opaque_layers
 from .capture_ops import ATTENTION, attention_forward, opaque_attention
 from .capture_patches import PositionRule, has_own_attention, position_rule, rerouted
 
-Kind = Literal["decoder", "encoder", "module"]
-
 # Example sizes: at least 2, because export specialises on 0 and 1, and all different, so that none passes for another.
-_EXAMPLE = {"B": 2, "S": 3, "T": 5}
-_MAX_BATCH = 4096
-_MAX_LENGTH = 1 << 20  # where the config states no limit
+_EXAMPLE = {"B": 2, "S": 3, "T": 5, "I": 7}
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,9 @@ class LayerCall:
 class Captured:
     """A captured model. ``tensors`` holds the model's own tensors (shared, not copied) by absolute name.
 
-    ``outputs`` names what the outer graph returns, in order. For a Hugging Face model ``output_class`` is the
-    ModelOutput that they fill. For a "module" they fill the pytree ``output_spec`` together with
-    ``output_constants``, the leaves (by position) that are no tensors. ``notes`` says, for the report, which
+    ``outputs`` names what the outer graph returns, in order. They fill the pytree ``output_spec``, for a "module"
+    together with ``output_constants``, the leaves (by position) that are no tensors. For a Hugging Face model that tree
+    is a ModelOutput, of the class ``output_class``. ``notes`` says, for the report, which
     repeated layers could not be captured as layers and why.
     """
 
@@ -88,7 +93,8 @@ class Captured:
 
 
 def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | None = None) -> Captured:
-    """Capture ``model``; ``example_inputs`` (args or kwargs) is required for anything but a Hugging Face text model.
+    """Capture ``model``; ``example_inputs`` (args or kwargs) is required for anything but a Hugging Face
+    model of text or images.
 
     Raises CaptureError, naming the module and the remedy, when the model is in training mode, has no weights (meta
     tensors), or does something that export or the attention op cannot express.
@@ -96,14 +102,16 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     _check_ready(model)
     if example_inputs is not None:
         return _capture_module(model, example_inputs)
-    if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids":
+    if isinstance(model, PreTrainedModel) and attends_to_an_encoder(model):
         raise CaptureError(
-            f"{type(model).__name__} is not a Hugging Face text model, so its inputs are unknown; pass example_inputs= "
-            "(a tuple of arguments or a dict of keyword arguments)"
+            f"{type(model).__name__} has a decoder that attends to an encoder's states, which is not supported yet; "
+            "compile the encoder of the whole model, encoder = tilewright.compile(model.get_encoder()) (one of sound "
+            "needs example_inputs=), and have Hugging Face decode: model.generate(encoder_outputs=encoder(...))"
         )
-    if model.config.is_encoder_decoder:
+    if not isinstance(model, PreTrainedModel) or model.main_input_name not in ("input_ids", "pixel_values"):
         raise CaptureError(
-            f"{type(model).__name__} is an encoder-decoder; compile its parts, for example model.get_encoder()"
+            f"{type(model).__name__} is not a Hugging Face model of text or images, so its inputs are unknown; pass "
+            "example_inputs= (a tuple of arguments or a dict of keyword arguments)"
         )
     return _capture_transformer(model)
 
@@ -133,6 +141,12 @@ class _Returned:
     constants: dict[int, Any] = field(default_factory=dict)
 
 
+def _tensors_of(out: ModelOutput) -> ModelOutput:
+    """A result with its tensors alone, those of results within it included."""
+    kept = {k: _tensors_of(v) if isinstance(v, ModelOutput) else v for k, v in out.items()}
+    return type(out)(**{k: v for k, v in kept.items() if isinstance(v, Tensor | ModelOutput)})
+
+
 class _Outer(nn.Module):
     """The model as a function of one dict of tensors, giving the tensors of its ModelOutput; notes their names."""
 
@@ -143,49 +157,20 @@ class _Outer(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         out = self.model(**inputs, return_dict=True, **self._switched_off())
-        tensors = {k: v for k, v in out.items() if isinstance(v, Tensor)}
-        self.returned.output_class, self.returned.names = type(out), tuple(tensors)
-        return tuple(tensors.values())
+        tensors = _tensors_of(out)
+        leaves, self.returned.spec = pytree.tree_flatten(tensors)
+        self.returned.output_class, self.returned.names = type(out), tuple(flat_names(tensors))
+        return tuple(leaves)
 
     def _switched_off(self) -> dict[str, bool]:
         known = inspect.signature(self.model.forward).parameters
         return {"use_cache": False} if "use_cache" in known else {}
 
 
-def _model_kind(model: PreTrainedModel) -> Kind:
-    """A decoder keeps KV state: it takes past_key_values and its attention is causal. The rest are encoders."""
-    known = inspect.signature(model.forward).parameters
-    if "past_key_values" not in known:
-        if "cache" in known:
-            raise CaptureError(
-                f"{type(model).__name__} takes its KV state as cache=, as models of Transformers 5.24 and later do "
-                f"(this is {transformers.__version__}); install 'transformers<5.24'"
-            )
-        return "encoder"
-    flags = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    causal = any(flags) if flags else model.can_generate()
-    return "decoder" if causal else "encoder"
-
-
-def _text_inputs(model: PreTrainedModel, kind: Kind) -> dict[str, tuple[torch.dtype, tuple[str, ...]]]:
-    """Logical inputs with dtype and dims. The mask is boolean from the start: 2-D, over the whole context."""
-    known = inspect.signature(model.forward).parameters
-    inputs: dict[str, tuple[torch.dtype, tuple[str, ...]]] = {"input_ids": (torch.int64, ("B", "S"))}
-    if kind == "decoder" and "position_ids" in known:
-        inputs["position_ids"] = (torch.int64, ("B", "S"))
-    inputs["attention_mask"] = (torch.bool, ("B", "T" if kind == "decoder" else "S"))
-    if kind == "encoder" and "token_type_ids" in known:
-        inputs["token_type_ids"] = (torch.int64, ("B", "S"))
-    return inputs
-
-
 def _capture_transformer(model: PreTrainedModel) -> Captured:
-    kind = _model_kind(model)
-    inputs = _text_inputs(model, kind)
-    limit = getattr(model.config, "max_position_embeddings", None) or _MAX_LENGTH
-    ranges = {"B": (1, _MAX_BATCH), "S": (1, limit)}
-    if kind == "decoder":
-        ranges["T"] = (1, limit)
+    kind = model_kind(model)
+    inputs = model_inputs(model, kind)
+    ranges = symbol_ranges(model, inputs)
     notes: list[str] = []
     skip: list[str] = []
     outer = _Outer(model)
@@ -214,7 +199,7 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
         kind=kind,
         outputs=outer.returned.names,
         output_class=outer.returned.output_class,
-        output_spec=None,
+        output_spec=outer.returned.spec,
         output_constants={},
         position_rule=position_rule(model.config.model_type),
         notes=tuple(notes),
@@ -224,17 +209,17 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
 def _capture_layered(
     model: PreTrainedModel,
     outer: _Outer,
-    inputs: Mapping[str, tuple[torch.dtype, tuple[str, ...]]],
+    inputs: Inputs,
     ranges: Mapping[str, tuple[int, int]],
     skip: list[str],
 ) -> tuple[CapturedGraph, dict[str, CapturedGraph], dict[int, LayerCall]]:
     """The outer graph, the distinct layers, and the calls. Raises NotALayerError for a list that has to be skipped."""
     dims = {name: Dim(name, min=lo, max=hi) for name, (lo, hi) in ranges.items()}
     examples = {
-        name: torch.ones([_EXAMPLE[d] for d in shape], dtype=dtype, device=model.device)
+        name: torch.ones(_example_sizes(shape), dtype=dtype, device=model.device)
         for name, (dtype, shape) in inputs.items()
     }
-    shapes = {name: {n: dims[d] for n, d in enumerate(shape)} for name, (_, shape) in inputs.items()}
+    shapes = {name: _symbolic(shape, dims) for name, (_, shape) in inputs.items()}
     with opaque_layers(find_layers(model, skip)) as recording:
         exported = _export(outer, (examples,), {"inputs": shapes}, type(model).__name__)
     symbols = _symbol_names(exported, [shape for _, shape in inputs.values()])
@@ -258,15 +243,24 @@ def _capture_layer(
     """Export one distinct layer. Its example inputs have the sizes that the outer graph's symbols stand for."""
     named = [tuple(_dim_name(size, symbols, record) for size in x.shape) for x in record.inputs]
     examples = tuple(
-        torch.zeros([_EXAMPLE[d] if isinstance(d, str) else d for d in shape], dtype=x.dtype, device=x.device)
+        torch.zeros(_example_sizes(shape), dtype=x.dtype, device=x.device)
         for x, shape in zip(record.inputs, named, strict=True)
     )
-    shapes = tuple({n: dims[d] for n, d in enumerate(shape) if isinstance(d, str)} for shape in named)
+    shapes = tuple(_symbolic(shape, dims) for shape in named)
     try:
         exported = _export(LayerForward(record), (examples,), {"inputs": shapes}, record.layer.name)
     except CaptureError as error:
         raise NotALayerError(record.layer.list_name, str(error).splitlines()[0]) from error
     return _graph(name, exported, record.names(), _symbol_names(exported, named), prefix="layer.")
+
+
+def _example_sizes(shape: Sequence[str | int]) -> list[int]:
+    return [_EXAMPLE[d] if isinstance(d, str) else d for d in shape]
+
+
+def _symbolic(shape: Sequence[str | int], dims: Mapping[str, Dim]) -> dict[int, Dim]:
+    """The dims of an input that export keeps symbolic, by position."""
+    return {n: dims[d] for n, d in enumerate(shape) if isinstance(d, str)}
 
 
 def _dim_name(size: Any, symbols: Mapping[sympy.Symbol, str], record: LayerRecord) -> str | int:
@@ -406,11 +400,11 @@ def _export_dynamic_batch(
 
             grown = pytree.tree_map(grow, (args, kwargs))
             for least in (1, 3):  # from 3 rows on, all but one of them are several
-                batch = Dim("B", min=least, max=_MAX_BATCH)
+                batch = Dim("B", min=least, max=MAX_BATCH)
                 shapes = pytree.tree_map(lambda _, dim=batch: {0: dim}, (args, kwargs))
                 try:
                     exported = _export(plain, grown, {"args": shapes[0], "kwargs": shapes[1]}, name)
-                    return exported, {"B": (least, _MAX_BATCH)}, ()
+                    return exported, {"B": (least, MAX_BATCH)}, ()
                 except CaptureError as error:
                     note = str(error).splitlines()[0]
         return _export(plain, (args, kwargs), None, name), {}, (f"sizes are fixed to the example's: {note}",)

@@ -28,8 +28,8 @@ IMPLEMENTATION = "tilewright"
 
 _LIB = torch.library.Library("tilewright", "DEF")
 _LIB.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, Tensor? slopes, float scale, float softcap, "
-    "int window, bool causal) -> Tensor"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, Tensor? slopes, "
+    "Tensor? distances, float scale, float softcap, int window, bool causal) -> Tensor"
 )
 _LIB.define("layer(Tensor x, Tensor[] rest, int index) -> Tensor")
 
@@ -62,16 +62,18 @@ def attention_forward(
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
     slopes: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in place of eager or SDPA attention: emit one opaque op.
 
     query, key, value [B, H, S, D] give [B, S, H, D]. ``s_aux`` [H] are sinks, under the name that transformers has for
-    them; ``slopes`` f32[H] are those of ALiBi, which only ``capture_patches`` passes. Raises CaptureError for a bias or
-    a mask that the op cannot express.
+    them; ``slopes`` f32[H] are those of ALiBi, and a ``position_bias`` f32[H, R] is a table by distance: only
+    ``capture_patches`` passes such. Raises CaptureError for a bias or a mask that the op cannot express.
     """
-    for name in ("position_bias", "head_mask"):
-        if extra.get(name) is not None:
+    arrays = {"head_mask": extra.get("head_mask"), "position_bias": position_bias}
+    for name, array in arrays.items():
+        if array is not None and array.ndim != 2:
             raise CaptureError(
                 f"unsupported attention: {type(module).__name__} passes {name!r}, for which the attention op "
                 "has no operand; run this model with Hugging Face instead"
@@ -90,6 +92,7 @@ def attention_forward(
         attention_mask,
         s_aux,
         slopes,
+        position_bias,
         float(scale),
         float(softcap or 0.0),
         int(sliding_window or 0),
@@ -130,7 +133,7 @@ AttentionInterface.register(IMPLEMENTATION, attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, _mask_forward)
 
 
-def _configs(model: nn.Module) -> list[PretrainedConfig]:
+def configs_of(model: nn.Module) -> list[PretrainedConfig]:
     """Every distinct config that a submodule reads, sub-configs included."""
     found: dict[int, PretrainedConfig] = {}
     for module in model.modules():
@@ -150,7 +153,7 @@ def opaque_attention(model: nn.Module) -> Iterator[None]:
     The internal attribute is set, not the public one: the public setter recurses into sub-configs and would lose
     what each of them had.
     """
-    saved = [(config, config._attn_implementation_internal) for config in _configs(model)]
+    saved = [(config, config._attn_implementation_internal) for config in configs_of(model)]
     try:
         for config, _ in saved:
             config._attn_implementation_internal = IMPLEMENTATION

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,36 @@ def _reroute_attn(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]
     for module in model.modules():
         if hasattr(module, "_attn") and hasattr(module, "scale_attn"):
             yield _Override(module, "_attn", route(module))
+
+
+# --- bias by distance ---------------------------------------------------------------------------------------------
+
+
+def _reroute_relative(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]:
+    """Modules that sort distances into buckets, each with a bias per head, and hand that on as ``position_bias``.
+
+    They get a table f32[H, R] by distance in place of an array over queries and keys: from ``max_distance`` on all
+    distances are in one bucket.
+    """
+
+    def route(module: Any) -> Callable[..., Tensor]:
+        most = module.relative_attention_max_distance
+        distances = torch.arange(-most, most + 1, device=model.device)
+        buckets = module._relative_position_bucket(
+            distances,
+            bidirectional=not module.is_decoder,
+            num_buckets=module.relative_attention_num_buckets,
+            max_distance=most,
+        )
+
+        def compute_bias(*_: object, **__: object) -> Tensor:
+            return cast(Tensor, module.relative_attention_bias(buckets).t().float())
+
+        return compute_bias
+
+    for module in model.modules():
+        if getattr(module, "has_relative_attention_bias", False):
+            yield _Override(module, "compute_bias", route(module))
 
 
 # --- attention in a forward ---------------------------------------------------------------------------------------
@@ -205,4 +235,6 @@ _REROUTES: dict[str, Callable[[PreTrainedModel, Attend], Iterator[_Override]]] =
     "bloom": _reroute_bloom,
     "mpt": _reroute_mpt,
     "falcon": _reroute_falcon,
+    "t5": _reroute_relative,
+    "mt5": _reroute_relative,
 }

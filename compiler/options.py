@@ -17,6 +17,8 @@ from tilewright.ir.types import DType
 from tilewright.passes.quantize_weights import FORMATS
 from tilewright.runtime.device import require_device
 
+from .capture_inputs import most_positions
+
 BACKENDS = ("triton", "cpp", "reference")
 WEIGHTS = FORMATS
 KV_CACHE = {"bf16": DType.bf16, "fp8": DType.f8}
@@ -166,8 +168,7 @@ def _kv_cache(model: nn.Module, wanted: str | None) -> str:
 
 
 def _max_length(model: nn.Module, wanted: int | None) -> int:
-    config = getattr(model, "config", None)
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = most_positions(model)
     if wanted is None:
         return min(DEFAULT_MAX_LENGTH, limit) if limit else DEFAULT_MAX_LENGTH
     if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:

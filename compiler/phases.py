@@ -37,9 +37,8 @@ def phases_of(captured: Captured, lowered: Module, options: Options) -> list[Pha
     """The programs of a model: one decode program per batch size and then prefill, or forward alone."""
     known = {name: (low, high) for name, low, high in lowered.symbols}
     if captured.kind != "decoder":
-        ranges = {}
-        if "B" in known and captured.kind == "encoder":
-            ranges["B"] = (1, options.max_batch)
+        batches = ("B", "I") if captured.kind == "encoder" else ()
+        ranges = {name: (1, options.max_batch) for name in batches if name in known}
         if "S" in known:
             ranges["S"] = (1, min(known["S"][1], options.max_length))
         return [Phase("forward", "forward", options.max_batch, PassOptions(), ranges)]
@@ -122,7 +121,7 @@ def report_dims(program: Program, options: Options) -> dict[str, int]:
     context = min(512, options.max_length)
     if program.phase == "decode":
         return {"B": program.batch, "S": 1, "L": 1, "T": context}
-    sizes = {"B": 1, "S": context, "T": context, "L": 1}
+    sizes = {"B": 1, "I": 1, "S": context, "T": context, "L": 1}
     return {name: min(size, highs[name]) for name, size in sizes.items() if name in highs}
 
 

@@ -116,6 +116,12 @@ def _permutation(index_map: IndexMap, rank: int) -> tuple[int, ...] | None:
     return tuple(order) if sorted(order) == list(range(rank)) else None
 
 
+def _permutes(view: Op) -> bool:
+    """True for a view that shows its whole operand with dims in another order: a slice may have the same map."""
+    whole = view.operands[0].type.numel == view.result.type.numel
+    return whole and _permutation(view.attr("map"), view.result.type.rank) is not None
+
+
 class _Rearrangement:
     """Builds one prepared weight of one scope as a buffer of which its parameters become views."""
 
@@ -144,9 +150,7 @@ class _Rearrangement:
         below = self.made[op.operands[0]] if op.operands else op
         if op.opcode == "view" and below.opcode == "param" and self._name(below) in self.used:
             return None  # a transposed view of the buffer would not do for a kernel that reads the parameter itself
-        simple = op.opcode == "concat" or (
-            op.opcode == "view" and _permutation(op.attr("map"), op.result.type.rank) is not None
-        )
+        simple = op.opcode == "concat" or (op.opcode == "view" and _permutes(op))
         parts = [self._parts(v) for v in op.operands] if simple else [None]
         return None if any(p is None for p in parts) else [t for p in parts for t in p or []]
 

@@ -32,6 +32,8 @@ Scores are scaled, capped, biased, then masked. ``extras`` names the operands th
   "Efficient Streaming Language Models with Attention Sinks", 2023, in the learned form of gpt-oss)
 - slopes f32[H]: ``slopes[h] * (key - query)``, of the positions in the context, is added to each score (ALiBi: Press
   et al., "Train Short, Test Long", 2022)
+- distances f32[H, R], R odd: ``distances[h, R // 2 + key - query]`` is added to each score, or the first or last of
+  them beyond either end (T5's relative positions: Raffel et al., "Exploring the Limits of Transfer Learning", 2020)
 
 ``matmul`` may carry ``activation_group``: runs of that many values of a's rows may then be rounded to int8, each run
 with a scale of its own, so that a kernel can multiply integers. Codes and scales are those of ``quantization``.
@@ -262,12 +264,17 @@ def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
         "sinks": TensorType(q.dtype, (heads,)),
         "slopes": TensorType(DType.f32, (heads,)),
     }
-    for name, value in attention_extras(op, op.operands).items():
+    given = attention_extras(op, op.operands)
+    if (table := given.get("distances")) is not None:
+        odd = table.type.rank == 2 and table.shape[1].is_Integer and table.shape[1] % 2 == 1
+        _need(odd, op, f"distances need an odd number of columns, not {table.type}")
+        types["distances"] = TensorType(DType.f32, (heads, table.shape[1]))
+    for name, value in given.items():
         _need(value.type == types[name], op, f"{name} must be {types[name]}, not {value.type}")
     return q, k, v
 
 
-ATTENTION_EXTRAS = ("mask", "sinks", "slopes")
+ATTENTION_EXTRAS = ("mask", "sinks", "slopes", "distances")
 
 
 def attention_extras(op: Op, operands: Sequence[T]) -> dict[str, T]:

@@ -320,6 +320,10 @@ def _scores(op: Op, args: list[Tensor]) -> tuple[Tensor, Tensor]:
     extras = attention_extras(op, args)
     if "slopes" in extras:
         scores = scores + extras["slopes"].to(scores.dtype).view(-1, 1, 1) * (key - query)
+    if "distances" in extras:
+        table = extras["distances"].to(scores.dtype)
+        middle = table.shape[1] // 2
+        scores = scores + table[:, (key - query).clamp(-middle, middle) + middle]
     valid = torch.ones(s, t, dtype=torch.bool)
     if op.attr("causal"):
         valid &= key <= query

@@ -229,7 +229,7 @@ class Engine:
         dims: dict[str, int] = {}
         ready = {i.name: self._check_input(i, inputs.get(i.name), dims) for i in self.spec.inputs}
         rows = next((high for name, _, high in self.spec.symbols if name == "B"), 0)
-        if self.spec.kind == "encoder" and dims.get("B", 0) > rows > 0:
+        if self.spec.is_per_row and dims.get("B", 0) > rows > 0:
             parts = [
                 self.forward({n: t[i : i + rows] for n, t in ready.items()})
                 for i in range(0, dims["B"], rows)

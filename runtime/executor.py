@@ -153,6 +153,12 @@ class EngineSpec:
             positions=positions,
         )
 
+    @property
+    def is_per_row(self) -> bool:
+        """True for an encoder whose tensors have a row per member of one batch: rows do not depend on each other."""
+        firsts = {str(t.type.shape[0]) if t.type.shape else "" for t in (*self.inputs, *self.outputs)}
+        return self.kind == "encoder" and firsts == {"B"}
+
     def input(self, name: str) -> TensorSpec | None:
         """The input of that name, or None when the program reads none."""
         return next((i for i in self.inputs if i.name == name), None)

@@ -669,6 +669,9 @@ class RandomFunction:
         for name, dtype in (("sinks", q.dtype), ("slopes", DType.f32)):
             if self.number(0, 3) == 0:
                 extras[name] = self.weight(TensorType(dtype, q.shape[1:2]))
+        if self.number(0, 3) == 0:
+            columns = Integer(self.pick((1, 3, 5)))
+            extras["distances"] = self.weight(TensorType(DType.f32, (q.shape[1], columns)))
         causal = bool(self.number(0, 1))
         out = self.add(
             "attention", q, k, v, *extras.values(), extras=tuple(extras) or None, spec=Spec(-4, 4, False),

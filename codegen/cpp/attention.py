@@ -36,6 +36,8 @@ def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
         writer.line(f"shape.{name} = {_strides(kernel, value, _symbols('bhsd'), name)};")
     for name, value in extras.items():
         writer.line(f"shape.{name} = {kernel.names[value]};")
+    if "distances" in extras:
+        writer.line(f"shape.distance_count = {print_index(extras['distances'].shape[1])};")
     if "mask" in extras:
         row = kernel.offset(extras["mask"], (Integer(1), Integer(0)), {})
         writer.line(f"shape.mask_row = {print_index(row)};")

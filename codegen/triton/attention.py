@@ -222,6 +222,17 @@ class _Attention:
         address += f" + {self.rows.text} * 0"  # a block of rows even where all of them are of one head
         return self.base.bind(f"tl.load({address}, mask={self.rows.mask}, other=0.0).to({self.float})", extra)
 
+    def _by_distance(self, scope: Scope, key: str, query: str) -> str:
+        """The bias of each key for each query, from the table of the query's head."""
+        table, share = self.extras["distances"], self.sizes.share
+        last = int(table.shape[1]) - 1
+        place = scope.bind(f"tl.minimum(tl.maximum({key} - {query} + {last // 2}, 0), {last})", "place")
+        index = (GROUP * share + Mod(ROW, share), COLUMN)
+        address = self._address(table, index, {ROW: self.rows.text, COLUMN: place})
+        return scope.bind(
+            f"tl.load({address}, mask={self.rows.mask}, other=0.0).to({self.float})", "distances"
+        )
+
     def _walk(self, base: Scope, over: _Walk, step: Step) -> None:
         """Loop over blocks of keys; ``step`` takes each block's scores."""
         op, high, query = self.op, over.high, over.query
@@ -240,6 +251,8 @@ class _Attention:
             scores = scope.bind(f"{bounded} * {float(cap)!r}", "scores")
         if over.slopes:
             scores = scope.bind(f"{scores} + {over.slopes} * ({row} - {query}).to({self.float})", "scores")
+        if "distances" in self.extras:
+            scores = scope.bind(f"{scores} + {self._by_distance(scope, row, query)}", "scores")
         seen = self._condition(scope, row, query, high)
         scores = scope.bind(f"tl.where({seen}, {scores}, {MASKED})", "scores")
 

@@ -454,7 +454,8 @@ def attend(opcode: str, dtype: DType, size: int, **attrs: object) -> Case:
     stored = attrs.pop("stored", dtype)
     k, v = (b.param_value(n, tensor_type(stored, ["B", groups, keys, size])) for n in "kv")
     types = {
-        "mask": tensor_type("bool", ["B", keys]), "sinks": tensor_type(dtype, [6]), "slopes": tensor_type("f32", [6])
+        "mask": tensor_type("bool", ["B", keys]), "sinks": tensor_type(dtype, [6]), "slopes": tensor_type("f32", [6]),
+        "distances": tensor_type("f32", [6, 27]),
     }  # fmt: skip
     extras = [b.param_value(name, types[name]) for name in attrs.get("extras", ())]
     full = {"scale": size**-0.5, "causal": True, "window": 0, "softcap": 0.0, **attrs}
@@ -491,9 +492,26 @@ def attention_slopes(dtype: DType, queries: object, keys: object) -> Case:
     return attend("attention", dtype, 16, slot="", extras=extras, queries=queries, keys=keys, softcap=2.0)
 
 
+@case(
+    "attention_distances",
+    *((d, q, 150) for d in (DType.f32, DType.bf16) for q in ("S", 1)),
+    (DType.f64, "S", "T"),
+)
+def attention_distances(dtype: DType, queries: object, keys: object) -> Case:
+    """A table of biases by distance, shorter than the context at either side; keys that come after their query too."""
+    extras = ("mask", "distances")
+    return attend("attention", dtype, 16, slot="", extras=extras, queries=queries, keys=keys, causal=False)
+
+
+@case("attention_split_distances", *FLOATS)
+def attention_split_distances(dtype: DType) -> Case:
+    """Each chunk measures distances from the query, as with slopes; added to capped scores."""
+    return attend("attention_split", dtype, 16, queries=1, splits=4, extras=("distances",), softcap=2.0)
+
+
 @case("attention_all_extras", ("S",), (1,))
 def attention_all_extras(queries: object) -> Case:
-    extras = ("mask", "sinks", "slopes")
+    extras = ("mask", "sinks", "slopes", "distances")
     return attend("attention", DType.f32, 20, slot="", extras=extras, queries=queries, window=11)
 
 

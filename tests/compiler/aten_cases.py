@@ -301,6 +301,14 @@ MATMUL = [
     case("addmm.default", lambda n: (f(5), f(n, 4), f(4, 5)), beta=0),
     case("addmv.default", lambda n: (f(n), f(n, 4), f(4))),
     case("baddbmm.default", lambda n: (f(n, 3, 5), f(n, 3, 4), f(n, 4, 5))),
+    case("conv1d.default", lambda n: (f(n, 2, 7), f(5, 2, 3), f(5), [3])),
+    case("conv2d.default", lambda n: (f(n, 3, 5, 8), f(6, 3, 2, 4), f(6), [2, 4])),
+    case("conv2d.default", lambda n: (f(n, 3, 4, 4), f(5, 3, 2, 2), None, [2, 2], [0, 0], [1, 1], 1)),
+    case("conv2d.default", lambda n: (f(n, 3, 4, 5), f(5, 3, 1, 1), f(5))),
+    case("conv1d.padding", lambda n: (f(n, 2, 7), f(5, 2, 3), f(5), [3], "valid")),
+    case("conv2d.padding", lambda n: (f(n, 3, 5, 8), f(6, 3, 2, 4), None, [2, 4], "valid")),
+    case("conv3d.padding", lambda n: (f(n, 2, 4, 2, 5), f(6, 2, 2, 1, 2), f(6), [2, 1, 2], "valid")),
+    case("conv3d.default", lambda n: (f(n, 2, 4, 2, 5), f(6, 2, 2, 1, 2), f(6), [2, 1, 2])),
     *(
         case("scaled_dot_product_attention.default", args)
         for args in (

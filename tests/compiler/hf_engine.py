@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
@@ -138,4 +139,6 @@ def eager_encoder(model: PreTrainedModel) -> Any:
     )
     engine = Engine([], EagerEncoder(model), spec)
     names = ("last_hidden_state", "pooler_output")
-    return attach(model, Compiled(engine, Report(), names, BaseModelOutputWithPoolingAndCrossAttentions))
+    output = BaseModelOutputWithPoolingAndCrossAttentions(**dict.fromkeys(names, 0))
+    _, spec = pytree.tree_flatten(output)
+    return attach(model, Compiled(engine, Report(), names, type(output), spec))

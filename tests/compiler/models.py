@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     BertConfig,
@@ -14,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -51,3 +54,17 @@ def tiny(family: str, layers: int = 2) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
     return model.eval()
+
+
+def random(config: PretrainedConfig, kind: Any) -> PreTrainedModel:
+    """A model with weights large enough for its tokens to differ, sinks and biases among them.
+
+    ``kind`` is a model class, or one of transformers' auto classes.
+    """
+    torch.manual_seed(0)
+    make = kind if issubclass(kind, PreTrainedModel) else kind.from_config
+    model: PreTrainedModel = make(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model

@@ -15,6 +15,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import tilewright as tw
 
+from .models import random
+
 _PLAIN = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -70,6 +72,10 @@ DECODERS: dict[str, PretrainedConfig] = {
     "falcon_heads": hf.FalconConfig(**_FALCON, multi_query=False, parallel_attn=False, bias=True),
     "deepseek_v3": hf.DeepseekV3Config(**_PLAIN, **_IDS, **_EXPERTS, **_LATENT, num_key_value_heads=4),
 }
+_T5 = {
+    "vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
+}  # fmt: skip
 ENCODERS: dict[str, PretrainedConfig] = {
     "roberta": hf.RobertaConfig(**_PLAIN),
     "distilbert": hf.DistilBertConfig(vocab_size=128, dim=64, n_layers=2, n_heads=4, hidden_dim=96),
@@ -81,16 +87,6 @@ REFUSED: dict[str, PretrainedConfig] = {
     ),
     "falcon_alibi": hf.FalconConfig(**_FALCON, alibi=True),
 }
-
-
-def random(config: PretrainedConfig, kind: Any) -> PreTrainedModel:
-    """A model with weights large enough for its tokens to differ, sinks and biases among them."""
-    torch.manual_seed(0)
-    model: PreTrainedModel = kind.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
 
 
 def prompt() -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,14 +130,30 @@ def check_decoder(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_encoder_says_what_hugging_face_says(name: str) -> None:
-    model = random(ENCODERS[name], hf.AutoModel)
-    fast = tw.compile(model, batch_sizes=(2,), max_length=64, backend="reference", autotune="off")
+    check_encoder(random(ENCODERS[name], hf.AutoModel), "reference")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("kind", [hf.T5EncoderModel, hf.MT5EncoderModel])
+def test_relative_positions_are_a_table_by_distance(kind: Any, backend: str) -> None:
+    """Prompts longer than the table, whose numbers are all unlike, on both sides of a query."""
+    model = random(kind.config_class(**_T5), kind)
+    with torch.no_grad():
+        model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.normal_(0, 2)
+    fast = check_encoder(model, backend)
+    assert not fast.report().fallbacks
+    assert "distances" in fast.ir("lowered")
+
+
+def check_encoder(model: PreTrainedModel, backend: str) -> Any:
+    fast = tw.compile(model, batch_sizes=(2,), max_length=64, backend=backend, autotune="off")
     ids, mask = prompt()
     given = {"input_ids": ids.flip(1), "attention_mask": mask.flip(1)}
     with torch.no_grad():
         expected, found = (m(**given).last_hidden_state for m in (model, fast))
     kept = given["attention_mask"].bool()
     torch.testing.assert_close(found[kept], expected[kept], rtol=1e-4, atol=1e-5)
+    return fast
 
 
 @pytest.mark.parametrize("name", ["gptj", "bloom", "mpt", "falcon"])

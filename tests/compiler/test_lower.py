@@ -289,3 +289,26 @@ def test_plain_attributes_literals_and_constants_in_the_output() -> None:
     assert captured.output_constants == {1: None, 3: 7}
     got = evaluate(lower(captured), [x], captured.tensors, {"B": 3})
     torch.testing.assert_close(list(got), [module(x)["a"], module(x)["rows"][0]])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": 1},
+        {"stride": 1, "padding": "same"},
+        {"stride": 2, "padding": 1},
+        {"stride": 2, "dilation": 2},
+        {"stride": 2, "groups": 2},
+    ],
+    ids=str,
+)
+def test_convolutions_whose_patches_overlap_or_are_not_dense_are_left_to_torch(
+    options: dict[str, Any],
+) -> None:
+    module = nn.Conv2d(4, 6, 2, **options).eval()
+    captured = capture(module, (f(3, 4, 8, 8),))
+    ir = lower(captured)
+    (target,) = [op.attr("target") for op in ir.main.ops if op.opcode == "call_torch"]
+    assert target.startswith("aten.conv2d.")
+    (got,) = evaluate(ir, [f(5, 4, 8, 8)], captured.tensors, {"B": 5})
+    torch.testing.assert_close(got, module(f(5, 4, 8, 8)))

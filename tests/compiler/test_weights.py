@@ -59,3 +59,25 @@ def test_updates_in_place_reach_the_compiled_model() -> None:
         for p in model.parameters():
             p.mul_(0.5)
         torch.testing.assert_close(fast(ids).logits, model(ids).logits)
+
+
+class _Halves(torch.nn.Module):
+    """One parameter whose parts are matrices of their own, as those of nn.MultiheadAttention are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(24, 8, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        linear = torch.nn.functional.linear
+        return linear(x, self.weight[:8]), linear(x, self.weight[8:])
+
+
+def test_parts_of_a_matrix_are_no_matrices_to_move() -> None:
+    model = _Halves().eval()
+    before, x = model.weight.detach().clone(), torch.randn(3, 8)
+    fast = tw.compile(model, (torch.randn(2, 8),), backend="reference")
+    assert torch.equal(model.weight, before)
+    with torch.no_grad():
+        for got, expected in zip(fast(x), model(x), strict=True):
+            torch.testing.assert_close(got, expected)

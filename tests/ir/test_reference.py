@@ -269,6 +269,11 @@ def reference_attention(
         "slopes" in extras
     ):  # by position of the key alone, as models have it: a row's softmax cancels the rest
         bias = extras["slopes"][:, None, None] * key + bias
+    if "distances" in extras:  # spelled out: a list per head, whose ends go on
+        for head, numbers in enumerate(extras["distances"].tolist()):
+            middle = len(numbers) // 2
+            places = (key - query + middle).clamp(0, len(numbers) - 1)
+            bias[head] += torch.tensor([[numbers[p] for p in row] for row in places.tolist()])
     if not softcap:
         added = bias.masked_fill(~valid, -torch.inf)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale, enable_gqa=True)
@@ -280,7 +285,7 @@ def reference_attention(
 
 @st.composite
 def attentions(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor], dict[str, object]]:
-    """q, k, v, mask and slopes, and attributes; the last key is always valid, so every causal row has one."""
+    """q, k, v, mask and biases, and attributes; the last key is always valid, so every causal row has one."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     b, g, group = (draw(st.integers(1, 2)) for _ in range(3))
     s = draw(st.integers(1, 4))
@@ -294,6 +299,8 @@ def attentions(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict[str, Tenso
         extras["mask"][:, t - s :] = True
     if draw(st.booleans()):
         extras["slopes"] = torch.rand(g * group, generator=generator)
+    if columns := draw(st.sampled_from([0, 1, 5, 13])):
+        extras["distances"] = torch.randn(g * group, columns, generator=generator)
     attrs = {
         "causal": draw(st.booleans()), "window": draw(st.sampled_from([0, 1, 3])),
         "softcap": draw(st.sampled_from([0.0, 2.0])), "scale": draw(st.sampled_from([0.3, 1.0])),

@@ -76,6 +76,7 @@ BODIES = {
     "mask over other keys": (attention("%m", "mask", keys="%k9"), "mask must be bool[B, 9]"),
     "one sink a head": (attention("%p2", "sinks"), "sinks must be f32[4]"),
     "one slope a head": (attention("%p2", "slopes"), "slopes must be f32[4]"),
+    "a table without a middle": (attention("%x", "distances"), "an odd number of columns"),
     "slopes are f32": (attention("%p16", "slopes"), "slopes must be f32[4]"),
     "slot with a whole context": (
         '%y = attention %q, %k9, %k9 {causal = true, scale = 1.0, slot = "kv", softcap = 0.0, window = 0}'

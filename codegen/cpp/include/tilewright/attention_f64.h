@@ -25,6 +25,7 @@ static inline void attend_row(const AttentionShape& s, long batch, long head, lo
         score *= s.scale_f64;
         if (s.softcap > 0.0f) score = s.softcap * std::tanh(score / s.softcap);
         if (s.slopes != nullptr) score += double(s.slopes[head]) * double(j - s.position(query));
+        if (s.distances != nullptr) score += double(s.by_distance(head, query, j));
         const double highest = score > top ? score : top;
         const double old = std::exp(top - highest), weight = std::exp(score - highest);
         const double* value = v + s.v.at(batch, group, j);

@@ -36,6 +36,8 @@ struct AttentionShape {
     double scale_f64;  // scale in full, for float64
     const void* sinks = nullptr;  // [heads] of the element type: scores without values; or null
     const float* slopes = nullptr;  // [heads]: of the bias slope * (key - query), in positions of the context; or null
+    const float* distances = nullptr;  // [heads, distance_count]: a bias by key - query, in the middle 0; or null
+    long distance_count = 1;
     long prefetch_bytes = 0;  // how far ahead of their use keys and values are requested
 
     // The highest score of a row before any key: its head's sink, where there are any (their weight is then 1).
@@ -47,6 +49,11 @@ struct AttentionShape {
     long heads_per_group() const { return heads / groups; }
     // Where a query stands in the context.
     long position(long query) const { return keys - queries + query; }
+    // The bias of a key in the table of a head, which goes on with its first and last number beyond its ends.
+    float by_distance(long head, long query, long key) const {
+        const long middle = distance_count / 2, place = middle + key - position(query);
+        return distances[head * distance_count + (place < 0 ? 0 : place < distance_count ? place : distance_count - 1)];
+    }
     // The keys that causality and window leave to a query.
     Range visible(long query) const {
         const long at = position(query);
@@ -68,6 +75,9 @@ static inline void finish_scores(const AttentionShape& s, long batch, long head,
         const int distance = int(first - s.position(query));
 #pragma omp simd
         for (int j = 0; j < count; j++) scores[j] += slope * float(distance + j);
+    }
+    if (s.distances != nullptr) {
+        for (int j = 0; j < count; j++) scores[j] += s.by_distance(head, query, first + j);
     }
     const Range visible = s.visible(query);
     if (visible.begin > first || visible.end < first + count) {
