@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from tilewright.ir.errors import CaptureError
 
+from .capture_experts import opaque_experts
 from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, flat_names, opaque_layers
 from .capture_ops import ATTENTION, attention_forward, opaque_attention
 from .capture_patches import PositionRule, has_own_attention, position_rule, rerouted
@@ -194,7 +195,7 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
         raise _unsupported_attention(model)
     # An encoder without the common dispatch keeps no state: its attention is captured as the ordinary ops it is.
     opaque = opaque_attention(model) if dispatches else nullcontext()
-    with torch.no_grad(), opaque, rerouted(model, attention_forward):
+    with torch.no_grad(), opaque, opaque_experts(model), rerouted(model, attention_forward):
         while True:
             try:
                 main, layers, calls = _capture_layered(model, outer, inputs, ranges, skip)

@@ -130,7 +130,7 @@ AttentionInterface.register(IMPLEMENTATION, attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, _mask_forward)
 
 
-def _configs(model: nn.Module) -> list[PretrainedConfig]:
+def configs(model: nn.Module) -> list[PretrainedConfig]:
     """Every distinct config that a submodule reads, sub-configs included."""
     found: dict[int, PretrainedConfig] = {}
     for module in model.modules():
@@ -150,7 +150,7 @@ def opaque_attention(model: nn.Module) -> Iterator[None]:
     The internal attribute is set, not the public one: the public setter recurses into sub-configs and would lose
     what each of them had.
     """
-    saved = [(config, config._attn_implementation_internal) for config in _configs(model)]
+    saved = [(config, config._attn_implementation_internal) for config in configs(model)]
     try:
         for config, _ in saved:
             config._attn_implementation_internal = IMPLEMENTATION

@@ -24,9 +24,16 @@ from tilewright.ir.ops import Builder
 from tilewright.ir.types import DType, TensorType, Value
 from tilewright.ir.verify import verify_module
 
-from . import aten_rules_matmul, aten_rules_pointwise, aten_rules_reduce, aten_rules_view  # noqa: F401 (fill RULES)
+from . import (  # noqa: F401 (fill RULES)
+    aten_rules_matmul,
+    aten_rules_pointwise,
+    aten_rules_reduce,
+    aten_rules_select,
+    aten_rules_view,
+)
 from .aten_rules import RULES, Context
 from .capture import Captured, CapturedGraph, LayerCall
+from .capture_experts import EXPERTS
 from .capture_ops import ATTENTION, LAYER
 
 
@@ -156,6 +163,8 @@ class _FunctionLowering:
         if node.target is ATTENTION:
             context.slot = self._slot(causal=args[-1])
             result: Any = aten_rules_matmul.opaque_attention(context, *args)
+        elif node.target is EXPERTS:
+            result = aten_rules_matmul.opaque_experts(context, *args)
         else:
             namespace, _, name = str(node.target).partition(".")
             found = RULES.get(name) if namespace == "aten" else None

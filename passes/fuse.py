@@ -6,7 +6,7 @@
                                                    %o = add %y, %r ] {name = "main_0_matmul"}
 
 Four steps, none of which knows a model:
-1. *Epilogues*: from each anchor (matmul, attention) downwards, as long as every segment stays a matrix product (or the
+1. *Epilogues*: from each anchor (matmul, attention, experts) downwards, as long as every segment stays a matrix product (or the
    attention's results pass through views only) and the bytes that escape do not grow.
 2. *Prologues*: upwards from each matmul, ops whose every use lies in such kernels; they are recomputed there, so only
    cheap ones, or those with one value per row.
@@ -23,18 +23,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tilewright.ir.index import IndexMap, index_symbols
+from tilewright.ir.loops import PRIMITIVES
 from tilewright.ir.module import Function, Module, Names, Op, make_attrs
 from tilewright.ir.types import Value
 
 from .base import PassOptions
 from .fusion.emit import emit
 from .fusion.epilogues import grow_epilogue
-from .fusion.groups import ANCHORS, ATTENTION, SOURCES, Groups
+from .fusion.groups import ANCHORS, SOURCES, Groups
 from .fusion.loops import group_loops
 from .fusion.prologues import grow_prologue
 
 _FREE = (*SOURCES, "view", "cast", "dequantize")
-_READS_MEMORY = ("call", "call_torch", *ATTENTION)  # what these read is stored once, however many they are
+_READS_MEMORY = ("call", "call_torch", *PRIMITIVES)  # what these read is stored once, however many they are
 
 
 def fuse(module: Module, options: PassOptions) -> Module:

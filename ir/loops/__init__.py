@@ -14,10 +14,12 @@ Passes use it to decide whether a fusion is legal; printers and the memory plann
 """
 
 from .forms import (
+    PRIMITIVES,
     AttentionForm,
     MatmulForm,
     attention_form,
     elementwise_inputs,
+    experts_op,
     flops,
     matmul_form,
     product_form,
@@ -40,7 +42,7 @@ from .scalarize import scalarize
 from .text import print_loops, print_node
 
 __all__ = [
-    "Apply", "AttentionForm", "Axis", "Const", "Dot", "Index", "Load", "Loops", "MatmulForm", "Node", "Reduce",
-    "Segment", "Store", "attention_form", "elementwise_inputs", "flops", "free_symbols", "matmul_form", "print_loops",
-    "print_node", "product_form", "scalarize",
+    "Apply", "AttentionForm", "Axis", "Const", "Dot", "Index", "Load", "Loops", "MatmulForm", "Node", "PRIMITIVES",
+    "Reduce", "Segment", "Store", "attention_form", "elementwise_inputs", "experts_op", "flops", "free_symbols",
+    "matmul_form", "print_loops", "print_node", "product_form", "scalarize",
 ]  # fmt: skip
