@@ -37,6 +37,7 @@ from .nodes import (
     Segment,
     Store,
     free_symbols,
+    post_order,
 )
 from .scalarize import scalarize
 from .text import print_loops, print_node
@@ -44,5 +45,5 @@ from .text import print_loops, print_node
 __all__ = [
     "Apply", "AttentionForm", "Axis", "Const", "Dot", "Index", "Load", "Loops", "MatmulForm", "Node", "PRIMITIVES",
     "Reduce", "Segment", "Store", "attention_form", "elementwise_inputs", "experts_op", "flops", "free_symbols",
-    "matmul_form", "print_loops", "print_node", "product_form", "scalarize",
+    "matmul_form", "post_order", "print_loops", "print_node", "product_form", "scalarize",
 ]  # fmt: skip
