@@ -66,7 +66,11 @@ def find_gate(module: nn.Module) -> Gate | None:
 
 
 def _same(a: Tensor, b: Any) -> bool:
-    return isinstance(b, Tensor) and a.shape == b.shape and torch.allclose(a, b.to(a.dtype), rtol=1e-9, atol=1e-9)
+    return (
+        isinstance(b, Tensor)
+        and a.shape == b.shape
+        and torch.allclose(a, b.to(a.dtype), rtol=1e-9, atol=1e-9)
+    )
 
 
 @contextmanager
@@ -98,7 +102,7 @@ def _forward(gates: Mapping[nn.Module, Gate], own: Mapping[int, str | None]) -> 
         if gate is None:
             eager = type(module).forward.__wrapped__
             implementation = ALL_EXPERTS_FUNCTIONS.get_interface(own[id(module.config)], eager)
-            return implementation(module, *args, **kwargs)  # type: ignore[no-any-return]
+            return implementation(module, *args, **kwargs)
         given = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
         return _opaque(module, gate, *given.args[1:])
 
@@ -107,7 +111,7 @@ def _forward(gates: Mapping[nn.Module, Gate], own: Mapping[int, str | None]) -> 
 
 def _opaque(module: Any, gate: Gate, x: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
     biases = (module.gate_up_proj_bias, module.down_proj_bias) if module.has_bias else (None, None)
-    return EXPERTS(  # type: ignore[no-any-return]
+    return EXPERTS(
         x, ids, scores, module.gate_up_proj, module.down_proj, *biases,
         gate.activation, gate.alpha, gate.limit, gate.offset, gate.interleaved, module.is_transposed,
     )  # fmt: skip

@@ -93,7 +93,10 @@ def _flops(op: Op, dims: Dims) -> int:
         context = dims["T"] if op.attr("slot") else concrete(v.shape[2:3], dims)[0]
         return 2 * batch * heads * new * context * (size + concrete(v.shape[3:], dims)[0])
     if op.opcode == "experts":
-        chosen, down = math.prod(concrete(op.operands[1].shape, dims)), math.prod(concrete(op.operands[4].shape[1:], dims))
+        chosen, down = (
+            math.prod(concrete(op.operands[1].shape, dims)),
+            math.prod(concrete(op.operands[4].shape[1:], dims)),
+        )
         return 6 * chosen * down
     if op.opcode == "reduce":
         return math.prod(concrete(op.operands[0].shape, dims))

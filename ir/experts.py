@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -63,7 +63,7 @@ class Gate:
             bool(op.attr("interleaved", False)),
         )
 
-    def attrs(self) -> dict[str, str | float | bool | None]:
+    def attrs(self) -> dict[str, Any]:
         """Attributes of an op that has this gate."""
         return {
             "activation": self.activation,
@@ -117,13 +117,23 @@ def infer_experts(op: Op) -> tuple[TensorType, ...]:
     need(all(n.is_Integer and n > 0 for n in sizes), "experts, K, I and k must be known")
     need(gate_up.shape[rows] == 2 * inner, f"gate_up must have twice the {inner} columns of down")
     need(gate_up.shape[columns] == depth, f"K differs: {x.type} and {gate_up.type}")
-    need(down.shape[0] == number and down.shape[rows] == depth, f"weights differ: {gate_up.type}, {down.type}")
-    need(extras == tuple(n for n in EXPERTS_EXTRAS if n in extras), f"extras are some of {EXPERTS_EXTRAS}, in order")
+    need(
+        down.shape[0] == number and down.shape[rows] == depth, f"weights differ: {gate_up.type}, {down.type}"
+    )
+    need(
+        extras == tuple(n for n in EXPERTS_EXTRAS if n in extras),
+        f"extras are some of {EXPERTS_EXTRAS}, in order",
+    )
     need(op.attr("extras") != (), "extras are left out where there are none")
-    shapes: dict[str, tuple[sympy.Expr, ...]] = {"gate_up_bias": (number, 2 * inner), "down_bias": (number, depth)}
+    shapes: dict[str, tuple[sympy.Expr, ...]] = {
+        "gate_up_bias": (number, 2 * inner),
+        "down_bias": (number, depth),
+    }
     for name, value in experts_extras(op, op.operands).items():
         need(value.shape == shapes[name], f"{name} must be {shapes[name]}, not {value.type}")
-    need(all(v.dtype == x.dtype for v in (gate_up, down, *op.operands[5:])), f"weights must be {x.dtype.value}")
+    need(
+        all(v.dtype == x.dtype for v in (gate_up, down, *op.operands[5:])), f"weights must be {x.dtype.value}"
+    )
     gate = Gate.of(op)
     need(gate.activation in ACTIVATIONS, f"unknown activation {gate.activation!r}")
     need(gate.alpha == 1.0 or gate.activation == "silu", "alpha belongs to silu")

@@ -124,4 +124,6 @@ class _Spelling:
         return x if x.dtype is dtype else self.add("cast", x, type=x.type.with_dtype(dtype))
 
     def view(self, x: Value, shape: tuple[Expr, ...], exprs: tuple[Expr, ...]) -> Value:
-        return self.add("view", x, type=TensorType(x.dtype, tuple(shape)), map=IndexMap(len(shape), tuple(exprs)))
+        return self.add(
+            "view", x, type=TensorType(x.dtype, tuple(shape)), map=IndexMap(len(shape), tuple(exprs))
+        )

@@ -92,5 +92,8 @@ CASES = {
     "clamped, all of it in bf16": ExpertsCase(
         40, 2, 4, 70, 50, DType.bf16, DType.bf16, {**CLAMPED, **BIASED, "transposed": True}
     ),
-    **{name: ExpertsCase(3, 2, 3, 24, 16, attrs={"activation": name}) for name in ("gelu", "gelu_tanh", "relu")},
+    **{
+        name: ExpertsCase(3, 2, 3, 24, 16, attrs={"activation": name})
+        for name in ("gelu", "gelu_tanh", "relu")
+    },
 }

@@ -43,7 +43,7 @@ from .scalarize import scalarize
 from .text import print_loops, print_node
 
 __all__ = [
-    "Apply", "AttentionForm", "Axis", "Const", "Dot", "Index", "Load", "Loops", "MatmulForm", "Node", "PRIMITIVES",
+    "PRIMITIVES", "Apply", "AttentionForm", "Axis", "Const", "Dot", "Index", "Load", "Loops", "MatmulForm", "Node",
     "Reduce", "Segment", "Store", "attention_form", "elementwise_inputs", "experts_op", "flops", "free_symbols",
     "matmul_form", "post_order", "print_loops", "print_node", "product_form", "scalarize",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a kernel is, seen as a whole: a matrix product, an attention, experts, safe to run in place; and what it costs."""
+"""What a kernel is as a whole: a matrix product, an attention, experts, safe to run in place; and what it costs."""
 
 from __future__ import annotations
 

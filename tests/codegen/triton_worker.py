@@ -1,7 +1,7 @@
 """A process with Triton's interpreter: reads names, a line each, and answers with what is wrong, as JSON.
 
 A name is that of a case, perhaps with fields of its tile changed, as in ``case block_m=16 transposed=1``;
-``model:family:dtype``; or ``random:count``: so many random modules.
+``model:family:dtype``; ``experts:name``, one of ``experts_cases``; or ``random:count``: so many random modules.
 
 The interpreter must be chosen before triton is imported, so it cannot share a process with tests that compile.
 """
@@ -21,6 +21,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 def main() -> None:
     import torch
 
+    from .triton_experts import experts_errors
     from .triton_models import model_errors
     from .triton_random import run_random
     from .triton_run import errors
@@ -32,6 +33,8 @@ def main() -> None:
                 kind, *rest = line.strip().split(":")
                 if kind == "model":
                     answer = model_errors(rest[0], getattr(torch, rest[1]), Path(folder), "cpu", True)
+                elif kind == "experts":
+                    answer = experts_errors(rest[0], Path(folder))
                 elif kind == "random":
                     run_random(int(rest[0]), Path(folder))
                     answer = []
