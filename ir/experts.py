@@ -1,7 +1,7 @@
 """A layer of experts: each token goes through the few of many small networks that a router chose for it.
 
-``experts`` takes x[.., K], ids int[.., k], scores float[.., k], gate_up [E, 2I, K], down [E, K, I] and extras, and gives
-[.., K] in x's type: for each token, the sum over its k chosen experts e of
+``experts`` takes x[.., K], ids int[.., k], scores float[.., k], gate_up [E, 2I, K], down [E, K, I] and extras, and
+gives [.., K] in x's type: for each token, the sum over its k chosen experts e of
 
     score * (down[e] @ h + down_bias[e])   where   gate, up = gate_up[e] @ x + gate_up_bias[e]
                                                    h = act(gate) * (up + offset)
