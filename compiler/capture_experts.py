@@ -24,7 +24,8 @@ from .capture_ops import IMPLEMENTATION, configs
 _LIB = torch.library.Library("tilewright", "FRAGMENT")
 _LIB.define(
     "experts(Tensor x, Tensor ids, Tensor scores, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
-    "Tensor? down_bias, str activation, float alpha, float limit, float offset, bool interleaved, bool transposed) -> Tensor"
+    "Tensor? down_bias, str activation, float alpha, float limit, float offset, bool interleaved, "
+    "bool transposed) -> Tensor"
 )
 
 EXPERTS = torch.ops.tilewright.experts.default

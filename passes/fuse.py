@@ -68,6 +68,14 @@ def _copy_free_ops(function: Function) -> Function:
     names = Names.of(function)
     made = function.definitions()
     used: set[Value] = set(function.returns)
+    # A constant that is read from memory gets a kernel that stores it, so none of the others may hold it.
+    used.update(
+        v
+        for op in function.ops
+        if op.opcode in _READS_MEMORY
+        for v in op.operands
+        if v in made and made[v].opcode in SOURCES
+    )
     out: list[Op] = []
 
     def copy(value: Value) -> Value:
