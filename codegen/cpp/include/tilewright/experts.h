@@ -2,7 +2,7 @@
 // those of chosen experts are read.
 //
 // Pairs of token and chosen expert are sorted by expert, and are then rows of products: up to EXPERT_GEMV_ROWS rows of an
-// expert (a decode step) stream its weights as gemv.h does, more are multiplied as in gemm.h. Threads share the columns of
+// expert (a decode step) stream its weights, as gemv.h does or strip by strip; more are multiplied as in gemm.h. Threads share the columns of
 // every product. A thread has the same columns in each, so that it alone adds up those of the result.
 #pragma once
 
@@ -61,18 +61,74 @@ static inline void expert_gemv(const Worker& alone, long rows, long columns, con
     }
 }
 
+constexpr int EXPERT_WIDTH = 64;  // columns of transposed weights that are summed at a time
+
+// out[m][j] = sum over k of a[m * lda + k] * from[k * stride + j], for j < width: a strip of transposed weights, walked
+// downwards. What lies `ahead` rows further down is prefetched, since no hardware follows such strides.
+template <int M, class W>
+static inline void strip(const float* a, long lda, const W* from, long stride, long depth, int width, long ahead,
+                         float (&out)[M][EXPERT_WIDTH]) {
+    constexpr int V = EXPERT_WIDTH / VW;
+    for (int m = 0; m < M; m++)
+        for (int j = 0; j < EXPERT_WIDTH; j++) out[m][j] = 0.0f;
+    for (long k0 = 0; k0 < depth; k0 += SUM_BLOCK) {
+        const long end = k0 + SUM_BLOCK < depth ? k0 + SUM_BLOCK : depth;
+        vf sum[M][V];
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < V; v++) sum[m][v] = vset(0.0f);
+        for (long k = k0; k < end; k++) {
+            const W* row = from + k * stride;
+            for (long line = 0; line < width * long(sizeof(W)); line += 64) prefetch((const char*)(row + ahead * stride) + line);
+            for (int v = 0; v < V; v++) {
+                const int left = width - v * VW;
+                if (left <= 0) break;
+                const vf w = left >= VW ? vload(row + v * VW) : vload_n(row + v * VW, left);
+                for (int m = 0; m < M; m++) sum[m][v] = vfma(vset(a[m * lda + k]), w, sum[m][v]);
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < V; v++) vstore(out[m] + v * VW, vadd(vload(out[m] + v * VW), sum[m][v]));
+    }
+}
+
+// expert_gemv for transposed weights.
+template <int M, int D, bool Interleaved, class Matrix, class Epilogue>
+static inline void expert_strips(const Worker& alone, long rows, long columns, const float* a, long lda,
+                                 const Matrix& matrix, long first, const Epilogue& epilogue) {
+    if (rows != M) {
+        if constexpr (M > 1) expert_strips<M - 1, D, Interleaved>(alone, rows, columns, a, lda, matrix, first, epilogue);
+        return;
+    }
+    constexpr int across = Interleaved ? D : 1, most = EXPERT_WIDTH / across;
+    const long ahead = std::min<long>(64, alone.team.prefetch_bytes / (EXPERT_WIDTH * long(sizeof(*matrix.weights))));
+    alignas(64) float out[M][EXPERT_WIDTH], tile[D * M * EXPERT_WIDTH];
+    for (long n0 = 0; n0 < columns; n0 += most) {
+        const int n = int(columns - n0 < most ? columns - n0 : most);
+        for (int d = 0; d < D; d += across) {
+            const auto* from = matrix.weights + matrix.row_of(d, first + n0);
+            strip<M>(a, lda, from, matrix.rows, matrix.depth, n * across, ahead, out);
+            for (int m = 0; m < M; m++)
+                for (int j = 0; j < n * across; j++)
+                    tile[((d + j % across) * M + m) * EXPERT_WIDTH + j / across] = out[m][j];
+        }
+        epilogue(0L, M, n0, n, tile, long(M) * EXPERT_WIDTH, long(EXPERT_WIDTH));
+    }
+}
+
 // Products of `rows` rows of activations with this thread's columns of an expert's matrix. epilogue: that of gemm.h, with
 // columns counted from that range's begin. panel: panel_floats(depth, D).
-template <class F, int D, bool Transposed, class Matrix, class Epilogue>
+template <class F, int D, bool Transposed, bool Interleaved, class Matrix, class Epilogue>
 static inline void expert_product(const Worker& alone, long rows, Range columns, const activation_t<F>* a, long lda,
                                   const Matrix& matrix, float* panel, const Epilogue& epilogue) {
     const long first = columns.begin, count = columns.end - columns.begin;
     if (count <= 0) return;
-    if constexpr (!Transposed) {
-        if (rows <= EXPERT_GEMV_ROWS) {
+    if (rows <= EXPERT_GEMV_ROWS) {
+        if constexpr (Transposed) {
+            expert_strips<EXPERT_GEMV_ROWS, D, Interleaved>(alone, rows, count, a, lda, matrix, first, epilogue);
+        } else {
             expert_gemv<F, EXPERT_GEMV_ROWS, D>(alone, rows, count, a, lda, matrix, first, epilogue);
-            return;
         }
+        return;
     }
     const auto pack = [&](int d, long n0, int n, float* to) { matrix.pack(d, first + n0, n, to); };
     gemm<F, D>(alone, rows, count, matrix.depth, a, lda, panel, pack, epilogue);
@@ -183,7 +239,7 @@ static inline void experts(const Worker& worker, const ExpertsShape& s, const W*
                 }
             };
             const activation_t<F>* a = scratch.rows + (from - begin) * lda;
-            expert_product<F, 2, Transposed>(alone, rows, hidden_columns, a, lda, matrix, panel, epilogue);
+            expert_product<F, 2, Transposed, Interleaved>(alone, rows, hidden_columns, a, lda, matrix, panel, epilogue);
         });
         worker.barrier();
         each_expert([&](long e, long from, long rows) {
@@ -199,7 +255,7 @@ static inline void experts(const Worker& worker, const ExpertsShape& s, const W*
                 }
             };
             const activation_t<F>* a = scratch.hidden + (from - begin) * ldh;
-            expert_product<F, 1, Transposed>(alone, rows, columns, a, ldh, matrix, panel, epilogue);
+            expert_product<F, 1, Transposed, false>(alone, rows, columns, a, ldh, matrix, panel, epilogue);
         });
     }
     for (long t = 0; t < s.tokens; t++) {
