@@ -1,4 +1,4 @@
-"""Matrix products and attention. The IR's ``matmul`` has K last on both sides, as ``linear`` does."""
+"""Matrix products, attention and experts. The IR's ``matmul`` has K last on both sides, as ``linear`` does."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import sympy
 from sympy import Expr
 
+from tilewright.ir.experts import Gate
 from tilewright.ir.index import FloorDiv, index_symbols
 from tilewright.ir.ops import broadcast
 from tilewright.ir.types import DType, Value
@@ -213,3 +214,32 @@ def _repeat_heads(ctx: Context, x: Value, q: Value) -> Value:
     symbols[at] = FloorDiv(symbols[at], sympy.Integer(int(heads) // int(x.shape[at])))
     shape: Sequence[Expr] = [heads if n == at else d for n, d in enumerate(x.shape)]
     return ctx.view(x, shape, symbols)
+
+
+# --- experts ------------------------------------------------------------------------------------------------------
+
+
+def opaque_experts(
+    ctx: Context,
+    x: Value,
+    ids: Value,
+    scores: Value,
+    gate_up: Value,
+    down: Value,
+    gate_up_bias: Value | None,
+    down_bias: Value | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    offset: float,
+    interleaved: bool,
+    transposed: bool,
+) -> Value:
+    """``tilewright::experts``: x[N, K], ids and scores [N, k], stacked weights -> [N, K]."""
+    given = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    extras = {name: value for name, value in given.items() if value is not None}
+    gate = Gate(activation, alpha, limit, offset, interleaved)
+    return ctx.builder.add(
+        "experts", x, ids, scores, gate_up, down, *extras.values(),
+        extras=tuple(extras) or None, transposed=transposed or None, **gate.attrs(),
+    )  # fmt: skip

@@ -37,6 +37,8 @@ SPLITS = {"cpp": 0, "triton": 16, "reference": 4}
 ROW_BLOCK = {"cpp": 16, "triton": 1, "reference": 1}
 # Activations that share a scale where decode steps with quantised weights multiply integers; 0: they stay floats.
 ACTIVATION_GROUP = {"cpp": 32, "triton": 0, "reference": 0}
+# Where the backend has no kernel for experts, a pass says them in ordinary ops.
+SPELL_OUT_EXPERTS = {"cpp": False, "triton": True, "reference": False}
 
 
 @dataclass(frozen=True)

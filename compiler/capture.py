@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 
 from tilewright.ir.errors import CaptureError
 
+from .capture_experts import opaque_experts
 from .capture_inputs import (
     MAX_BATCH,
     Inputs,
@@ -179,7 +180,7 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
         raise _unsupported_attention(model)
     # An encoder without the common dispatch keeps no state: its attention is captured as the ordinary ops it is.
     opaque = opaque_attention(model) if dispatches else nullcontext()
-    with torch.no_grad(), opaque, rerouted(model, attention_forward):
+    with torch.no_grad(), opaque, opaque_experts(model), rerouted(model, attention_forward):
         while True:
             try:
                 main, layers, calls = _capture_layered(model, outer, inputs, ranges, skip)

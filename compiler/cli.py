@@ -226,6 +226,7 @@ def opt(
     vendor_matmul: Annotated[
         bool, typer.Option(help="Give products with weights to the vendor's library.")
     ] = False,
+    spell_out_experts: Annotated[bool, typer.Option(help="Say experts in ordinary ops.")] = False,
     weights: WeightsOption = None,
     kv_cache: CacheOption = None,
     show: Annotated[bool, typer.Option("--list", help="List the passes and stop.")] = False,
@@ -244,6 +245,7 @@ def opt(
         splits=splits,
         multiprocessors=multiprocessors,
         vendor_matmul=vendor_matmul,
+        spell_out_experts=spell_out_experts,
         weights=weights_form(weights),
         kv_cache=cache_form(kv_cache),
     )

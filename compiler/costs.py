@@ -37,8 +37,8 @@ def program_cost(program: Program, dims: Dims) -> Cost:
 def step_cost(step: Step, dims: Dims) -> Cost:
     """One kernel or PyTorch call; every operand is read once and every result written once.
 
-    Two exceptions: of a table that is only gathered from, what is gathered; of a KV cache that is appended to, the new
-    rows.
+    Three exceptions: of a table that is only gathered from, what is gathered; of the weights of experts, those that are
+    chosen, at most; of a KV cache that is appended to, the new rows.
     """
     op = step.op
     body = op.body or (op,)
@@ -56,6 +56,10 @@ def _read_bytes(value: Value, body: tuple[Op, ...], dims: Dims) -> int:
     users = [o for o in body if value in o.operands]
     if users and all(o.opcode == "gather" and o.operands[1] != value for o in users):
         return sum(_nbytes(o.result, dims) for o in users)
+    if users and all(o.opcode == "experts" and value in o.operands[3:] for o in users):
+        chosen = sum(math.prod(concrete(o.operands[1].shape, dims)) for o in users)
+        experts = concrete(value.shape[:1], dims)[0]
+        return _nbytes(value, dims) * min(experts, chosen) // experts
     if users and all(o.opcode in _TABLE_FORMS for o in users) and value.type.numel.is_Integer:
         # A table in another form, as codes: of each of its parts, as large a share is read as of the whole.
         reached = [u for o in users for u in _lookups(o.result, body)]
@@ -88,6 +92,12 @@ def _flops(op: Op, dims: Dims) -> int:
         batch, heads, new, size = concrete(q.shape, dims)
         context = dims["T"] if op.attr("slot") else concrete(v.shape[2:3], dims)[0]
         return 2 * batch * heads * new * context * (size + concrete(v.shape[3:], dims)[0])
+    if op.opcode == "experts":
+        chosen, down = (
+            math.prod(concrete(op.operands[1].shape, dims)),
+            math.prod(concrete(op.operands[4].shape[1:], dims)),
+        )
+        return 6 * chosen * down
     if op.opcode == "reduce":
         return math.prod(concrete(op.operands[0].shape, dims))
     if op.opcode in POINTWISE and op.results[0].dtype.is_float:

@@ -31,10 +31,12 @@ from . import (  # noqa: F401 (fill RULES)
     aten_rules_matmul,
     aten_rules_pointwise,
     aten_rules_reduce,
+    aten_rules_select,
     aten_rules_view,
 )
 from .aten_rules import RULES, Context, Result, Rule
 from .capture import Captured, CapturedGraph, LayerCall
+from .capture_experts import EXPERTS
 from .capture_ops import ATTENTION, LAYER
 from .shown_outputs import is_functional
 
@@ -165,6 +167,8 @@ class _FunctionLowering:
         if node.target is ATTENTION:
             context.slot = self._slot(causal=args[-1])
             result: Any = aten_rules_matmul.opaque_attention(context, *args)
+        elif node.target is EXPERTS:
+            result = aten_rules_matmul.opaque_experts(context, *args)
         else:
             found = RULES.get(str(node.target).removeprefix("aten."))
             given = [v.type for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Value)]

@@ -14,7 +14,7 @@ from tilewright.passes.base import PassOptions
 from tilewright.passes.pipeline import run_passes
 from tilewright.passes.plan_memory import plan_memory
 
-from .backends import ACTIVATION_GROUP, ROW_BLOCK, SPLITS, measures
+from .backends import ACTIVATION_GROUP, ROW_BLOCK, SPELL_OUT_EXPERTS, SPLITS, measures
 from .capture import Captured, capture
 from .estimates import estimates, gpu
 from .lower import lower
@@ -35,21 +35,23 @@ class Phase:
 
 def phases_of(captured: Captured, lowered: Module, options: Options) -> list[Phase]:
     """The programs of a model: one decode program per batch size and then prefill, or forward alone."""
+    spelled = PassOptions(spell_out_experts=SPELL_OUT_EXPERTS[options.backend])
     known = {name: (low, high) for name, low, high in lowered.symbols}
     if captured.kind != "decoder":
         batches = ("B", "I") if captured.kind == "encoder" else ()
         ranges = {name: (1, options.max_batch) for name in batches if name in known}
         if "S" in known:
             ranges["S"] = (1, min(known["S"][1], options.max_length))
-        return [Phase("forward", "forward", options.max_batch, PassOptions(), ranges)]
+        return [Phase("forward", "forward", options.max_batch, spelled, ranges)]
     context = {"T": (1, options.max_length)}
     decode = [
         Phase(
             f"decode_b{size}",
             "decode",
             size,
-            PassOptions(
-                (("B", size), ("S", 1), ("L", 1)),
+            replace(
+                spelled,
+                fixed=(("B", size), ("S", 1), ("L", 1)),
                 last_tokens=True,
                 kv_cache=options.kv_cache,
                 splits=SPLITS[options.backend],
@@ -60,7 +62,7 @@ def phases_of(captured: Captured, lowered: Module, options: Options) -> list[Pha
         for size in options.batch_sizes
     ]
     wide = context | {"B": (1, options.max_batch), "S": (1, options.chunk)}
-    passes = PassOptions(last_tokens=True, kv_cache=options.kv_cache)
+    passes = replace(spelled, last_tokens=True, kv_cache=options.kv_cache)
     ours = Phase("prefill", "prefill", options.max_batch, passes, wide)
     vendor = replace(ours, name="prefill_vendor", passes=replace(ours.passes, vendor_matmul=True))
     # The vendor's library knows no quantised weights.

@@ -9,7 +9,7 @@ is an error.
 from __future__ import annotations
 
 from .errors import VerifyError
-from .loops import elementwise_inputs, scalarize
+from .loops import PRIMITIVES, elementwise_inputs, scalarize
 from .program import Buffer, BufferKind, Program, Step
 
 
@@ -57,5 +57,5 @@ def _check_aliases(
 
 
 def _elementwise(step: Step, pair: tuple[object, object]) -> bool:
-    anchored = any(op.opcode in ("attention", "attention_split") for op in step.op.body)
-    return not anchored and pair in elementwise_inputs(scalarize(step.op))
+    primitive = any(op.opcode in PRIMITIVES for op in step.op.body)
+    return not primitive and pair in elementwise_inputs(scalarize(step.op))

@@ -19,6 +19,7 @@
 | attention_split | q, k, v [B,G,T,D], extras -> acc f32[B,H,S,P,Dv], max, sum f32[B,H,S,P] | as attention; splits |
 | call | values -> the callee's returns | callee, scope |
 | call_torch | tensors -> tensors; run by PyTorch at run time | target, template |
+| experts | x[.., K], ids[.., k], scores[.., k], weights and biases of experts -> [.., K] | see ``experts.py`` |
 | kernel | outer values used -> body values used outside | name |
 
 ``attention`` with a non-empty ``slot`` owns the append of k and v to that slot of the request's KV state;
@@ -49,6 +50,7 @@ from typing import TypeVar
 import sympy
 
 from .errors import VerifyError
+from .experts import EXPERTS_ATTRS, infer_experts
 from .index import sym
 from .module import Attr, Loc, Module, Op, make_attrs
 from .pointwise import POINTWISE
@@ -317,6 +319,10 @@ def _call(op: Op, module: Module | None) -> Inferred:
     return tuple(v.type for v in callee.returns)
 
 
+def _experts(op: Op, module: Module | None) -> Inferred:
+    return infer_experts(op)
+
+
 def _any(op: Op, module: Module | None) -> Inferred:
     return None
 
@@ -341,6 +347,7 @@ OPS: dict[str, OpSpec] = {
     "attention": OpSpec({**_ATTENTION, "slot": "str"}, _attention, frozenset({"extras"})),
     "append": OpSpec({"slot": "str"}, _append),
     "attention_split": OpSpec({**_ATTENTION, "splits": "int"}, _attention_split, frozenset({"extras"})),
+    "experts": OpSpec(EXPERTS_ATTRS, _experts, frozenset(EXPERTS_ATTRS) - {"activation"}),
     "call": OpSpec({"callee": "str", "scope": "str"}, _call),
     "call_torch": OpSpec({"target": "str", "template": "str"}, _any),
     "kernel": OpSpec({"name": "str"}, _any),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import VerifyError
+from .experts import experts
 from .index import IndexMap, extents_of, linear_index, simplify, sym
 from .module import Function, Module, Op
 from .ops import attention_extras
@@ -306,6 +307,10 @@ def _attention(run: Evaluation, op: Op, args: list[Tensor], scope: str) -> Tenso
     return ((p @ v) / total.clamp(min=1e-30)).to(dtype)
 
 
+def _experts(run: Evaluation, op: Op, args: list[Tensor], scope: str) -> Tensor:
+    return experts(op, args)
+
+
 def _scores(op: Op, args: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Scaled, capped, biased and masked scores [B, H, S, T], and v [B, H, T, Dv], both in float32 or wider."""
     wide = torch.promote_types(args[0].dtype, torch.float32)
@@ -338,5 +343,5 @@ def _scores(op: Op, args: list[Tensor]) -> tuple[Tensor, Tensor]:
 _RULES: dict[str, Rule] = {
     "param": _param, "const": _const, "iota": _iota, "dim": _dim, "reduce": _reduce, "view": _view,
     "concat": _concat, "gather": _gather, "matmul": _matmul, "append": _append, "attention": _attention,
-    "dequantize": _dequantize,
+    "dequantize": _dequantize, "experts": _experts,
 }  # fmt: skip

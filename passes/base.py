@@ -21,7 +21,7 @@ class PassOptions:
     row_block: rows of integer weights that are interleaved. activation_group: activations that share a scale where a
     product with integer weights rounds them to int8; 0 keeps them. keep_wide: full names of weights that cannot be
     quantised. kv_cache: element type in which keys and values are kept where it is narrower than their own; "" for
-    that.
+    that. spell_out_experts: experts become ordinary ops, for a backend that has no kernel for them.
     """
 
     fixed: tuple[tuple[str, int], ...] = ()
@@ -34,6 +34,7 @@ class PassOptions:
     activation_group: int = 0
     keep_wide: tuple[str, ...] = ()
     kv_cache: str = ""
+    spell_out_experts: bool = False
 
 
 @dataclass(frozen=True)

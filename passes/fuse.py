@@ -7,10 +7,11 @@
 
 Four steps, none of which knows a model:
 1. *Epilogues*: from each anchor (matmul, attention) downwards, as long as every segment stays a matrix product (or the
-   attention's results pass through views only) and the bytes that escape do not grow.
+   attention's results pass through views only) and the bytes that escape do not grow. Experts stay by themselves.
 2. *Prologues*: upwards from each matmul, ops whose every use lies in such kernels; they are recomputed there, so only
    cheap ones, or those with one value per row.
-3. *Loops*: what is left, bottom-up: an op joins the kernel of its consumers when they are one kernel.
+3. *Loops*: what is left, bottom-up: an op joins the kernel of its consumers when they are one kernel, and does not
+   then compute a reduction anew inside another one.
 
 Before that, views, casts, constants and quantised weights as floats, which cost little inside a kernel and much in
 memory, are copied so that each has one user.
@@ -23,18 +24,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tilewright.ir.index import IndexMap, index_symbols
+from tilewright.ir.loops import PRIMITIVES
 from tilewright.ir.module import Function, Module, Names, Op, make_attrs
 from tilewright.ir.types import Value
 
 from .base import PassOptions
 from .fusion.emit import emit
 from .fusion.epilogues import grow_epilogue
-from .fusion.groups import ANCHORS, ATTENTION, SOURCES, Groups
+from .fusion.groups import ANCHORS, SOURCES, Groups
 from .fusion.loops import group_loops
 from .fusion.prologues import grow_prologue
 
 _FREE = (*SOURCES, "view", "cast", "dequantize")
-_READS_MEMORY = ("call", "call_torch", *ATTENTION)  # what these read is stored once, however many they are
+_READS_MEMORY = ("call", "call_torch", *PRIMITIVES)  # what these read is stored once, however many they are
 
 
 def fuse(module: Module, options: PassOptions) -> Module:
@@ -66,6 +68,14 @@ def _copy_free_ops(function: Function) -> Function:
     names = Names.of(function)
     made = function.definitions()
     used: set[Value] = set(function.returns)
+    # A constant that is read from memory gets a kernel that stores it, so none of the others may hold it.
+    used.update(
+        v
+        for op in function.ops
+        if op.opcode in _READS_MEMORY
+        for v in op.operands
+        if v in made and made[v].opcode in SOURCES
+    )
     out: list[Op] = []
 
     def copy(value: Value) -> Value:

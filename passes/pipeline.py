@@ -21,6 +21,7 @@ from .merge_matmuls import merge_matmuls
 from .narrow_cache import narrow_cache
 from .quantize_weights import quantize_weights
 from .specialize import specialize
+from .spell_out_experts import spell_out_experts
 from .split_attention import split_attention
 from .split_products import split_products
 from .vendor_matmul import vendor_matmul
@@ -41,6 +42,11 @@ PIPELINE: tuple[Pass, ...] = (
         "split_products",
         split_products,
         "of matrices in their last form; the sum then fuses like any other code",
+    ),
+    Pass(
+        "spell_out_experts",
+        spell_out_experts,
+        "after folding, which would store transposed weights anew; a lookup in them fuses into its product",
     ),
     Pass("vendor_matmul", vendor_matmul, "once weights have the layout that a product streams"),
     Pass("canonicalize", canonicalize, "the rewrites above leave chains of views and casts"),

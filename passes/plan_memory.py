@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import networkx as nx
 
 from tilewright.ir.check_plan import check_plan
-from tilewright.ir.loops import elementwise_inputs, scalarize
+from tilewright.ir.loops import PRIMITIVES, elementwise_inputs, scalarize
 from tilewright.ir.module import Function, Module, Op
 from tilewright.ir.program import Buffer, BufferKind, Call, Program, Routine, Step, physical_shape
 from tilewright.ir.reference import join_scope
@@ -137,7 +137,7 @@ class _Planner:
         if op.opcode == "call":
             callee = self.plans[op.attr("callee")]
             return frozenset((op.operands[a], op.results[r]) for a, r in callee.in_place())
-        if op.opcode != "kernel" or any(o.opcode in ("attention", "attention_split") for o in op.body):
+        if op.opcode != "kernel" or any(o.opcode in PRIMITIVES for o in op.body):
             return frozenset()
         return elementwise_inputs(scalarize(op))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tilewright.codegen.tunables import NONE, Changes
-from tilewright.ir.loops import Loops, attention_form, scalarize
+from tilewright.ir.loops import PRIMITIVES, Loops, attention_form, experts_op, scalarize
 from tilewright.ir.module import Op
 from tilewright.ir.program import Step
 
 from .attention import print_attention
+from .experts import print_experts
 from .expression import print_index
 from .kernel_context import KernelContext, Workspace
 from .matmul import group_candidates, print_matmuls
@@ -39,9 +40,11 @@ def print_kernel(step: Step, capacity: int, dims: tuple[str, ...], changes: Chan
     ):
         kernel.print_dims()
         kernel.declare()
-        form = attention_form(step.op)
+        form, experts = attention_form(step.op), experts_op(step.op)
         if form is not None:
             print_attention(kernel, form)
+        elif experts is not None:
+            print_experts(kernel, experts)
         else:
             _print_segments(kernel, scalarize(step.op))
     return PrintedKernel(name, writer.text(), kernel.workspace)
@@ -49,7 +52,7 @@ def print_kernel(step: Step, capacity: int, dims: tuple[str, ...], changes: Chan
 
 def candidates(op: Op) -> tuple[Changes, ...]:
     """Ways to print a kernel that are worth a measurement, the default first; a single one where there is no choice."""
-    if attention_form(op) is not None:
+    if any(o.opcode in PRIMITIVES for o in op.body):
         return (NONE,)
     groups, _ = matmul_groups(scalarize(op).segments)
     found = dict.fromkeys(tuple(c.items()) for group in groups for c in group_candidates(group))

@@ -21,6 +21,7 @@ from .writer import Writer, identifier
 _INCLUDES = {
     "attention.h": ("tw::attend",),
     "attention_f64.h": ("tw::attend_f64",),
+    "experts.h": ("tw::experts<",),
     "gemm.h": ("tw::gemm<",),
     "gemv.h": ("tw::gemv<",),
     "quantized.h": ("tw::gemv_quantized<", "tw::pack_blocks<"),

@@ -14,10 +14,12 @@ Passes use it to decide whether a fusion is legal; printers and the memory plann
 """
 
 from .forms import (
+    PRIMITIVES,
     AttentionForm,
     MatmulForm,
     attention_form,
     elementwise_inputs,
+    experts_op,
     flops,
     matmul_form,
     product_form,
@@ -35,12 +37,13 @@ from .nodes import (
     Segment,
     Store,
     free_symbols,
+    post_order,
 )
 from .scalarize import scalarize
 from .text import print_loops, print_node
 
 __all__ = [
-    "Apply", "AttentionForm", "Axis", "Const", "Dot", "Index", "Load", "Loops", "MatmulForm", "Node", "Reduce",
-    "Segment", "Store", "attention_form", "elementwise_inputs", "flops", "free_symbols", "matmul_form", "print_loops",
-    "print_node", "product_form", "scalarize",
+    "PRIMITIVES", "Apply", "AttentionForm", "Axis", "Const", "Dot", "Index", "Load", "Loops", "MatmulForm", "Node",
+    "Reduce", "Segment", "Store", "attention_form", "elementwise_inputs", "experts_op", "flops", "free_symbols",
+    "matmul_form", "post_order", "print_loops", "print_node", "product_form", "scalarize",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a loop form is, seen as a whole: a matrix product, an attention, safe to run in place; and what it costs."""
+"""What a kernel is as a whole: a matrix product, an attention, experts, safe to run in place; and what it costs."""
 
 from __future__ import annotations
 
@@ -119,12 +119,22 @@ def attention_form(kernel: Op) -> AttentionForm | None:
     return AttentionForm(anchor, tuple(store for _, store in stores))
 
 
+def experts_op(kernel: Op) -> Op | None:
+    """The one experts op that a kernel is, or None when it is another kernel."""
+    (first, *rest) = kernel.body
+    return first if first.opcode == "experts" and not rest else None
+
+
 def _tiling(index: tuple[Expr, ...]) -> NeedSplit | None:
     """The tiling that makes ``x % n`` and ``x // n`` plain symbols, if the index has such a pair."""
     for e in index:
         if isinstance(e, Mod) and e.args[0].is_Symbol:
             return NeedSplit(e.args[0], tile=e.args[1])
     return None
+
+
+PRIMITIVES = ("attention", "attention_split", "experts")
+"""Ops without a loop form, each of which is the only one of its kernel but for views."""
 
 
 def elementwise_inputs(loops: Loops) -> frozenset[tuple[Value, Value]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tilewright.ir.errors import VerifyError
+from tilewright.ir.loops import PRIMITIVES
 from tilewright.ir.module import Function, Op, make_attrs
 
-from .groups import ATTENTION, SOURCES, Groups
+from .groups import SOURCES, Groups
 
 
 def emit(groups: Groups) -> Function:
@@ -38,7 +39,7 @@ def _namer(function: str) -> Callable[[Op], str]:
     def name(op: Op) -> str:
         nonlocal count
         opcodes = [o.opcode for o in op.body]
-        kind = next((k for k in ("matmul", *ATTENTION, "gather", "reduce") if k in opcodes), "pointwise")
+        kind = next((k for k in ("matmul", *PRIMITIVES, "gather", "reduce") if k in opcodes), "pointwise")
         count += 1
         return f"{function}_{count - 1}_{kind}"
 

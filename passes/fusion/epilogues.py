@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .groups import ATTENTION, Groups, is_loop
+from tilewright.ir.loops import PRIMITIVES
+
+from .groups import Groups, is_loop
 
 
 def grow_epilogue(groups: Groups, group: int) -> None:
@@ -31,12 +33,12 @@ def _producers_ready(groups: Groups, n: int, members: set[int]) -> bool:
 def _closure(groups: Groups, group: int) -> set[int]:
     """Every op below the anchor that could run in its epilogue."""
     members = set(groups.groups[group])
-    attention = any(groups.ops[n].opcode in ATTENTION for n in members)
+    primitive = any(groups.ops[n].opcode in PRIMITIVES for n in members)
     for n in range(min(members) + 1, len(groups.ops)):
         op = groups.ops[n]
         if n in groups.owner or not any(p in members for p in groups.producers(n)):
             continue
-        fits = op.opcode == "view" if attention else is_loop(op) and op.opcode not in ("reduce", "gather")
+        fits = op.opcode == "view" if primitive else is_loop(op) and op.opcode not in ("reduce", "gather")
         if fits and _producers_ready(groups, n, members):
             members.add(n)
     return members

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tilewright.ir.errors import VerifyError
-from tilewright.ir.loops import attention_form, product_form, scalarize
+from tilewright.ir.loops import PRIMITIVES, attention_form, experts_op, product_form, scalarize
 from tilewright.ir.module import Function, Op, make_attrs
 from tilewright.ir.pointwise import POINTWISE
 from tilewright.ir.types import Value, concrete
@@ -13,7 +13,7 @@ from tilewright.ir.types import Value, concrete
 from ..dce import has_effect
 
 ATTENTION = ("attention", "attention_split")
-ANCHORS = ("matmul", *ATTENTION)
+ANCHORS = ("matmul", *PRIMITIVES)
 SOURCES = ("const", "iota", "dim")
 _LOOPS = ("view", "concat", "gather", "reduce", "append", "dequantize", *SOURCES)
 COSTLY = ("exp", "log", "sin", "cos", "tanh", "erf", "sigmoid", "pow")
@@ -28,7 +28,7 @@ class Groups:
     """The ops of one function, by position, and the disjoint groups formed so far.
 
     A group is a set of positions in ``ops``; ``owner`` maps a position to its group's number. ``anchored`` numbers the
-    groups that hold a matmul or an attention.
+    groups that hold one of ``ANCHORS``.
     """
 
     def __init__(self, function: Function, highs: dict[str, int]) -> None:
@@ -107,6 +107,8 @@ class Groups:
         try:
             if any(self.ops[n].opcode in ATTENTION for n in members):
                 return attention_form(kernel) is not None
+            if any(self.ops[n].opcode == "experts" for n in members):
+                return experts_op(kernel) is not None
             loops = scalarize(kernel)
         except VerifyError:
             return False

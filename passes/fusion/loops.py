@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from tilewright.ir.errors import VerifyError
+from tilewright.ir.loops import Reduce, free_symbols, post_order, scalarize
+
 from .groups import COSTLY, SOURCES, Groups, is_loop
 
 
@@ -39,8 +42,24 @@ def _cheap_inside(groups: Groups, n: int, target: int) -> bool:
         return True
     if op.opcode == "reduce":  # over the innermost axes: computed once per row, outside the row's loop
         rank = op.operands[0].type.rank
-        return bool(op.attr("axes") == tuple(range(rank - len(op.attr("axes")), rank)))
+        innermost = op.attr("axes") == tuple(range(rank - len(op.attr("axes")), rank))
+        return bool(innermost and not _repeats(groups, groups.groups[target] | {n}))
     return all(v.type.rank == 0 or v.shape[-1] == 1 for v in op.results)
+
+
+def _repeats(groups: Groups, members: set[int]) -> bool:
+    """True when a kernel would reduce anew at every step of another reduction, for each of that one's results."""
+    try:
+        segments = scalarize(groups.kernel(members)).segments
+    except VerifyError:  # no kernel at all
+        return False
+    return any(
+        isinstance(inner, Reduce) and free_symbols(inner) & {a.symbol for a in outer.axes}
+        for segment in segments
+        for outer in segment.nodes()
+        if isinstance(outer, Reduce)
+        for inner in post_order(outer.body, set())
+    )
 
 
 def _merge_siblings(groups: Groups) -> None:
@@ -56,6 +75,8 @@ def _merge_siblings(groups: Groups) -> None:
         shapes = {v.shape for m in groups.escaping(joined) for v in groups.ops[m].results}
         outside = [p for m in joined for p in groups.producers(m)]
         if len(shapes) == 1 and not groups.depends(outside, joined) and groups.is_legal(joined):
+            if _repeats(groups, joined):
+                continue
             for o in owners:
                 assert o is not None
                 groups.groups[o] = set()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sympy
 
+from tilewright.ir.loops import PRIMITIVES
 from tilewright.ir.types import concrete
 
-from .groups import ATTENTION, COSTLY, SOURCES, Groups, is_loop
+from .groups import COSTLY, SOURCES, Groups, is_loop
 
 
 def grow_prologue(groups: Groups, group: int) -> None:
     """Add the ops above a product that are used in it alone, and keep those that save bytes between kernels."""
     core = groups.groups[group]
-    if any(groups.ops[n].opcode in ATTENTION for n in core):
+    if any(groups.ops[n].opcode in PRIMITIVES for n in core):
         return
     members = set(core)
     for n in range(max(members), -1, -1):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.experts_cases import CASES as EXPERTS
+
 from .triton_cases import CASES
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +43,15 @@ def interpret() -> Iterator[Callable[[str], list[str]]]:
 def test_tiny_model_matches_reference(model: str, interpret: Callable[[str], list[str]]) -> None:
     """Prefill in two pieces and decode, left-padded batch of three and batch of one."""
     assert interpret(f"model:{model}") == []
+
+
+SLOW = ("more pairs than a block", "many tokens", "everybody chose one")
+
+
+@pytest.mark.parametrize("name", [n for n in EXPERTS if n not in SLOW])
+def test_experts_match_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
+    """Products whose weights are looked up by the chosen experts."""
+    assert interpret(f"experts:{name}") == []
 
 
 def test_random_modules_keep_their_meaning(interpret: Callable[[str], list[str]]) -> None:

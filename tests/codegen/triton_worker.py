@@ -2,7 +2,7 @@
 
 A name is that of a case, perhaps with fields of its tile changed, as in ``case block_m=16 transposed=1``
 (``never_again=1`` takes the second walk out of an agreed softmax);
-``model:family:dtype``; or ``random:count``: so many random modules.
+``model:family:dtype``; ``experts:name``, one of ``experts_cases``; or ``random:count``: so many random modules.
 
 The interpreter must be chosen before triton is imported, so it cannot share a process with tests that compile.
 """
@@ -28,6 +28,7 @@ def _never_again(text: str) -> str:
 def main() -> None:
     import torch
 
+    from .triton_experts import experts_errors
     from .triton_models import model_errors
     from .triton_random import run_random
     from .triton_run import errors
@@ -39,6 +40,8 @@ def main() -> None:
                 kind, *rest = line.strip().split(":")
                 if kind == "model":
                     answer = model_errors(rest[0], getattr(torch, rest[1]), Path(folder), "cpu", True)
+                elif kind == "experts":
+                    answer = experts_errors(rest[0], Path(folder))
                 elif kind == "random":
                     run_random(int(rest[0]), Path(folder))
                     answer = []

@@ -101,10 +101,10 @@ def test_a_decoder_says_what_hugging_face_says(name: str) -> None:
     check_decoder(name, "reference")
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "bloom_12_heads", "falcon_groups"])
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "qwen3_moe", "bloom_12_heads", "falcon_groups"])
 def test_and_so_do_generated_kernels(name: str) -> None:
-    """Two windows in turn with norms of heads; sinks, and experts that PyTorch runs; a bias by distance; one key for
-    the queries beside it in the product."""
+    """Two windows in turn with norms of heads; sinks, and transposed experts; experts as they mostly are; a bias by
+    distance; one key for the queries beside it in the product."""
     check_decoder(name, "cpp")
 
 

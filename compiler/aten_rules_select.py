@@ -1,0 +1,78 @@
+"""Rules that choose among the elements of a row: the largest ones, those that an index names, and writes to those."""
+
+from __future__ import annotations
+
+from sympy import Expr, Integer, prod
+
+from tilewright.ir.index import index_symbols, linear_index, reshape_map
+from tilewright.ir.types import DType, TensorType, Value
+
+from .aten_rules import Context, Result, axis, rule
+
+_COMPARED = 512
+"""The longest row that is ranked by comparing all pairs: as many experts as models have. PyTorch takes longer ones."""
+
+
+def _as_column(ctx: Context, x: Value, size: Expr) -> Value:
+    """[.., n] -> [.., n, size]: each element ``size`` times."""
+    return ctx.expand(ctx.unsqueeze(x, x.type.rank), (*x.shape, size))
+
+
+def _as_row(ctx: Context, x: Value, size: Expr) -> Value:
+    """[.., n] -> [.., size, n]: each row ``size`` times."""
+    at = x.type.rank - 1
+    return ctx.expand(ctx.unsqueeze(x, at), (*x.shape[:-1], size, x.shape[-1]))
+
+
+@rule("topk.default")
+def _topk(ctx: Context, x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Result:
+    """An element's rank is how many come before it: larger ones, and equal ones on its left. Result p has rank p.
+
+    Places are found by a maximum and not by a sum, so that they stay inside the row where it holds NaN.
+    """
+    last = x.type.rank - 1
+    if last < 0 or axis(dim, x.type.rank) != last or not largest or not isinstance(k, int) or k < 1:
+        return None
+    size = x.shape[last]
+    if not size.is_Integer or size > _COMPARED:
+        return None
+    square = (*x.shape, size)
+    mine, other = _as_column(ctx, x, size), _as_row(ctx, x, size)
+    here, there = ctx.positions(size, square, last), ctx.positions(size, square, last + 1)
+    left = ctx.apply("lt", there, here)
+    before = ctx.apply("where", left, ctx.apply("ge", other, mine), ctx.apply("gt", other, mine))
+    rank = ctx.reduce("sum", ctx.cast(before, DType.i64), [last + 1], False)
+    shape = (*x.shape[:-1], Integer(k), size)
+    place = ctx.positions(Integer(k), shape, last)
+    found = ctx.apply("eq", _as_row(ctx, rank, Integer(k)), place)
+    values = ctx.apply("where", found, _as_row(ctx, x, Integer(k)), ctx.const(float("-inf"), x.dtype))
+    indices = ctx.apply("where", found, ctx.positions(size, shape, last + 1), ctx.const(0, DType.i64))
+    return tuple(ctx.reduce("max", v, [last + 1], False) for v in (values, indices))
+
+
+@rule("gather.default")
+def _gather(ctx: Context, x: Value, dim: int, index: Value, sparse_grad: bool = False) -> Result:
+    """Along the last dim, of rows that index and x have in common: a lookup in x as one long row."""
+    last = x.type.rank - 1
+    if last < 0 or axis(dim, x.type.rank) != last or x.shape[:-1] != index.shape[:-1]:
+        return None
+    symbols = index_symbols(index.type.rank)
+    rows = prod(x.shape[:-1], start=Integer(1))
+    row = ctx.builder.add("iota", type=TensorType(DType.i64, (rows,)))
+    row = ctx.view(row, index.shape, [linear_index(symbols[:-1], x.shape[:-1])])
+    at = ctx.apply("add", ctx.apply("mul", row, x.shape[last]), ctx.cast(index, DType.i64))
+    long_row = (rows * x.shape[last],)
+    flat = ctx.view(x, long_row, reshape_map(x.shape, long_row).exprs)
+    return ctx.builder.add("gather", flat, at, axis=0)
+
+
+@rule("scatter.value")
+def _scatter(ctx: Context, x: Value, dim: int, index: Value, value: float) -> Result:
+    """Along the last dim, in rows that index and x have in common: an element is replaced where an index names it."""
+    last = x.type.rank - 1
+    if last < 0 or axis(dim, x.type.rank) != last or x.shape[:-1] != index.shape[:-1]:
+        return None
+    named = _as_row(ctx, ctx.cast(index, DType.i64), x.shape[last])
+    here = ctx.positions(x.shape[last], named.shape, last)
+    hit = ctx.reduce("any", ctx.apply("eq", named, here), [last + 1], False)
+    return ctx.apply("where", hit, ctx.const(value, x.dtype), x)

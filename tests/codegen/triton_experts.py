@@ -1,0 +1,33 @@
+"""A layer of experts through the whole pipeline and generated Triton code, compared with float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tests.experts_cases import CASES
+from tilewright.codegen.triton.program import emit_program
+from tilewright.ir.reference import evaluate
+from tilewright.passes.base import PassOptions
+from tilewright.passes.pipeline import run_passes
+from tilewright.passes.plan_memory import plan_memory
+from tilewright.runtime.kernel_modules import write_module
+from tilewright.runtime.triton_executor import TritonExecutor
+
+from .random_programs import worst_excess
+
+
+def experts_errors(name: str, folder: Path) -> list[str]:
+    """By how much a layer's results are further from float64 than they may be; nothing where they are not."""
+    case = CASES[name]
+    inputs, dims, module = case.inputs(), {"B": case.tokens}, case.module()
+    fused = run_passes(module, PassOptions(spell_out_experts=True))
+    program = plan_memory(fused, "experts", "forward", 0, 16)
+    path = write_module(folder, emit_program(program, True).text)
+    found = torch.full_like(inputs["x"], float("nan"))
+    executor = TritonExecutor(program, {}, path, torch.device("cpu"))
+    executor.run(inputs, dims, None, {"output0": found})
+    (plain,), (exact,) = evaluate(module, inputs, {}, dims), evaluate(module, inputs, {}, dims, exact=True)
+    excess = worst_excess(found, plain, exact, found.dtype)
+    return [] if excess <= 0 else [f"{excess:.3g} too far from float64"]
