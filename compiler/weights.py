@@ -61,7 +61,8 @@ def bind_weights(
         for value, buffer in _compute(module, function, scope, computed, bound):
             copied += buffer.nbytes
             bound[join_scope(scope, value.name)] = buffer
-    wanted = {name: bound[name] for name in wanted_names}
+    # Detached, as a parameter that is moved or cast leaves the memory whose address kernels were given.
+    wanted = {name: bound[name].detach() for name in wanted_names}
     seen = {t.untyped_storage().data_ptr(): t.nbytes for name, t in wanted.items() if name in tensors}
     return BoundWeights(wanted, sum(seen.values()), merged, copied)
 

@@ -114,6 +114,19 @@ def test_a_model_that_was_cast_is_refused_until_it_is_cast_back(family: str) -> 
     assert torch.equal(fast(PROMPT)[0], expected)
 
 
+def test_kernels_keep_the_memory_that_they_were_given() -> None:
+    """A request has their addresses in launches that are bound or recorded, while the model comes and goes."""
+    model = tiny("llama")
+    fast = tw.compile(model, max_length=32, backend="reference", autotune="off")
+    weights = fast._tilewright.engine.prefill_executor.weights
+    places = {name: weight.data_ptr() for name, weight in weights.items()}
+    kept = {name: weight.clone() for name, weight in weights.items()}
+    model.to(torch.float64)
+    model.to(torch.float32)
+    assert {name: weight.data_ptr() for name, weight in weights.items()} == places
+    assert all(torch.equal(weights[name], weight) for name, weight in kept.items())
+
+
 def test_a_model_that_was_moved_is_refused() -> None:
     """To ``meta``, the one other device that every machine has; it keeps no values, so there is no way back."""
     module = torch.nn.Sequential(torch.nn.Linear(4, 4)).eval()
