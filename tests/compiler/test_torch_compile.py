@@ -286,7 +286,7 @@ def test_a_changed_size_compiles_nothing() -> None:
 
 
 def test_a_decoder_with_a_cache() -> None:
-    model = tiny("llama")
+    model = tiny("llama", layers=1)
     fast = _compiled(model)
     ids = torch.randint(1, 128, (2, 9))
     mask = torch.ones_like(ids)
