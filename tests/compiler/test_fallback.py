@@ -21,7 +21,7 @@ from tilewright.ir.program import Program
 from tilewright.options import Options
 from tilewright.tune_kernels import KernelTuner
 
-OPTIONS = Options((1,), 64, "", "cached", "triton", torch.device("cpu"), None)
+OPTIONS = Options((1,), 64, "", "", "cached", "triton", torch.device("cpu"), None)
 ERROR = RuntimeError("out of resource: shared memory")
 
 
