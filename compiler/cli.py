@@ -227,7 +227,7 @@ def opt(
         bool, typer.Option(help="Give products with weights to the vendor's library.")
     ] = False,
     spell_out_experts: Annotated[
-        bool, typer.Option("--spell-out-experts", help="Say experts in ordinary ops.")
+        bool, typer.Option("--spell-experts", help="Say experts in ordinary ops.")
     ] = False,
     weights: WeightsOption = None,
     kv_cache: CacheOption = None,
