@@ -226,7 +226,9 @@ def opt(
     vendor_matmul: Annotated[
         bool, typer.Option(help="Give products with weights to the vendor's library.")
     ] = False,
-    spell_out_experts: Annotated[bool, typer.Option(help="Say experts in ordinary ops.")] = False,
+    spell_out_experts: Annotated[
+        bool, typer.Option("--spell-experts", help="Say experts in ordinary ops.")
+    ] = False,
     weights: WeightsOption = None,
     kv_cache: CacheOption = None,
     show: Annotated[bool, typer.Option("--list", help="List the passes and stop.")] = False,
