@@ -52,7 +52,7 @@ def test_every_tile_is_tried_once_and_then_the_error_says_which(program: Program
         warnings.simplefilter("always")
         with pytest.raises(KernelBuildError) as caught:
             exhaust()
-    assert 2 <= len(paths) <= 6
+    assert 2 <= len(paths) <= 9  # the tuner offers nine, the first of which had failed; then the smallest
     assert len({p.read_text() for p in paths}) == len(paths)
     messages = [str(w.message) for w in said]
     assert len(messages) == len(paths)
