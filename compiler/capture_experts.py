@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tilewright.ir.experts import ACTIVATIONS, Gate
 
-from .capture_ops import IMPLEMENTATION, configs_of
+from .capture_ops import IMPLEMENTATION, set_in_configs
 
 _LIB = torch.library.Library("tilewright", "FRAGMENT")
 _LIB.define(
@@ -82,17 +82,12 @@ def opaque_experts(model: nn.Module) -> Iterator[None]:
     if not gates:
         yield
         return
-    saved = [(config, config._experts_implementation_internal) for config in configs_of(model)]
-    own = {id(config): implementation for config, implementation in saved}
-    ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = _forward(gates, own)
-    try:
-        for config, _ in saved:
-            config._experts_implementation_internal = IMPLEMENTATION
-        yield
-    finally:
-        for config, implementation in saved:
-            config._experts_implementation_internal = implementation
-        del ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION]
+    with set_in_configs(model, "_experts_implementation_internal", IMPLEMENTATION) as own:
+        ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = _forward(gates, own)
+        try:
+            yield
+        finally:
+            del ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION]
 
 
 def _forward(gates: Mapping[nn.Module, Gate], own: Mapping[int, str | None]) -> Any:

@@ -7,7 +7,7 @@ tracing, and lowering gives them their meaning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -147,17 +147,24 @@ def configs_of(model: nn.Module) -> list[PretrainedConfig]:
 
 
 @contextmanager
+def set_in_configs(model: nn.Module, attribute: str, value: Any) -> Iterator[Mapping[int, Any]]:
+    """Set an attribute of all the model's configs while the block runs; gives what each had, by ``id(config)``."""
+    saved = [(config, getattr(config, attribute)) for config in configs_of(model)]
+    try:
+        for config, _ in saved:
+            setattr(config, attribute, value)
+        yield {id(config): own for config, own in saved}
+    finally:
+        for config, own in saved:
+            setattr(config, attribute, own)
+
+
+@contextmanager
 def opaque_attention(model: nn.Module) -> Iterator[None]:
     """Route the model's attention through the opaque op while the block runs; always restores every config.
 
     The internal attribute is set, not the public one: the public setter recurses into sub-configs and would lose
     what each of them had.
     """
-    saved = [(config, config._attn_implementation_internal) for config in configs_of(model)]
-    try:
-        for config, _ in saved:
-            config._attn_implementation_internal = IMPLEMENTATION
+    with set_in_configs(model, "_attn_implementation_internal", IMPLEMENTATION):
         yield
-    finally:
-        for config, implementation in saved:
-            config._attn_implementation_internal = implementation
