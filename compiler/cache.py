@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import torch
@@ -12,6 +13,14 @@ from transformers.cache_utils import Cache
 from tilewright.ir.errors import InputError
 from tilewright.runtime.engine import Engine
 from tilewright.runtime.kv_state import RequestState
+
+
+class _Lease:
+    """Holds a request's state for all caches that share it, and gives it back to the engine with the last of them."""
+
+    def __init__(self, engine: Engine, state: RequestState) -> None:
+        self.state = state
+        weakref.finalize(self, engine.give_back, state).atexit = False
 
 
 class EngineCache(Cache):
@@ -27,7 +36,7 @@ class EngineCache(Cache):
     def __init__(self, engine: Engine) -> None:
         super().__init__(layers=[])
         self.engine = engine
-        self.state: RequestState | None = None
+        self._lease: _Lease | None = None
 
     def __repr__(self) -> str:
         return f"EngineCache(batch={self.batch_size}, length={self.get_seq_length()})"
@@ -37,14 +46,19 @@ class EngineCache(Cache):
         twin = copy.copy(self)
         memo[id(self)] = twin
         twin.layers = []
-        twin.state = copy.deepcopy(self.state, memo)
+        twin._lease = None if self.state is None else _Lease(self.engine, copy.deepcopy(self.state, memo))
         return twin
+
+    @property
+    def state(self) -> RequestState | None:
+        """The request's state, None before the first forward."""
+        return None if self._lease is None else self._lease.state
 
     def state_for(self, batch: int) -> RequestState:
         """The request's state, made now for ``batch`` sequences when there is none."""
-        if self.state is None:
-            self.state = self.engine.new_state(batch)
-        return self.state
+        if self._lease is None:
+            self._lease = _Lease(self.engine, self.engine.new_state(batch))
+        return self._lease.state
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of positions held."""
@@ -61,7 +75,7 @@ class EngineCache(Cache):
 
     def reset(self) -> None:
         """Forget the request."""
-        self.state = None
+        self._lease = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` positions; a positive number is the length to keep, as it once was."""

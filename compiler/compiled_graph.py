@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from tilewright.passes.base import PassOptions
 from tilewright.passes.pipeline import run_passes
 from tilewright.passes.plan_memory import plan_memory
 from tilewright.runtime.executor import EngineSpec, Executor, TensorSpec
-from tilewright.runtime.kv_state import RequestState
+from tilewright.runtime.idle_states import IdleStates
 
 from .aten_graph import AtenGraph
 from .backends import build, candidates, measures, no_candidates
@@ -46,17 +46,14 @@ class _Plan:
 
     executor: Executor
     spec: EngineSpec
-    idle: list[RequestState] = field(default_factory=list)
+    idle: IdleStates
 
     def run(self, inputs: Mapping[str, Tensor], dims: Mapping[str, int]) -> list[Tensor]:
         """The program's outputs, fresh tensors."""
         outputs = {o.name: o.empty(dims, self.spec.device) for o in self.spec.outputs}
-        try:
-            state = self.idle.pop()
-        except IndexError:
-            state = RequestState(self.spec, 0, 0)
+        state = self.idle.take(0, 0)
         self.executor.run(inputs, dims, state, outputs)
-        self.idle.append(state)
+        self.idle.give_back(state)
         return list(outputs.values())
 
 
@@ -157,7 +154,7 @@ class CompiledGraph:
 
     def _keep(self, dims: Mapping[str, int], program: Program, executor: Executor) -> None:
         spec = EngineSpec.of(program, "module", self.options.device, bounds=self._bounds)
-        self._plans[self._range(dims)] = _Plan(executor, spec)
+        self._plans[self._range(dims)] = _Plan(executor, spec, IdleStates(spec))
 
     def _program(self, dims: Mapping[str, int]) -> Program:
         return plan_memory(self._module.with_symbols(**self._ranges(dims)), "forward", "forward", 1, 1)

@@ -1,7 +1,8 @@
 """Launches recorded once and replayed: a decode step costs the host one call instead of one per kernel.
 
 A graph holds addresses and launch arguments as they were. The kernels of a decode step read the context from memory
-(``STORED_DIMS``), and its tensors stay where they are for a request, so one graph serves all steps of that request.
+(``STORED_DIMS``), and its tensors stay where they are for a request and for later ones in the same state, so that one
+graph serves all their steps.
 """
 
 from __future__ import annotations

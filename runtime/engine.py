@@ -9,8 +9,10 @@ from torch import Tensor
 
 from tilewright.ir.program import InputError
 
+from .device import is_out_of_memory
 from .executor import DeviceStepping, EngineSpec, Executor, TensorSpec
-from .host import clone, stream_number
+from .host import clone
+from .idle_states import IdleStates
 from .kv_state import RequestState
 
 
@@ -25,9 +27,7 @@ class Engine:
         self.spec = spec
         self.prefill_executor = prefill
         self.decode_executors = {e.batch: e for e in sorted(decode, key=lambda e: e.batch)}
-        # States of stateless calls, kept for their arenas. A call returns before a GPU is done with its arena, so
-        # another stream must not take it.
-        self._idle: dict[int, list[RequestState]] = {}
+        self.idle = IdleStates(spec)
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -53,7 +53,11 @@ class Engine:
         """An empty request state for ``batch`` sequences. Raises InputError for a batch beyond the largest bucket."""
         if batch < 1:
             raise InputError("an empty batch: pass at least one sequence")
-        return RequestState(self.spec, batch, self.bucket(batch))
+        return self.idle.take(batch, self.bucket(batch))
+
+    def give_back(self, state: RequestState) -> None:
+        """Say that a request is over, so that a later one may have its state; the caller must not use it any more."""
+        self.idle.give_back(state)
 
     def check_length(self, total: int) -> None:
         """Raise InputError when a sequence of ``total`` tokens does not fit the state."""
@@ -83,6 +87,22 @@ class Engine:
         self._check_mask(state, ids, attention_mask)
         if position_ids is not None:
             position_ids = self._check_positions(ids, position_ids)
+        try:
+            return self._append(state, ids, attention_mask, position_ids, keep)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or not self.idle.make_room():
+                raise
+        return self._append(state, ids, attention_mask, position_ids, keep)
+
+    def _append(
+        self,
+        state: RequestState,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        keep: int,
+    ) -> Tensor:
+        """As :meth:`step`, on arguments that have been checked."""
         with state.undone_on_failure():
             self._write_mask(state, attention_mask, state.length + ids.shape[1])
             positions = self._positions(state, ids) if position_ids is None else position_ids
@@ -239,13 +259,9 @@ class Engine:
             if name in dims and not low <= dims[name] <= high:
                 raise InputError(f"dim {name} is {dims[name]}, but this model takes {low} to {high}")
         outputs = {o.name: o.empty(dims, self.spec.device) for o in self.spec.outputs}
-        idle = self._idle.setdefault(stream_number(self.spec.device), [])
-        try:
-            state = idle.pop()
-        except IndexError:
-            state = RequestState(self.spec, 0, 0)
+        state = self.idle.take(0, 0)
         self.prefill_executor.run(ready, dims, state, outputs)
-        idle.append(state)
+        self.idle.give_back(state)
         return outputs
 
     def _check_input(self, spec: TensorSpec, value: Tensor | None, dims: dict[str, int]) -> Tensor:

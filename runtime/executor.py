@@ -57,10 +57,11 @@ class DeviceStepping(Protocol):
     """An executor whose decode steps can do without the host."""
 
     def device_step(self, state: RequestState) -> Callable[[], None] | None:
-        """A function that launches a decode step like ``state``'s last one, at a context longer by one than that of the
-        run before it: it counts the context in the device's memory. None where steps of this program need the host.
+        """Set the context in the device's memory to ``state.length``, and give a function that adds one to it and
+        launches a decode step there. None where steps of this program need the host, or have not run at this ``state.version``.
 
-        It holds as long as ``state.version`` does, and until ``run`` is called for the state again.
+        The function, and whatever was recorded of it, hold as long as ``state.version`` does. After ``run`` or changes
+        of ``state.length`` the context has to be set anew.
         """
         ...
 

@@ -66,9 +66,6 @@ def generate(
         position_ids = position_ids[:, -fed.shape[1] :]
         # Each new token but the last is run at the position after the one before it.
         engine.check_length(int(position_ids.max()) + options.max_length - prompt)
-    with torch.inference_mode(False):  # a recording updates it outside of inference mode
-        sequences = torch.empty(batch, options.max_length, dtype=torch.int64, device=ids.device)
-    sequences[:, :prompt] = ids
     logits = engine.step(state, fed, attention_mask, position_ids, keep=1)
     copy(state.logits[:batch], logits)
     state.positions.zero_()
@@ -79,15 +76,15 @@ def generate(
     if on_gpu or look_every is not None or recorder is not None:
         every = look_every or (_LOOK_EVERY if on_gpu and streamer is None else 1)
         recorder = recorder or (_record_step if on_gpu else None)
-        steps = DeviceSteps(engine, state, options, sequences, prompt, every, recorder)
+        steps = DeviceSteps(engine, state, options, ids, every, recorder)
     else:
-        steps = HostSteps(engine, state, options, sequences, prompt)
+        steps = HostSteps(engine, state, options, ids)
 
     steps.first()
     length = prompt + 1
     while True:
         if streamer is not None:
-            streamer.put(sequences[:, length - 1].cpu())
+            streamer.put(steps.sequences[:, length - 1].cpu())
         if steps.finished() or length == options.max_length:
             break
         steps.next()
@@ -95,11 +92,11 @@ def generate(
     if streamer is not None:
         streamer.end()
     if isinstance(steps, DeviceSteps) and steps.every > 1:
-        in_vain = length - prompt - _first_end(sequences[:, prompt:length], options.eos_ids)
+        in_vain = length - prompt - _first_end(steps.sequences[:, prompt:length], options.eos_ids)
         steps.take_back(in_vain)
         state.crop(state.length - in_vain)
         length -= in_vain
-    return sequences if length == options.max_length else sequences[:, :length].clone()
+    return steps.sequences[:, :length].clone()
 
 
 _record_step = partial(record, otherwise="decode steps go through the host")

@@ -17,20 +17,21 @@ from .sampling import GenerateOptions, sample
 
 class HostSteps:
     """Chooses tokens from ``state.logits``, one after the other, into the columns of ``sequences``, i64[B, max_length],
-    from column ``length`` on. Rows that have met an end-of-sequence token are filled with the pad token."""
+    behind the prompts i64[B, S]. Rows that have met an end-of-sequence token are filled with the pad token."""
 
     def __init__(
         self,
         engine: Engine,
         state: RequestState,
         options: GenerateOptions,
-        sequences: Tensor,
-        length: int,
+        prompt: Tensor,
     ) -> None:
-        self.engine, self.state, self.options, self.length = engine, state, options, length
+        self.engine, self.state, self.options, self.length = engine, state, options, prompt.shape[1]
         self.eos, self.pad = frozenset(options.eos_ids), options.checked_pad_id()
         self.open = [True] * state.batch
-        self.collected = quick(sequences)
+        self.sequences = prompt.new_empty(state.batch, options.max_length)
+        self.sequences[:, : self.length] = prompt
+        self.collected = quick(self.sequences)
         self.positions = quick(state.positions)
         self.tokens = quick(state.ids[: state.batch])
         self.choose = _chooser(state, options)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tilewright.ir.program import InputError
 
 from .executor import EngineSpec
+from .host import stream_number
 
 
 class RequestState:
@@ -25,18 +26,29 @@ class RequestState:
     ``buffers[slot]`` is [rows, heads, max_length, head_dim], of which the first ``length`` positions are filled;
     ``mask`` is bool[rows, max_length], one byte each, true where a key may be attended to and from ``length`` on.
     ``version`` changes whenever a tensor is replaced, which invalidates the addresses that an executor keeps in
-    ``scratch``.
+    ``scratch``. ``stream`` is the GPU stream that the request runs on, 0 elsewhere.
     """
 
     def __init__(self, spec: EngineSpec, batch: int, rows: int) -> None:
         self.spec = spec
-        self.batch = batch
         self.rows = rows
-        self.length = 0
+        self.stream = stream_number(spec.device)
         self.version = 0
-        self.padded = False  # whether some attended-to position is masked out
         self.scratch: dict[Any, Any] = {}
         self._allocate()
+        self.reset(batch)
+
+    def reset(self, batch: int) -> None:
+        """Become an empty request of ``batch`` sequences. Tensors stay where they are, and so does ``scratch``.
+
+        What the KV buffers hold from ``length`` on is never read.
+        """
+        self.batch = batch
+        self.length = 0
+        self.padded = False  # whether some attended-to position is masked out
+        self.mask.fill_(True)
+        self.ids.zero_()
+        self.positions.zero_()
 
     def _allocate(self) -> None:
         spec, rows = self.spec, self.rows
@@ -51,7 +63,7 @@ class RequestState:
             }
             self.mask = torch.ones(rows, spec.max_length, dtype=torch.bool, device=spec.device)
             self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=spec.device)
-            self.positions = torch.zeros(rows, 1, dtype=torch.int64, device=spec.device)
+            self.positions = torch.zeros_like(self.ids)
             steps = spec.kind == "decoder"
             self.logits = (
                 spec.outputs[0].empty({"B": rows, "S": 1, "L": 1}, spec.device) if steps else torch.empty(0)

@@ -123,6 +123,7 @@ class TritonExecutor:
         ):
             return None
         context, launch_all = bound.stored["T"], bound.launch_all
+        context.fill_(state.length)
 
         def step() -> None:
             context.add_(1)

@@ -1,4 +1,4 @@
-"""Decode steps on a real GPU: recorded once per request, and the same tokens as Hugging Face's."""
+"""Decode steps on a real GPU: recorded once per state of a bucket, and the same tokens as Hugging Face's."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_replayed_draws_are_hugging_faces(
 
 
 def test_whole_steps_are_recorded(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One recording per call, which holds the choice too; the executor makes none of its own."""
+    """One recording for many calls, which holds the choice too; the executor makes none of its own."""
     from tilewright.runtime import generate, triton_executor
 
     _, fast = pair
@@ -72,8 +72,23 @@ def test_whole_steps_are_recorded(pair: tuple[Any, Any], monkeypatch: pytest.Mon
     monkeypatch.setattr(generate, "_record_step", counted("whole", generate._record_step))
     monkeypatch.setattr(triton_executor, "record", counted("model", triton_executor.record))
     ids = torch.randint(3, 128, (1, 9), device="cuda")
-    fast.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    engine = fast._tilewright.engine
+    engine.idle.make_room()
+    for tokens in (20, 5, 30):
+        fast.generate(ids[:, :tokens], max_new_tokens=tokens, do_sample=False, pad_token_id=0)
     assert counts == {"whole": 1, "model": 0}
+
+
+def test_memory_stays_level_over_many_calls(pair: tuple[Any, Any]) -> None:
+    _, fast = pair
+    ids = torch.randint(3, 128, (3, 9), device="cuda")
+    ways: list[dict[str, Any]] = [{"do_sample": False}, {"do_sample": True, "top_p": 0.9}]
+    reserved = []
+    for _ in range(20):
+        for way in ways:
+            fast.generate(ids, max_new_tokens=12, pad_token_id=0, **way)
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[2] == reserved[-1]
 
 
 def test_a_request_is_recorded_once(pair: tuple[Any, Any]) -> None:

@@ -38,6 +38,7 @@ class _SteppingToy(ToyExecutor):
 
     def device_step(self, state: RequestState) -> Callable[[], None]:
         context = state.scratch[self]
+        context.fill_(state.length)
 
         def step() -> None:
             with _disable_current_modes():  # a kernel may read its own memory
@@ -133,6 +134,37 @@ def test_steps_that_ran_in_vain_moved_the_random_state_and_are_taken_back() -> N
     assert recorder.replayed + 2 > expected.shape[1] - 7
 
 
+def test_one_recording_serves_all_requests_of_a_state() -> None:
+    """With other prompts, lengths and minima; each way to choose has its own. All steps but the very first replay."""
+    run, recorder = engine(), _Recorder()
+    state = run.new_state(3)
+    free = generate(run, state, IDS, GenerateOptions(20))
+    eos = tuple({int(t) for t in free[:, 7:11].flatten()})
+    for sampling in (None, SAMPLED):
+        for prompt, minimum in ((7, 9), (4, 12), (1, 16), (6, 8)):
+            options = GenerateOptions(20, eos, 0, minimum, sampling)
+            fresh, before = run.new_state(3), recorder.replayed
+            torch.manual_seed(7)
+            expected = generate(run, fresh, IDS[:, :prompt], options)
+            run.give_back(state)
+            assert run.new_state(3) is state
+            torch.manual_seed(7)
+            assert torch.equal(generate(run, state, IDS[:, :prompt], options, recorder=recorder), expected)
+            launched = 1 if prompt == 7 else 0
+            assert recorder.replayed - before == expected.shape[1] - prompt - 1 - launched
+    assert recorder.recorded == 2
+
+
+def test_a_state_forgets_the_way_to_choose_used_longest_ago() -> None:
+    run, recorder = engine(), _Recorder()
+    state = run.new_state(1)
+    for k in (2, 3, 4, 5, 2, 6, 2, 3):
+        options = GenerateOptions(12, sampling=Sampling(top_k=k))
+        state.reset(1)
+        generate(run, state, IDS[:1], options, recorder=recorder)
+    assert recorder.recorded == 6  # five, and 3 once more, which had to make room for 6
+
+
 class _Streamer:
     def __init__(self) -> None:
         self.steps: list[list[int]] = []
@@ -174,9 +206,9 @@ def test_half_precision_logits_are_compared_in_float32() -> None:
     state = run.new_state(1)
     state.logits = torch.zeros(1, 1, 50, dtype=torch.bfloat16)
     state.logits[0, 0, 31] = 1.0
-    sequences = torch.zeros(1, 4, dtype=torch.int64)
-    DeviceSteps(run, state, GenerateOptions(4), sequences, 2, 1, None).first()
-    assert sequences.tolist() == [[0, 0, 31, 0]]
+    steps = DeviceSteps(run, state, GenerateOptions(4), torch.zeros(1, 2, dtype=torch.int64), 1, None)
+    steps.first()
+    assert steps.sequences[:, :4].tolist() == [[0, 0, 31, 0]]
 
 
 @pytest.mark.parametrize("sampling", [None, SAMPLED])
