@@ -1,8 +1,8 @@
 """What follows the model in a decode step on a device: the choice of a token, with all tensors that it takes.
 
 Choosing, padding finished rows, counting positions and keeping the result are operations on the device like the model's
-kernels. Their tensors stay where they are as long as the request state does, so that a recording of whole steps that was
-made for one request serves the later ones in that state.
+kernels. Their tensors stay where they are as long as the request state does, so that a recording of whole steps, made
+for one request, serves the later ones in that state.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class DeviceStep:
     """One way to choose tokens in one request state.
 
     sequences: i64[batch, max_length], prompts and what was chosen. open: bool[batch, 1], rows that have not met their
-    end. replay: a recording of a whole step; None when there is none, for a step that was not recorded yet, or cannot be.
+    end. replay: a recording of a whole step; None for one that was not recorded yet, or cannot be.
     """
 
     def __init__(self, state: RequestState, way: Way) -> None:

@@ -58,7 +58,8 @@ class DeviceStepping(Protocol):
 
     def device_step(self, state: RequestState) -> Callable[[], None] | None:
         """Set the context in the device's memory to ``state.length``, and give a function that adds one to it and
-        launches a decode step there. None where steps of this program need the host, or have not run at this ``state.version``.
+        launches a decode step there. None where steps of this program need the host, or have not run at this
+        ``state.version``.
 
         The function, and whatever was recorded of it, hold as long as ``state.version`` does. After ``run`` or changes
         of ``state.length`` the context has to be set anew.
