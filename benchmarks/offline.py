@@ -32,12 +32,13 @@ console = Console()
 
 @dataclass(frozen=True)
 class Job:
-    """A model in one form, for one GPU."""
+    """A model in one form, for one GPU. residents: programs of its persistent kernels on each multiprocessor."""
 
     model: str
     precision: str
     device: str
     batch_sizes: tuple[int, ...]
+    residents: int = 0
 
     def __str__(self) -> str:
         return f"{self.model} {self.precision} on {self.device}"
@@ -61,7 +62,7 @@ def compiled(job: Job) -> list[Kernel]:
     gpu = DEVICES[job.device]
     found = []
     for program in plans(job.model, job.precision, job.batch_sizes, CONTEXT, layers=1):
-        for r in compile_program(emit_program(program, device=gpu), gpu.arch):
+        for r in compile_program(emit_program(program, device=gpu, residents=job.residents), gpu.arch):
             found.append(
                 Kernel(program.name, r.kernel, r.registers, r.spills, r.shared, r.fits, "wgmma" in r.ptx)
             )
@@ -76,6 +77,12 @@ def main(
     ),
     device: Annotated[str, typer.Option(help="GPUs, separated by commas.")] = ",".join(DEVICES),
     batch_sizes: Annotated[str, typer.Option(help="Decode batch sizes, separated by commas.")] = "1,4,16,64",
+    residents: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Also print each layer as a persistent kernel, so many on a multiprocessor."
+        ),
+    ] = 0,
     processes: Annotated[int, typer.Option(min=1, help="Compilers side by side.")] = os.cpu_count() or 1,
     output: Annotated[Path | None, typer.Option(help="Also write what was found there, as JSON.")] = None,
 ) -> None:
@@ -84,7 +91,7 @@ def main(
 
     buckets = tuple(int(n) for n in batch_sizes.split(","))
     jobs = [
-        Job(name, form, gpu, buckets)
+        Job(name, form, gpu, buckets, residents)
         for gpu in known("--device", device, tuple(DEVICES))
         for name in known("--model", model, tuple(BUILDERS))
         for form in known("--precision", precision, tuple(FORMS))

@@ -23,11 +23,11 @@ from tilewright.passes.plan_memory import plan_memory
 from tilewright.passes.quantize_weights import kept_wide
 from tilewright.runtime.device import is_out_of_memory
 from tilewright.runtime.engine import Engine
-from tilewright.runtime.executor import EngineSpec
+from tilewright.runtime.executor import EngineSpec, Executor
 from tilewright.runtime.native_executor import NativeExecutor
 
 from .api_mixin import Compiled, attach
-from .backends import Built, build, candidates, measures, no_candidates
+from .backends import Built, build, candidates, has_persistent_kernels, measures, no_candidates
 from .capacity import require_memory
 from .capture import Captured, capture
 from .capture_inputs import vocabulary
@@ -52,6 +52,8 @@ from .shown_outputs import ShownOutputs, split_outputs
 from .trials import Trial
 from .tune import best, measure
 from .tune_kernels import KernelTuner, changes_of
+from .tune_launches import choose as choose_launches
+from .tune_launches import recall as recall_launches
 from .tune_native import choose, is_busy
 from .weights import BoundWeights, bind_weights, not_quantizable
 
@@ -104,7 +106,7 @@ def compile(
 
 def _steps(options: Options) -> int:
     """Steps that a compilation announces, at most."""
-    return {"off": 5, "cached": 7, "full": 9 + len(options.batch_sizes)}[options.autotune]
+    return {"off": 5, "cached": 7, "full": 10 + len(options.batch_sizes)}[options.autotune]
 
 
 @dataclass
@@ -117,6 +119,7 @@ class _Compilation:
     notes: tuple[str, ...] = ()
     bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     tunables: dict[str, Tunables] = field(default_factory=dict)
+    residents: dict[str, int] = field(default_factory=dict)
 
     def run(self, example_inputs: tuple[Any, ...] | dict[str, Any] | None) -> Any:
         dump = Dump(self.options.dump)
@@ -156,7 +159,11 @@ class _Compilation:
             known = [t.recall() if self.options.autotune == "cached" else () for t in tuners]
             self.notes += tuple(str(choice) for choices in known for choice in choices)
             self.tunables = {p.name: changes_of(choices) for p, choices in zip(programs, known, strict=True)}
-            built = build(programs, bound.tensors, self.options, list(self.tunables.values()))
+            if self.options.autotune == "cached" and has_persistent_kernels(self.options):
+                self.residents = {
+                    p.name: recall_launches(p, self.tunables[p.name], self.options) for p in programs
+                }
+            built = self._build(programs, bound)
         if len(rivals := rival_phases(phases)) > 1:
             with self._stage("tune"):
                 chosen = self._choose(captured, rivals, modules, programs, built)
@@ -165,6 +172,7 @@ class _Compilation:
                 built, tuners = built.only(kept), [tuners[n] for n in kept]
         if self.options.autotune == "full":
             built = self._tune_kernels(captured, tuners, bound, built)
+            built = self._tune_launches(captured, programs, bound, built)
         if self.options.autotune != "off":
             self._tune_steps(captured, modules, programs, built)
         dump.sources(built.sources)
@@ -263,9 +271,40 @@ class _Compilation:
                     choices = tuner.choose(tried.executors, Trial.of(tuner.program, spec))
                     self.notes += tuple(map(str, choices))
                     self.tunables[tuner.program.name] = changes_of(choices)
-            programs = [t.program for t in tuners]
-            changes = [self.tunables[p.name] for p in programs]
-            return replace(build(programs, bound.tensors, self.options, changes), from_cache=built.from_cache)
+            return replace(self._build([t.program for t in tuners], bound), from_cache=built.from_cache)
+
+    def _tune_launches(
+        self, captured: Captured, programs: list[Program], bound: BoundWeights, built: Built
+    ) -> Built:
+        """Time decode steps with persistent kernels and without, and build those programs anew that are faster with."""
+        decode = [p for p in programs if p.phase == "decode"]
+        if not decode or not has_persistent_kernels(self.options):
+            return built
+        with self._stage("tune launches"):
+            spec = self._spec(captured, programs[-1])
+            for program in decode:
+                tunables = self.tunables[program.name]
+
+                def executors(
+                    residents: Sequence[int], program: Program = program, tunables: Tunables = tunables
+                ) -> tuple[Executor, ...]:
+                    same = [program] * len(residents)
+                    changes = [tunables] * len(residents)
+                    return build(same, bound.tensors, self.options, changes, residents).executors
+
+                with self._optional(f"persistent kernels of {program.name}"):
+                    chosen, note = choose_launches(program, tunables, self.options, spec, executors)
+                    self.residents[program.name] = chosen
+                    self.notes += (note,)
+            if not any(self.residents.values()):
+                return built
+            return replace(self._build(programs, bound), from_cache=built.from_cache)
+
+    def _build(self, programs: list[Program], bound: BoundWeights) -> Built:
+        """Build programs as has been chosen for each of them."""
+        changes = [self.tunables[p.name] for p in programs]
+        residents = [self.residents.get(p.name, 0) for p in programs]
+        return build(programs, bound.tensors, self.options, changes, residents)
 
     def _tune_steps(
         self, captured: Captured, modules: list[Module], programs: list[Program], built: Built

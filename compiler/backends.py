@@ -85,15 +85,24 @@ def build(
     weights: Mapping[str, Tensor],
     options: Options,
     tunables: Sequence[Tunables] = (),
+    residents: Sequence[int] = (),
 ) -> Built:
     """Generate, build and load the kernels of all programs for ``options.backend``.
 
-    tunables: of each program's kernels; none leaves them to the printer. Raises KernelBuildError,
+    tunables: of each program's kernels; none leaves them to the printer. residents: of each program's persistent
+    kernels, on backends that have them; none or 0 launches kernels one by one. Raises KernelBuildError,
     CompilerNotFoundError or DeviceError.
     """
-    makers = {"reference": _reference, "triton": _triton, "cpp": _cpp}
     changes = tunables or [{} for _ in programs]
+    if options.backend == "triton":
+        return _triton(programs, weights, options, changes, residents or [0] * len(programs))
+    makers = {"reference": _reference, "cpp": _cpp}
     return makers[options.backend](programs, weights, options, changes)
+
+
+def has_persistent_kernels(options: Options) -> bool:
+    """True where it can be measured whether persistent kernels are faster."""
+    return options.backend == "triton" and measures(options)
 
 
 def _reference(
@@ -103,12 +112,17 @@ def _reference(
 
 
 def _triton(
-    programs: Sequence[Program], weights: Mapping[str, Tensor], options: Options, tunables: Sequence[Tunables]
+    programs: Sequence[Program],
+    weights: Mapping[str, Tensor],
+    options: Options,
+    tunables: Sequence[Tunables],
+    residents: Sequence[int],
 ) -> Built:
     require_device(options.device)
     device = gpu(options.device)
     texts = [
-        emit_program(p, is_interpreting(), t, device).text for p, t in zip(programs, tunables, strict=True)
+        emit_program(p, is_interpreting(), t, device, n).text
+        for p, t, n in zip(programs, tunables, residents, strict=True)
     ]
     executors = tuple(
         TritonExecutor(

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,12 @@ def _write(path: Path, text: str) -> Path:
 
 @dataclass(frozen=True)
 class Launchers:
-    """What a generated module holds: a function per kernel, and the dims that kernels read from memory."""
+    """What a generated module holds: a function per kernel, the dims that kernels read from memory, and of each
+    persistent kernel the names of those that it stands for."""
 
     of: Mapping[str, Launch]
     stored_dims: tuple[str, ...]
+    persistent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def load_launchers(path: Path) -> Launchers:
@@ -79,6 +81,6 @@ def load_launchers(path: Path) -> Launchers:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return Launchers(module.LAUNCH, module.STORED_DIMS)
+        return Launchers(module.LAUNCH, module.STORED_DIMS, getattr(module, "PERSISTENT", {}))
     except Exception as error:
         raise KernelBuildError(f"generated Triton module {path} cannot be loaded: {error}") from error

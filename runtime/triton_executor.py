@@ -1,13 +1,15 @@
 """Runs a program whose kernels are generated Triton code, on CUDA tensors or on Triton's interpreter.
 
-The generated module holds ``LAUNCH``: kernel name -> function(pointers, dims), and ``STORED_DIMS``, the dims that
-kernels read from memory. Nothing else of it matters here. Memory is bound to kernels by address, so for decode, whose
-tensors stay where they are, the lists of arguments are made once per request, and on a GPU the launches are recorded.
+The generated module holds ``LAUNCH``: kernel name -> function(pointers, dims); ``STORED_DIMS``, the dims that kernels
+read from memory; and perhaps ``PERSISTENT``, kernels that do the work of several at once. Memory is bound to kernels by
+address, so for decode, whose tensors stay where they are, the lists of arguments are made once per request, and on a
+GPU the launches are recorded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from tilewright.ir.program import BufferKind, KernelBuildError, Program, Step
 
-from .cuda_graph import record
+from .cuda_graph import is_recording, record
 from .device import require_device
 from .kernels import Kernels, Replacement
 from .kv_state import RequestState
@@ -32,11 +34,12 @@ _RUNS_BEFORE_RECORDING = 2  # the first run compiles kernels and loads them
 @dataclass
 class _Bound:
     """One request's arena and the dims of its current run: ``dims`` as launchers take them, with ``stored`` among them,
-    which kernels read from memory. For decode also the launches, as of a version of the request's state, and how they
-    are run: one by one at first, then by a recording of them."""
+    which kernels read from memory. ``counters`` are those of persistent kernels, i64[1]. For decode also the launches,
+    as of a version of the request's state, and how they are run: one by one at first, then by a recording of them."""
 
     arena: Tensor
     stored: dict[str, Tensor]
+    counters: dict[str, Tensor]
     dims: dict[str, int | Tensor] = field(default_factory=dict)
     version: int = -1
     launches: tuple[Callable[[], None], ...] = ()
@@ -81,6 +84,7 @@ class TritonExecutor:
         self.phase = program.phase
         self.batch = program.batch if program.phase == "decode" else 0
         self._kernels = Kernels(path, replacement)
+        self.refused: set[str] = set()  # persistent kernels that do not run
         for _, buffer in program.of_kind(BufferKind.param):
             if buffer.name not in weights or not weights[buffer.name].is_contiguous():
                 raise KernelBuildError(f"weight {buffer.name} is missing or not contiguous")
@@ -109,7 +113,7 @@ class TritonExecutor:
                 return
             if bound.version != state.version:
                 steps = self._steps(memory, bound.dims, dims, self._kernels.launch)
-                bound.bind(tuple(run for _, run in steps), state.version)
+                bound.bind(tuple(self._merged(steps, memory, bound)), state.version)
             self._step(bound)
 
     def device_step(self, state: RequestState) -> Callable[[], None] | None:
@@ -157,6 +161,46 @@ class TritonExecutor:
 
         return [(step.name, running(step, reads, writes)) for step, reads, writes in self.program.trace()]
 
+    def _merged(self, steps: list[NamedStep], memory: Memory, bound: _Bound) -> Iterator[Callable[[], None]]:
+        """The steps of a decode program, those of a persistent kernel as one."""
+        groups = {names[0]: (name, names) for name, names in self._kernels.persistent.items()}
+        traced = list(self.program.trace())
+        n = 0
+        while n < len(steps):
+            name, names = groups.get(steps[n][0], ("", ()))
+            stop = n + len(names)
+            if not names or tuple(each for each, _ in steps[n:stop]) != names:
+                yield steps[n][1]
+                n += 1
+                continue
+            pointers = [
+                p for step, reads, writes in traced[n:stop] for p in _pointers(memory, step, reads, writes)
+            ]
+            apart = [run for _, run in steps[n:stop]]
+            yield partial(self._launch_persistent, name, [*pointers, bound.counters[name]], bound.dims, apart)
+            n = stop
+
+    def _launch_persistent(
+        self,
+        name: str,
+        pointers: list[Tensor],
+        dims: Mapping[str, int | Tensor],
+        apart: Sequence[Callable[[], None]],
+    ) -> None:
+        """Launch a persistent kernel; where it does not run, now and later, the kernels that it stands for."""
+        if name not in self.refused:
+            try:
+                self._kernels.try_launch(name, pointers, dims)
+            except KernelBuildError as error:
+                if is_recording():
+                    raise
+                self.refused.add(name)
+                warnings.warn(f"{error}; its kernels are launched one by one", stacklevel=2)
+            else:
+                return
+        for launch in apart:
+            launch()
+
     def step_seconds(
         self,
         inputs: Mapping[str, Tensor],
@@ -184,8 +228,12 @@ class TritonExecutor:
                 name: torch.zeros(1, dtype=torch.int32, device=self.device)
                 for name in self._kernels.stored_dims
             }
+            counters = {
+                name: torch.zeros(1, dtype=torch.int64, device=self.device)
+                for name in self._kernels.persistent
+            }
             arena = torch.empty(self.program.arena_bytes, dtype=torch.uint8, device=self.device)
-        bound = _Bound(arena, stored)
+        bound = _Bound(arena, stored, counters)
         if state is not None:
             state.scratch[self] = bound
         return bound

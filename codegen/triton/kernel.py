@@ -40,12 +40,67 @@ class KernelSource:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """One printed segment."""
 
     template: str
     scope: Scope
     programs: Expr
+
+
+@dataclass(frozen=True)
+class Body:
+    """The printed segments of a kernel before they are put into functions. ``pointers`` name its operands and results,
+    ``descriptors`` matrices that some of them point to."""
+
+    op: Op
+    pointers: tuple[tuple[str, str], ...]
+    dims: tuple[str, ...]
+    descriptors: tuple[Descriptor, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def arguments(self) -> list[str]:
+        return [*(name for name, _ in self.pointers), *self.dims, *(d.name for d in self.descriptors)]
+
+    @property
+    def tiles(self) -> Expr:
+        """The number of tiles of all segments."""
+        return sympy.expand(sum((p.programs for p in self.parts), Integer(0)))
+
+    @property
+    def header(self) -> str:
+        """Comment lines that name the ops, the templates, and the model modules and source lines they come from."""
+        op = self.op
+        lines = [f"# {op.attr('name')}: {', '.join(o.opcode for o in op.body)}"]
+        lines.append(f"#   as {', '.join(p.template for p in self.parts)}")
+        origins = dict.fromkeys((o.loc.module, o.loc.source) for o in op.body if o.loc.module or o.loc.source)
+        return "\n".join(
+            [*lines, *(f"#   from {m or 'the model'} {source}".rstrip() for m, source in origins)]
+        )
+
+    def functions(self, name: str) -> list[str]:
+        """A function per segment, of the number of a tile and the kernel's arguments."""
+        return [
+            "\n".join(
+                ["@triton.jit", f"def {name}_{n}(pid, {', '.join(self.arguments)}):", *part.scope.lines]
+            )
+            for n, part in enumerate(self.parts)
+        ]
+
+    def dispatch(self, name: str, arguments: list[str], indent: str) -> list[str]:
+        """Calls of the segments' functions, by tile number."""
+        body, before = [], Integer(0)
+        for number, part in enumerate(self.parts):
+            first = "pid" if before == 0 else f"pid - ({print_index(before)})"
+            call = f"{name}_{number}({first}, {', '.join(arguments)})"
+            before = sympy.expand(before + part.programs)
+            if number == len(self.parts) - 1:
+                body.append(f"{indent}{call}")
+                break
+            body += [f"{indent}if pid < {print_index(before)}:", f"{indent}{INDENT}{call}", f"{indent}else:"]
+            indent += INDENT
+        return body
 
 
 @dataclass(frozen=True)
@@ -57,8 +112,7 @@ class _Grid:
     dependent: bool
 
     @staticmethod
-    def of(parts: Iterable[_Part], walkers: int, dependent: bool) -> _Grid:
-        tiles = sympy.expand(sum((p.programs for p in parts), Integer(0)))
+    def of(tiles: Expr, walkers: int, dependent: bool) -> _Grid:
         # The grid of a number of tiles that is known at run time only may be larger than that: some find no tile.
         return _Grid(tiles, min(walkers, int(tiles)) if tiles.is_Integer else walkers, dependent)
 
@@ -82,38 +136,40 @@ class _Grid:
 
 def print_kernel(op: Op, env: Environment) -> KernelSource:
     """Print a ``kernel`` op. Raises VerifyError when it has no loop form."""
+    plans = plan_parts(op, env.sizes)
+    tiles = env.tiles(op, plans)
+    walkers = max(t.persistent for t in tiles)
+    # Where programs walk, they have waited before the first tile.
+    body = print_body(op, env, plans, [replace(t, dependent=t.dependent and not walkers) for t in tiles])
+    name = identifier(op.attr("name"))
+    grid = _Grid.of(body.tiles, walkers, any(t.dependent for t in tiles))
+    return KernelSource(
+        name,
+        _functions(body, name, grid, env.stored),
+        body.pointers,
+        body.dims,
+        grid.programs,
+        launch_options(tiles),
+        tuple(p.template for p in body.parts),
+        env.stored & set(body.dims),
+        body.descriptors,
+    )
+
+
+def print_body(op: Op, env: Environment, plans: tuple[Plan, ...], tiles: list[Tile]) -> Body:
+    """Print the segments of a ``kernel`` op with these tiles."""
     names = {v: f"p_{n}" for v, n in _pointer_names((*op.operands, *op.results)).items()}
     constants = env.constants.get(str(op.attr("name")), frozenset())
     pointers = Pointers(names, env.capacity, env.largest, constants)
     dims = _dims(op)
-    plans = plan_parts(op, env.sizes)
-    tiles = env.tiles(op, plans)
-    walkers = max(t.persistent for t in tiles)
     blocks = {block for t in tiles for block in ((t.block_m, t.block_k), (t.block_n, t.block_k))}
     reserved = [*names.values(), *dims, *(argument_name(n, b) for n in names.values() for b in blocks)]
-    parts = [
-        # Where programs walk, they have waited before the first tile.
-        _print_part(p, replace(t, dependent=t.dependent and not walkers), env, pointers, reserved)
-        for p, t in zip(plans, tiles, strict=True)
-    ]
-    name = identifier(op.attr("name"))
-    descriptors = tuple(pointers.descriptors.values())
-    arguments = [names[v] for v in (*op.operands, *op.results)] + [*dims, *(d.name for d in descriptors)]
-    grid = _Grid.of(parts, walkers, any(t.dependent for t in tiles))
-    return KernelSource(
-        name,
-        _functions(op, name, arguments, dims, parts, grid, env.stored),
-        tuple((names[v], POINTER_TYPES[v.dtype]) for v in (*op.operands, *op.results)),
-        dims,
-        grid.programs,
-        _options(tiles),
-        tuple(p.template for p in parts),
-        env.stored & set(dims),
-        descriptors,
-    )
+    parts = tuple(_print_part(p, t, env, pointers, reserved) for p, t in zip(plans, tiles, strict=True))
+    types = tuple((names[v], POINTER_TYPES[v.dtype]) for v in (*op.operands, *op.results))
+    return Body(op, types, dims, tuple(pointers.descriptors.values()), parts)
 
 
-def _options(tiles: list[Tile]) -> tuple[tuple[str, int], ...]:
+def launch_options(tiles: list[Tile]) -> tuple[tuple[str, int], ...]:
     """Launch options that suit every segment. Contracting a * b + c to one rounding is wanted; Triton's default for it
     changes between versions."""
     options = {"num_warps": max(t.num_warps for t in tiles), "num_stages": max(t.num_stages for t in tiles)}
@@ -146,62 +202,29 @@ def _dims(op: Op) -> tuple[str, ...]:
     return tuple(sorted({s.name for e in exprs for s in e.free_symbols if s.name[:1].isupper()}))
 
 
-def _print_part(plan: Plan, tile: Tile, env: Environment, pointers: Pointers, reserved: list[str]) -> _Part:
+def _print_part(plan: Plan, tile: Tile, env: Environment, pointers: Pointers, reserved: list[str]) -> Part:
     scope = Scope(Names(reserved))
     shared = shared_nodes(plan.segment.nodes()) if plan.segment is not None else frozenset()
     context = Context(scope, pointers, {}, {}, shared)
     if tile.dependent and plan.template != "matmul":
         wait_for_predecessor(scope)  # a product first requests its weights
-    return _Part(plan.template, scope, plan.emit(tile, context, env.interpret))
+    return Part(plan.template, scope, plan.emit(tile, context, env.interpret))
 
 
-def _functions(
-    op: Op,
-    name: str,
-    arguments: list[str],
-    dims: tuple[str, ...],
-    parts: list[_Part],
-    grid: _Grid,
-    stored: frozenset[str],
-) -> str:
+def _functions(body: Body, name: str, grid: _Grid, stored: frozenset[str]) -> str:
     """The kernel's text. Several segments, or one whose tiles are walked, become a function each."""
-    header = "\n".join(_header(op, parts))
+    start = [*signature(name, body.arguments, body.dims, stored), *grid.lines()]
+    if len(body.parts) == 1 and not grid.walkers:
+        return "\n".join([body.header, *start, *body.parts[0].scope.lines])
+    calls = body.dispatch(name, body.arguments, 2 * INDENT if grid.walkers else INDENT)
+    functions = "\n\n\n".join([*body.functions(name), "\n".join([*start, *calls])])
+    return f"{body.header}\n{functions}"
+
+
+def signature(name: str, arguments: list[str], dims: tuple[str, ...], stored: frozenset[str]) -> list[str]:
+    """The first lines of a kernel, which load the dims that are stored in memory."""
     unspecialised = ", ".join(f'"{d}"' for d in dims if d not in stored)
     decorator = f"@triton.jit(do_not_specialize=[{unspecialised}])" if unspecialised else "@triton.jit"
     given = [f"p_dim_{a}" if a in stored else a for a in arguments]
-    start = [decorator, f"def {name}({', '.join(given)}):"]
-    start += [f"{INDENT}{d} = tl.load(p_dim_{d})" for d in dims if d in stored]
-    start += grid.lines()
-    if len(parts) == 1 and not grid.walkers:
-        return "\n".join([header, *start, *parts[0].scope.lines])
-    blocks = [header]
-    for number, part in enumerate(parts):
-        lines = ["@triton.jit", f"def {name}_{number}(pid, {', '.join(arguments)}):", *part.scope.lines]
-        blocks.append("\n".join(lines))
-    body = _dispatch(name, arguments, parts, 2 * INDENT if grid.walkers else INDENT)
-    blocks.append("\n".join([*start, *body]))
-    return "\n\n\n".join(blocks).replace(f"{header}\n\n\n", f"{header}\n", 1)
-
-
-def _dispatch(name: str, arguments: list[str], parts: list[_Part], indent: str) -> list[str]:
-    """Calls of the segments' functions, by tile number."""
-    body, before = [], Integer(0)
-    for number, part in enumerate(parts):
-        first = "pid" if before == 0 else f"pid - ({print_index(before)})"
-        call = f"{name}_{number}({first}, {', '.join(arguments)})"
-        before = sympy.expand(before + part.programs)
-        if number == len(parts) - 1:
-            body.append(f"{indent}{call}")
-            break
-        body += [f"{indent}if pid < {print_index(before)}:", f"{indent}{INDENT}{call}", f"{indent}else:"]
-        indent += INDENT
-    return body
-
-
-def _header(op: Op, parts: list[_Part]) -> list[str]:
-    """Comment lines that name the ops, the templates, and the model modules and source lines they come from."""
-    lines = [f"# {op.attr('name')}: {', '.join(o.opcode for o in op.body)}"]
-    lines.append(f"#   as {', '.join(p.template for p in parts)}")
-    origins = dict.fromkeys((o.loc.module, o.loc.source) for o in op.body if o.loc.module or o.loc.source)
-    lines += [f"#   from {module or 'the model'} {source}".rstrip() for module, source in origins]
-    return lines
+    loads = [f"{INDENT}{d} = tl.load(p_dim_{d})" for d in dims if d in stored]
+    return [decorator, f"def {name}({', '.join(given)}):", *loads]

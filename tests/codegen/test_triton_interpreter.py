@@ -45,6 +45,12 @@ def test_tiny_model_matches_reference(model: str, interpret: Callable[[str], lis
     assert interpret(f"model:{model}") == []
 
 
+@pytest.mark.parametrize("model", ["llama:float32", "gpt2:bfloat16"])
+def test_persistent_kernels_match_reference(model: str, interpret: Callable[[str], list[str]]) -> None:
+    """The kernels of a layer in one launch, with barriers between them."""
+    assert interpret(f"model:{model}:1") == []
+
+
 SLOW = ("more pairs than a block", "many tokens", "everybody chose one")
 
 

@@ -26,7 +26,7 @@ from benchmarks.large_models import without_values
 from tilewright.codegen.triton.device import A100, H100, Device
 from tilewright.codegen.triton.environment import Environment
 from tilewright.codegen.triton.estimate import candidates
-from tilewright.codegen.triton.offline import compile_program
+from tilewright.codegen.triton.offline import SHARED_LIMIT, compile_program
 from tilewright.codegen.triton.program import emit_program
 
 from .triton_programs import plan
@@ -106,6 +106,24 @@ def test_large_models_compile_and_fit(name: str, batch_sizes: tuple[int, ...], w
         assert kernel.ptx.index("prefetch.global.L2") < kernel.ptx.index("griddepcontrol.wait")
         # Codes come in whole words, never byte by byte.
         assert not re.search(r"ld\.global[.\w:]*\.[bus]8\b", kernel.ptx)
+
+
+@pytest.mark.parametrize("device", [A100, H100], ids=["sm_80", "sm_90"])
+def test_a_layer_as_one_persistent_kernel_compiles_and_fits(device: Device) -> None:
+    """Two programs on each multiprocessor, all resident at once; a barrier counts arrivals and waits for the others."""
+    planned = plan(without_values("llama2-7b", layers=1), (1,), 2048, splits=16)
+    source = emit_program(planned.programs["decode_b1"], device=device, residents=2)
+    kernel = next(k for k in source.kernels if k.name == "layer0_persistent")
+    assert dict(kernel.options)["launch_cooperative_grid"]
+    assert kernel.programs == 2 * device.multiprocessors
+    (found,) = compile_program(source, device.arch, kernel.name)
+    assert found.fits
+    assert 2 * found.shared <= SHARED_LIMIT[device.arch]
+    assert 2 * found.registers * 32 * dict(kernel.options)["num_warps"] <= 65536
+    kernels = sum(k.name.startswith("layer0") for k in source.kernels) - 1
+    assert found.ptx.count("atom.global.gpu.acq_rel") == kernels - 1
+    assert found.ptx.count("ld.global.gpu.acquire") == kernels - 1
+    assert "griddepcontrol" not in found.ptx
 
 
 @pytest.mark.parametrize("device", [A100, H100], ids=["sm_80", "sm_90"])

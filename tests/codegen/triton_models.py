@@ -31,14 +31,14 @@ def left_padded() -> tuple[Tensor, Tensor]:
 
 
 def engines(
-    planned: Planned, folder: Path, device: str, interpret: bool, vocabulary: int
+    planned: Planned, folder: Path, device: str, interpret: bool, vocabulary: int, residents: int = 0
 ) -> tuple[Engine, Engine]:
     """An engine on generated Triton code and one on the reference backend, which stays on the CPU."""
     weights = planned.weights()
     there = {name: tensor.to(device) for name, tensor in weights.items()}
 
     def generated(program: Program) -> Executor:
-        path = write_module(folder, emit_program(program, interpret).text)
+        path = write_module(folder, emit_program(program, interpret, residents=residents).text)
         return TritonExecutor(program, there, path, torch.device(device))
 
     def engine(executors: list[Executor], where: str) -> Engine:
@@ -55,11 +55,13 @@ def engines(
     )
 
 
-def model_errors(family: str, dtype: torch.dtype, folder: Path, device: str, interpret: bool) -> list[str]:
+def model_errors(
+    family: str, dtype: torch.dtype, folder: Path, device: str, interpret: bool, residents: int = 0
+) -> list[str]:
     """Where generated code and the reference disagree: on a left-padded prompt in two pieces, then on decode steps."""
     model = tiny(family).to(dtype)
     planned = plan(model, (1, 3), LENGTH)
-    ours, theirs = engines(planned, folder, device, interpret, 128)
+    ours, theirs = engines(planned, folder, device, interpret, 128, residents)
     ids, mask = left_padded()
     tolerance = 2e-5 if dtype == torch.float32 else 4e-2
     wrong: list[str] = []

@@ -2,7 +2,8 @@
 
 A name is that of a case, perhaps with fields of its tile changed, as in ``case block_m=16 transposed=1``
 (``never_again=1`` takes the second walk out of an agreed softmax);
-``model:family:dtype``; ``experts:name``, one of ``experts_cases``; or ``random:count``: so many random modules.
+``model:family:dtype`` or, with persistent kernels, ``model:family:dtype:residents``; ``experts:name``, one of
+``experts_cases``; or ``random:count``: so many random modules.
 
 The interpreter must be chosen before triton is imported, so it cannot share a process with tests that compile.
 """
@@ -39,7 +40,8 @@ def main() -> None:
             try:
                 kind, *rest = line.strip().split(":")
                 if kind == "model":
-                    answer = model_errors(rest[0], getattr(torch, rest[1]), Path(folder), "cpu", True)
+                    dtype, residents = getattr(torch, rest[1]), int(*rest[2:] or "0")
+                    answer = model_errors(rest[0], dtype, Path(folder), "cpu", True, residents)
                 elif kind == "experts":
                     answer = experts_errors(rest[0], Path(folder))
                 elif kind == "random":
