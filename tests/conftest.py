@@ -19,6 +19,25 @@ settings.register_profile(
 )
 settings.load_profile("repeatable")
 
+# What takes longest, longest first: a long file that starts last leaves all other processes idle.
+LONGEST_FIRST = (
+    "test_triton_interpreter.py",
+    "test_quantized.py",
+    "test_real_models.py",
+    "test_cpp_kernels.py",
+    "test_architectures.py",
+    "test_tune_kernels.py",
+    "test_chart.py",
+    "test_api.py",
+    "test_compile.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the rest stay in order (``--no-loadscope-reorder`` lets them)."""
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
