@@ -22,7 +22,7 @@ demo: $(VENV)/.stamp-demo  ## compile SmolLM2, watch it answer, and see it besid
 	@$(PY) -m tilewright.demo $(DEMO)
 
 test: $(VENV)/.stamp-test  ## the whole test suite
-	@$(PY) -m pytest -n auto --dist loadfile $(TESTS)
+	@$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(VENV)/.stamp-dev  ## ruff and mypy
 	@$(PY) -m ruff check .

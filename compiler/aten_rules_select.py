@@ -50,20 +50,37 @@ def _topk(ctx: Context, x: Value, k: int, dim: int = -1, largest: bool = True, s
     return tuple(ctx.reduce("max", v, [last + 1], False) for v in (values, indices))
 
 
+@rule("argmax.default")
+def _argmax(ctx: Context, x: Value, dim: int | None = None, keepdim: bool = False) -> Result:
+    """The first place of the largest element; as for PyTorch, NaN is larger than any number."""
+    if dim is None or x.type.rank == 0:
+        return None
+    at = axis(dim, x.type.rank)
+    largest = ctx.expand(ctx.reduce("max", x, [at], True), x.shape)
+    found = ctx.apply("eq", x, largest)
+    if x.dtype.is_float:
+        found = ctx.apply("or", found, ctx.apply("ne", x, x))
+    places = ctx.positions(x.shape[at], x.shape, at)
+    last = ctx.const(x.shape[at] - 1, DType.i64)
+    return ctx.reduce("min", ctx.apply("where", found, places, last), [at], keepdim)
+
+
 @rule("gather.default")
 def _gather(ctx: Context, x: Value, dim: int, index: Value, sparse_grad: bool = False) -> Result:
-    """Along the last dim, of rows that index and x have in common: a lookup in x as one long row."""
-    last = x.type.rank - 1
-    if last < 0 or axis(dim, x.type.rank) != last or x.shape[:-1] != index.shape[:-1]:
+    """A lookup in x as one long row, in which elements along ``dim`` lie next to each other."""
+    if x.type.rank == 0:
         return None
-    symbols = index_symbols(index.type.rank)
-    rows = prod(x.shape[:-1], start=Integer(1))
+    at = axis(dim, x.type.rank)
+    others = [n for n in range(x.type.rank) if n != at]
+    sizes, symbols = [x.shape[n] for n in others], index_symbols(x.type.rank)
+    rows = prod(sizes, start=Integer(1))
     row = ctx.builder.add("iota", type=TensorType(DType.i64, (rows,)))
-    row = ctx.view(row, index.shape, [linear_index(symbols[:-1], x.shape[:-1])])
-    at = ctx.apply("add", ctx.apply("mul", row, x.shape[last]), ctx.cast(index, DType.i64))
-    long_row = (rows * x.shape[last],)
+    row = ctx.view(row, index.shape, [linear_index([symbols[n] for n in others], sizes)])
+    place = ctx.apply("add", ctx.apply("mul", row, x.shape[at]), ctx.cast(index, DType.i64))
+    x = ctx.permute(x, [*others, at])
+    long_row = (rows * x.shape[-1],)
     flat = ctx.view(x, long_row, reshape_map(x.shape, long_row).exprs)
-    return ctx.builder.add("gather", flat, at, axis=0)
+    return ctx.builder.add("gather", flat, place, axis=0)
 
 
 @rule("scatter.value")

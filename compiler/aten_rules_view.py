@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import sympy
-from sympy import Expr
+from sympy import Expr, prod
 
 from tilewright.ir.index import FloorDiv, Mod, index_symbols
 from tilewright.ir.types import DType, TensorType, Value
@@ -258,11 +258,25 @@ def _index_select(ctx: Context, x: Value, dim: int, index: Value) -> Result:
 
 @rule("index.Tensor")
 def _index(ctx: Context, x: Value, indices: Sequence[Value | None]) -> Result:
+    """Integers for dims that stand side by side: a lookup in these dims as one."""
     given = [(n, index) for n, index in enumerate(indices) if index is not None]
-    if len(given) != 1 or not given[0][1].dtype.is_int:
+    dims = [n for n, _ in given]
+    if not dims or not all(index.dtype.is_int for _, index in given):
         return None
-    at, index = given[0]
-    return ctx.builder.add("gather", x, _wrapped(ctx, index, x.shape[at]), axis=at)
+    first, behind = dims[0], dims[-1] + 1
+    if dims != list(range(first, behind)):
+        return None
+    shape = ctx.out.shape[first : ctx.out.rank - (x.type.rank - behind)]
+    sizes = x.shape[first:behind]
+    places = [
+        _wrapped(ctx, ctx.expand(ctx.cast(index, DType.i64), shape), size)
+        for (_, index), size in zip(given, sizes, strict=True)
+    ]
+    place = places[0]
+    for size, after in zip(sizes[1:], places[1:], strict=True):
+        place = ctx.apply("add", ctx.apply("mul", place, size), after)
+    flat = ctx.reshape(x, (*x.shape[:first], prod(sizes), *x.shape[behind:]))
+    return ctx.builder.add("gather", flat, place, axis=first)
 
 
 # --- new tensors --------------------------------------------------------------------------------------------------

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from benchmarks import architectures
+from benchmarks.architectures import Row, error_of
 from tests.compiler.models import tiny
 from tilewright.pretrained import load_minilm, load_smollm2
+from tilewright.report import Report
 
 # The same examples on every machine; `pytest --hypothesis-profile=explore` looks for new ones.
 settings.register_profile("repeatable", max_examples=50, deadline=None, derandomize=True, print_blob=True)
@@ -18,6 +24,56 @@ settings.register_profile(
     "explore", parent=settings.get_profile("repeatable"), max_examples=1000, derandomize=False
 )
 settings.load_profile("repeatable")
+
+# What takes longest, longest first: a long file that starts last leaves all other processes idle.
+LONGEST_FIRST = (
+    "test_triton_interpreter.py",
+    "test_quantized.py",
+    "test_real_models.py",
+    "test_cpp_kernels.py",
+    "test_architectures.py",
+    "test_tune_kernels.py",
+    "test_chart.py",
+    "test_api.py",
+    "test_compile.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the rest stay in order (``--no-loadscope-reorder`` lets them)."""
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-architectures",
+        action="store_true",
+        help="store what the tests of architectures see as the rows of docs/architectures.md (one process only)",
+    )
+
+
+@pytest.fixture
+def record_architecture(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``record(name, kind, report, found, expected)``: the table's row of an architecture is what a test sees.
+
+    found, expected: tensors of our result and of Hugging Face's. With ``--record-architectures`` the row is stored.
+    """
+
+    def record(
+        name: str, kind: str, report: Report, found: Sequence[Tensor], expected: Sequence[Tensor]
+    ) -> None:
+        row = Row.of(kind, report, error := error_of(found, expected))
+        rows = architectures.read()
+        if request.config.getoption("--record-architectures"):
+            architectures.write(rows | {name: row})
+            return
+        assert name in rows, f"{name} has no row yet: run pytest --record-architectures on this test"
+        stored = rows[name]
+        assert error <= 10.0**stored.magnitude
+        assert replace(row, magnitude=stored.magnitude) == stored
+
+    return record
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tilewright.codegen.cpp import build
 from tilewright.codegen.cpp.build import build_libraries
 from tilewright.codegen.cpp.program import print_program
 from tilewright.codegen.tunables import Tunables
@@ -81,10 +82,34 @@ def run_case(
 ) -> tuple[Tensor, ...]:
     """The results of a case's kernel at their logical shapes. ``among``: the cases to build with it."""
     cases, program = _cases(among)
-    library, case = library_of(program, folder, tunables), cases[name]
-    number = list(cases).index(name)
+    changes = tuple((kernel, tuple(fields.items())) for kernel, fields in (tunables or {}).items())
+    library = _library_of_cases(among, folder, changes, build.FLAGS)
+    return run_one_of(cases, name, program, library, threads)
+
+
+@lru_cache(maxsize=4)
+def _library_of_cases(
+    among: tuple[str, ...],
+    folder: Path,
+    changes: tuple[tuple[str, tuple[tuple[str, int], ...]], ...],
+    flags: tuple[str, ...],
+) -> NativeLibrary:
+    """Printing all cases takes half a second, too long to do for each. ``flags``: those in use, part of the key."""
+    return library_of(_cases(among)[1], folder, {kernel: dict(fields) for kernel, fields in changes})
+
+
+def run_one_of(
+    cases: Mapping[str, Case],
+    name: str,
+    program: Program,
+    library: NativeLibrary,
+    threads: int,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """The results of one kernel of ``program_of_cases(cases)``, of ``inputs`` or else of the case's own."""
+    case, number = cases[name], list(cases).index(name)
     dims = dict.fromkeys(RANGES, 1) | case.dims
-    inputs, past = case.inputs(), case.past()
+    inputs, past = inputs or case.inputs(), case.past()
     slots = {op.result: op.attr("slot") for op in case.kernel.body if op.opcode == "append"}
     tensors: dict[Value, Tensor] = {}
     for v in case.kernel.results:

@@ -19,9 +19,14 @@ from tilewright.ir.reference import evaluate
 from tilewright.ir.types import DType
 from tilewright.passes.pipeline import run_passes
 from tilewright.passes.plan_memory import plan_memory
+from tilewright.runtime.native import NativeLibrary
 
-from .cpp_run import executor_of
+from .cpp_run import executor_of, library_of, program_of_cases, run_one_of
 from .random_programs import worst_excess
+from .triton_cases import Case
+
+ALL = tuple(CASES)
+SOME = ("odd sizes", "bf16", "bf16, many tokens", "clamped, all of it")
 
 
 @pytest.fixture(scope="module")
@@ -32,27 +37,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def one_kernel(name: str) -> Case:
+    """A layer as its one kernel."""
+    case = CASES[name]
+    return Case(run_passes(case.module()), {"B": case.tokens}, case.inputs())
+
+
 @lru_cache
-def program_of(name: str) -> Program:
-    return plan_memory(run_passes(CASES[name].module()), "experts", "forward", 0, 16)
+def program_of(among: tuple[str, ...]) -> tuple[dict[str, Case], Program]:
+    """All layers as kernels of one program: the headers take longer to compile than a layer does."""
+    cases = {name: one_kernel(name) for name in among}
+    return cases, program_of_cases(cases)
 
 
-def run(name: str, inputs: dict[str, Tensor], threads: int, folder: Path) -> Tensor:
-    executor = executor_of(program_of(name), {}, folder)
-    out = torch.full_like(inputs["x"], float("nan"))
-    usual = torch.get_num_threads()
-    torch.set_num_threads(threads)  # as many as the executor uses
-    try:
-        executor.run(inputs, {"B": CASES[name].tokens}, None, {"output0": out})
-    finally:
-        torch.set_num_threads(usual)
+@lru_cache
+def library(among: tuple[str, ...], folder: Path, flags: tuple[str, ...]) -> NativeLibrary:
+    """``flags``: those that the compiler is given now, part of the key."""
+    return library_of(program_of(among)[1], folder)
+
+
+def run(
+    name: str, inputs: dict[str, Tensor], threads: int, folder: Path, among: tuple[str, ...] = ALL
+) -> Tensor:
+    cases, program = program_of(among)
+    (out,) = run_one_of(cases, name, program, library(among, folder, build.FLAGS), threads, inputs)
     return out
 
 
-def check(name: str, threads: int, folder: Path) -> None:
+def check(name: str, threads: int, folder: Path, among: tuple[str, ...] = ALL) -> None:
     case = CASES[name]
     inputs, dims, module = case.inputs(), {"B": case.tokens}, case.module()
-    found = run(name, inputs, threads, folder)
+    found = run(name, inputs, threads, folder, among)
     (plain,), (exact,) = evaluate(module, inputs, {}, dims), evaluate(module, inputs, {}, dims, exact=True)
     assert worst_excess(found, plain, exact, found.dtype) <= 0
 
@@ -68,8 +83,8 @@ def test_experts(name: str, threads: int, folder: Path) -> None:
 def test_older_processors(flags: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same kernels, compiled for less than this machine offers."""
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
-    for name in ("odd sizes", "bf16", "bf16, many tokens", "clamped, all of it"):
-        check(name, 2, folder)
+    for name in SOME:
+        check(name, 2, folder, SOME)
 
 
 @pytest.mark.parametrize("name", ["nobody chose the first and the last", "more pairs than a block"])

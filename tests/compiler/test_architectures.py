@@ -6,6 +6,7 @@ lowering and passes keep a model's meaning; a few go through generated C++ as we
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -97,8 +98,9 @@ def prompt() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_a_decoder_says_what_hugging_face_says(name: str) -> None:
-    check_decoder(name, "reference")
+def test_a_decoder_says_what_hugging_face_says(name: str, record_architecture: Callable[..., None]) -> None:
+    fast, found, expected = check_decoder(name, "reference")
+    record_architecture(name, "decoder", fast.report(), [found], [expected])
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "qwen3_moe", "bloom_12_heads", "falcon_groups"])
@@ -108,7 +110,8 @@ def test_and_so_do_generated_kernels(name: str) -> None:
     check_decoder(name, "cpp")
 
 
-def check_decoder(name: str, backend: str) -> None:
+def check_decoder(name: str, backend: str) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """The compiled model, and the logits of the tokens that are not padding: its own and Hugging Face's."""
     model = random(DECODERS[name], hf.AutoModelForCausalLM)
     fast = tw.compile(model, batch_sizes=(2,), max_length=64, backend=backend, autotune="off")
     ids, mask = prompt()
@@ -126,26 +129,33 @@ def check_decoder(name: str, backend: str) -> None:
         "pad_token_id": 0,
     }
     assert torch.equal(fast.generate(ids, **given), model.generate(ids, **given))
+    return fast, found[kept], expected[kept]
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_an_encoder_says_what_hugging_face_says(name: str) -> None:
-    check_encoder(random(ENCODERS[name], hf.AutoModel), "reference")
+def test_an_encoder_says_what_hugging_face_says(name: str, record_architecture: Callable[..., None]) -> None:
+    fast, found, expected = check_encoder(random(ENCODERS[name], hf.AutoModel), "reference")
+    record_architecture(name, "encoder of texts", fast.report(), [found], [expected])
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("kind", [hf.T5EncoderModel, hf.MT5EncoderModel])
-def test_relative_positions_are_a_table_by_distance(kind: Any, backend: str) -> None:
+def test_relative_positions_are_a_table_by_distance(
+    kind: Any, backend: str, record_architecture: Callable[..., None]
+) -> None:
     """Prompts longer than the table, whose numbers are all unlike, on both sides of a query."""
     model = random(kind.config_class(**_T5), kind)
     with torch.no_grad():
         model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.normal_(0, 2)
-    fast = check_encoder(model, backend)
+    fast, found, expected = check_encoder(model, backend)
+    if backend == "reference":
+        name = f"{model.config.model_type}_encoder"
+        record_architecture(name, "encoder of texts", fast.report(), [found], [expected])
     assert not fast.report().fallbacks
     assert "distances" in fast.ir("lowered")
 
 
-def check_encoder(model: PreTrainedModel, backend: str) -> Any:
+def check_encoder(model: PreTrainedModel, backend: str) -> tuple[Any, torch.Tensor, torch.Tensor]:
     fast = tw.compile(model, batch_sizes=(2,), max_length=64, backend=backend, autotune="off")
     ids, mask = prompt()
     given = {"input_ids": ids.flip(1), "attention_mask": mask.flip(1)}
@@ -153,7 +163,7 @@ def check_encoder(model: PreTrainedModel, backend: str) -> Any:
         expected, found = (m(**given).last_hidden_state for m in (model, fast))
     kept = given["attention_mask"].bool()
     torch.testing.assert_close(found[kept], expected[kept], rtol=1e-4, atol=1e-5)
-    return fast
+    return fast, found[kept], expected[kept]
 
 
 @pytest.mark.parametrize("name", ["gptj", "bloom", "mpt", "falcon"])

@@ -5,6 +5,7 @@ Batches are larger than what is compiled, where rows do not depend on each other
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -61,13 +62,19 @@ def texts(count: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def check(model: PreTrainedModel, fast: Any, **inputs: Tensor) -> ModelOutput:
+def check(model: PreTrainedModel, fast: Any, **inputs: Tensor) -> tuple[ModelOutput, ModelOutput]:
+    """Our result and Hugging Face's, which are the same."""
     with torch.no_grad():
         expected = model(**inputs)
     found = fast(**inputs)
     _same(found, expected)
     assert len(fast(**inputs, return_dict=False)) == len(expected.to_tuple())
-    return found
+    return found, expected
+
+
+def tensors(output: ModelOutput) -> list[Tensor]:
+    """All tensors of a result, of the towers in it too."""
+    return [t for v in output.values() for t in (tensors(v) if isinstance(v, ModelOutput) else [v])]
 
 
 def _same(found: ModelOutput, expected: ModelOutput) -> None:
@@ -81,8 +88,10 @@ def _same(found: ModelOutput, expected: ModelOutput) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_an_encoder_says_what_hugging_face_says(name: str) -> None:
-    check_encoder(name, "reference")
+def test_an_encoder_says_what_hugging_face_says(name: str, record_architecture: Callable[..., None]) -> None:
+    fast, found, expected = check_encoder(name, "reference")
+    kind = "encoder of texts" if "text" in name else "encoder of images"
+    record_architecture(name, kind, fast.report(), tensors(found), tensors(expected))
 
 
 @pytest.mark.parametrize("name", ["vit", "vit_oblong", "clip_vision", "clip_text", "siglip_vision"])
@@ -90,25 +99,30 @@ def test_and_so_do_generated_kernels(name: str) -> None:
     check_encoder(name, "cpp")
 
 
-def check_encoder(name: str, backend: str) -> None:
+def check_encoder(name: str, backend: str) -> tuple[Any, ModelOutput, ModelOutput]:
     model = build(name)
     fast = tw.compile(model, batch_sizes=(2,), backend=backend, autotune="off")
     oblong = model.config if name == "vit_oblong" else None
     for count in (1, 5):
-        check(model, fast, **(texts(count) if "text" in name else {"pixel_values": images(count, oblong)}))
+        inputs = texts(count) if "text" in name else {"pixel_values": images(count, oblong)}
+        found, expected = check(model, fast, **inputs)
     if "text" not in name:
         assert not fast.report().fallbacks
         assert len(fast._tilewright.engine.spec.inputs) == 1
+    return fast, found, expected
 
 
 @pytest.mark.parametrize(
     ("name", "backend"), [("clip", "reference"), ("clip", "cpp"), ("siglip", "reference")]
 )
-def test_texts_and_images_together(name: str, backend: str) -> None:
+def test_texts_and_images_together(name: str, backend: str, record_architecture: Callable[..., None]) -> None:
     """Each text with each image; the results of both towers nest in that of the whole."""
     model = build(name)
     fast = tw.compile(model, batch_sizes=(3,), backend=backend, autotune="off")
-    found = check(model, fast, pixel_values=images(3), **texts(2))
+    found, expected = check(model, fast, pixel_values=images(3), **texts(2))
+    if backend == "reference":
+        kind = "encoders of texts and images"
+        record_architecture(name, kind, fast.report(), tensors(found), tensors(expected))
     assert found.logits_per_text.shape == (2, 3)
     check(model, fast, pixel_values=images(1), **texts(3))
     with pytest.raises(tw.InputError, match="dim I is 4, but this model takes 1 to 3"):
