@@ -1,4 +1,4 @@
-"""The table of architectures in docs: ``python -m benchmarks.architectures [--check]`` writes it from the stored rows.
+"""The table of architectures, MODELS.md: ``python -m benchmarks.architectures [--check]`` writes it from the stored rows.
 
 Rows come from the tests that compile each architecture: ``pytest --record-architectures tests/compiler`` stores them,
 and without the option the same tests find that what they see is what is stored.
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tilewright.report import Report
 
-DOCS = Path(__file__).parent.parent / "docs"
-ROWS, PAGE = DOCS / "architectures.json", DOCS / "architectures.md"
+ROOT = Path(__file__).parent.parent
+ROWS, PAGE = ROOT / "tests" / "compiler" / "architectures.json", ROOT / "MODELS.md"
 _SMALLEST = -7  # float32 says nothing about smaller differences
 
 

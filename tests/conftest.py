@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--record-architectures",
         action="store_true",
-        help="store what the tests of architectures see as the rows of docs/architectures.md (one process only)",
+        help="store what the tests of architectures see as the rows of MODELS.md (one process only)",
     )
 
 
