@@ -1,4 +1,4 @@
-"""The table of architectures, MODELS.md: ``python -m benchmarks.architectures [--check]`` writes it from the stored rows.
+"""The table of architectures, MODELS.md: ``python -m benchmarks.architectures [--check]`` writes it from its rows.
 
 Rows come from the tests that compile each architecture: ``pytest --record-architectures tests/compiler`` stores them,
 and without the option the same tests find that what they see is what is stored.
