@@ -31,9 +31,11 @@ from benchmarks.large_models import BUILDERS, TINY
 from benchmarks.options import command_line, known
 from benchmarks.peers import peer_seconds
 from benchmarks.probe import device_probe
+from benchmarks.step_gaps import StepGap, step_gap
 from tilewright.cli import readable_errors
 from tilewright.costs import step_cost
 from tilewright.progress import Progress
+from tilewright.report import size_text
 from tilewright.trials import Trial
 
 ROOT = Path(__file__).parent.parent
@@ -85,10 +87,11 @@ class KernelTime:
 @dataclass(frozen=True)
 class GpuCheck:
     """One run. bandwidth: bytes/s that a read of device memory reaches. half_flops: FLOP/s of a large bfloat16 product.
-    parts: what each part said, by its name; "failed: ..." with the reason."""
+    gaps: decode steps of those few layers, with what lies between them. graph_bytes: memory that recorded decode steps
+    hold on the device. parts: what each part said, by its name; "failed: ..." with the reason."""
 
     KIND: ClassVar[str] = "gpu-check"
-    SCHEMA: ClassVar[int] = 1
+    SCHEMA: ClassVar[int] = 2
     COMMAND: ClassVar[str] = "python -m benchmarks.gpu_check"
 
     date: str
@@ -98,12 +101,20 @@ class GpuCheck:
     bandwidth: float
     half_flops: float
     kernels: tuple[KernelTime, ...]
+    gaps: tuple[StepGap, ...]
+    graph_bytes: int
     parts: dict[str, str]
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> GpuCheck:
         """The run that plain data describes. Raises KeyError or TypeError where something is missing."""
-        return cls(**data | {"kernels": stored.records(KernelTime, data["kernels"])})
+        return cls(
+            **data
+            | {
+                "kernels": stored.records(KernelTime, data["kernels"]),
+                "gaps": stored.records(StepGap, data["gaps"]),
+            }
+        )
 
 
 @readable_errors
@@ -126,12 +137,13 @@ def main(
     check.part("kernels", lambda: check.times("off"))
     check.part("kernels, tuned", lambda: check.times("full"))
     chart = None if output is None else output.with_name(f"{output.stem}-chart.json")
+    check.part("steps", check.steps)
     check.part("chart", lambda: check.chart(chart))
     facts = machine.describe() | {"device": machine.device_name(target)}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     result = GpuCheck(
         now, command_line("benchmarks.gpu_check"), facts, machine.versions(), check.bandwidth, check.half_flops,
-        tuple(check.kernels), check.results,
+        tuple(check.kernels), tuple(check.gaps), check.graph_bytes, check.results,
     )  # fmt: skip
     console.print(table(result))
     for name, said in result.parts.items():
@@ -149,8 +161,11 @@ class _Check:
     bandwidth: float = 0.0
     half_flops: float = 0.0
     kernels: list[KernelTime] = field(default_factory=list)
+    gaps: list[StepGap] = field(default_factory=list)
+    graph_bytes: int = 0
     results: dict[str, str] = field(default_factory=dict)
     source: Any = None
+    compiled: Any = None
 
     def part(self, name: str, run: Callable[[], str]) -> None:
         """Run a part and keep what it says, or why it failed."""
@@ -226,11 +241,32 @@ class _Check:
                         peer,
                     )
                 )
+        self.compiled = fast
         return "; ".join((taken, *fast.report().notes))
+
+    def steps(self) -> str:
+        """Whole decode steps of the model compiled last, and the device memory that recordings of them take."""
+        engine = self.compiled._tilewright.engine
+        engine.idle.make_room()
+        before = self._reserved()
+        for batch in self.plan.batch_sizes:
+            self.gaps.append(step_gap(self.compiled, batch, 32))
+        held = sum(s.nbytes for s in engine.idle)
+        self.graph_bytes = max(0, self._reserved() - before - held)
+        gaps = ", ".join(f"batch {g.batch}: {1e6 * g.token:.0f} µs, {g.share:.1%} of it" for g in self.gaps)
+        return f"from token to token {gaps} without the model; {size_text(self.graph_bytes)} for recordings"
+
+    def _reserved(self) -> int:
+        """Bytes that PyTorch holds of the device and cannot give back: those in use, and those of recordings."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return int(torch.cuda.memory_reserved(self.device))
 
     def chart(self, output: Path | None) -> str:
         """Some points of the chart, in a process of their own."""
-        self.source = None
+        self.source = self.compiled = None
         where = ["--output", str(output)] if output else []
         command = [sys.executable, "-m", "benchmarks.chart", *self.plan.chart, *where]
         done = subprocess.run(

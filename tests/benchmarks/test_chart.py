@@ -18,6 +18,7 @@ from benchmarks.compare import changes
 from benchmarks.gpu_check import GpuCheck
 from benchmarks.large_models import with_random_values
 from benchmarks.results import EAGER, OURS, Measure, Series
+from benchmarks.step_gaps import StepGap
 from tilewright.errors import OptionError
 
 from .sample_results import MACHINE, VERSIONS, made_up
@@ -190,9 +191,16 @@ def test_a_gpu_check_reports_every_part(tmp_path: Path, monkeypatch: pytest.Monk
     assert programs == {(p, t) for p in ("decode_b1", "decode_b2", "prefill") for t in (False, True)}
     assert found.bandwidth > 0
     assert found.half_flops > 0
+    assert [gap.batch for gap in found.gaps] == [1, 2]
+    assert all(0 < gap.model < 2 * gap.token for gap in found.gaps)
     assert "skipped" in found.parts["tests"]
     assert json.loads(file.read_text())["kind"] == "gpu-check"
     assert "of floor" in result.output
+
+
+def test_a_gap_is_what_the_model_does_not_take() -> None:
+    assert StepGap(1, token=2e-3, model=1.5e-3).share == pytest.approx(0.25)
+    assert StepGap(1, token=1e-3, model=1.1e-3).share == 0.0  # noise
 
 
 def test_the_vendor_is_asked_for_the_same_work() -> None:

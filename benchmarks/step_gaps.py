@@ -1,0 +1,64 @@
+"""What lies between the model's kernels of two decode steps: the choice of a token, and whatever a device waits for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tilewright.trials import wait
+
+_PROMPT = 16
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class StepGap:
+    """batch: sequences. token: seconds from one token to the next while generate() runs. model: seconds of the model's
+    part, step behind step without a choice of tokens."""
+
+    batch: int
+    token: float
+    model: float
+
+    @property
+    def share(self) -> float:
+        """The part of a step's time in which the model does not run."""
+        return max(0.0, 1.0 - self.model / self.token)
+
+
+@torch.no_grad()
+def step_gap(fast: Any, batch: int, tokens: int) -> StepGap:
+    """Measure greedy decoding over ``tokens`` steps behind a prompt of 16 tokens, the best of three runs of each."""
+    engine = fast._tilewright.engine
+    ids = torch.ones(batch, _PROMPT, dtype=torch.int64, device=engine.spec.device)
+
+    def generate(new: int) -> None:
+        fast.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+
+    state = engine.new_state(batch)
+
+    def advance() -> None:
+        state.crop(_PROMPT)
+        for _ in range(tokens):
+            engine.advance(state)
+
+    engine.step(state, ids)
+    short, long = (_seconds(lambda n=n: generate(n), engine.spec.device) for n in (4, 4 + tokens))  # type: ignore[misc]
+    return StepGap(batch, (long - short) / tokens, _seconds(advance, engine.spec.device) / tokens)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The least of a few runs, after one that compiles and records."""
+    best = float("inf")
+    for repeat in range(_REPEATS + 1):
+        wait(device)
+        start = time.perf_counter()
+        run()
+        wait(device)
+        if repeat:
+            best = min(best, time.perf_counter() - start)
+    return best
