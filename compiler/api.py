@@ -23,7 +23,7 @@ from tilewright.passes.plan_memory import plan_memory
 from tilewright.passes.quantize_weights import kept_wide
 from tilewright.runtime.device import is_out_of_memory
 from tilewright.runtime.engine import Engine
-from tilewright.runtime.executor import EngineSpec, Executor
+from tilewright.runtime.executor import Compiling, EngineSpec, Executor
 from tilewright.runtime.native_executor import NativeExecutor
 
 from .api_mixin import Compiled, attach
@@ -106,7 +106,7 @@ def compile(
 
 def _steps(options: Options) -> int:
     """Steps that a compilation announces, at most."""
-    return {"off": 5, "cached": 7, "full": 10 + len(options.batch_sizes)}[options.autotune]
+    return {"off": 6, "cached": 8, "full": 11 + len(options.batch_sizes)}[options.autotune]
 
 
 @dataclass
@@ -175,6 +175,7 @@ class _Compilation:
             built = self._tune_launches(captured, programs, bound, built)
         if self.options.autotune != "off":
             self._tune_steps(captured, modules, programs, built)
+        self._run_once(captured, programs, built)
         dump.sources(built.sources)
         self._name_stages(modules, programs, built)
         report = self._report(captured, lowered, programs, bound, built)
@@ -191,13 +192,13 @@ class _Compilation:
 
     @contextmanager
     def _optional(self, what: str) -> Iterator[None]:
-        """A measurement, which is given up, with a warning and a note, where the device's memory does not suffice."""
+        """What is not needed, and given up, with a warning and a note, where the device's memory does not suffice."""
         try:
             yield
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            note = f"{what} not measured, out of memory: {str(error).splitlines()[0]}"
+            note = f"{what}, out of memory: {str(error).splitlines()[0]}"
             warnings.warn(note, stacklevel=3)
             self.notes += (note,)
 
@@ -234,7 +235,7 @@ class _Compilation:
         to measure, of the one with the least arena."""
         arenas = [programs[n].arena_bytes for n in rivals]
         seconds: list[float] = []
-        with self._optional("prefill programs"):
+        with self._optional("prefill programs not measured"):
             seconds = measure([built.executors[n] for n in rivals], self._spec(captured, programs[rivals[0]]))
         if not seconds:
             return rivals[arenas.index(min(arenas))]
@@ -266,7 +267,7 @@ class _Compilation:
             for tuner in tuners:
                 self.advance(f"tune kernels of {tuner.program.name}")
                 variants = tuner.variants
-                with self._optional(f"tiles of {tuner.program.name}"):
+                with self._optional(f"tiles of {tuner.program.name} not measured"):
                     tried = build([tuner.program] * len(variants), bound.tensors, self.options, variants)
                     choices = tuner.choose(tried.executors, Trial.of(tuner.program, spec))
                     self.notes += tuple(map(str, choices))
@@ -292,7 +293,7 @@ class _Compilation:
                     changes = [tunables] * len(residents)
                     return build(same, bound.tensors, self.options, changes, residents).executors
 
-                with self._optional(f"persistent kernels of {program.name}"):
+                with self._optional(f"persistent kernels of {program.name} not measured"):
                     chosen, note = choose_launches(program, tunables, self.options, spec, executors)
                     self.residents[program.name] = chosen
                     self.notes += (note,)
@@ -323,6 +324,19 @@ class _Compilation:
                 key = choice_key([module], self.options.backend, self.options.device)
                 cached = self.options.autotune == "cached"
                 self.notes += (choose(executor, spec, key, cached),)
+
+    def _run_once(self, captured: Captured, programs: list[Program], built: Built) -> None:
+        """Launch every kernel that is compiled at its first launch, so that no call has to wait for that."""
+        pairs = zip(programs, built.executors, strict=True)
+        waiting = [(p, e) for p, e in pairs if isinstance(e, Compiling) and measures(self.options)]
+        if not waiting:
+            return
+        with self._stage("first launches"):
+            spec = self._spec(captured, programs[-1])
+            for program, executor in waiting:
+                with self._optional(f"kernels of {program.name} not launched yet"):
+                    trial = Trial.of(program, spec)
+                    executor.run(trial.inputs, trial.dims, trial.state, trial.outputs)
 
     def _choice_key(self, rivals: list[int], modules: list[Module]) -> str:
         return choice_key([modules[n] for n in rivals], self.options.backend, self.options.device)

@@ -10,7 +10,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -94,7 +94,8 @@ class CompiledMixin:
 
     def report(self) -> Report:
         """Kernels, launches, bytes and FLOPs, memory, fallbacks and compile times; prints as a table."""
-        return self._tilewright.report
+        compiled = self._tilewright
+        return replace(compiled.report, compiled_while_running=compiled.engine.compiled_while_running)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Does nothing when the model is there already. Raises DeviceError otherwise."""

@@ -118,6 +118,7 @@ class Report:
     eager_peak_bytes: estimated peak activations of eager PyTorch at the largest sizes of the prefill or forward
     program, for which its arena is planned too, with the last token's logits alone (as generate() asks for).
     seconds: wall time per stage of compilation. cache: what was found ready (True) or had to be built (False).
+    compiled_while_running: kernels that calls had to compile up to now; those of a GPU all run once during compilation.
     """
 
     model: str = ""
@@ -131,6 +132,7 @@ class Report:
     notes: tuple[str, ...] = ()
     seconds: tuple[tuple[str, float], ...] = ()
     cache: tuple[tuple[str, bool], ...] = ()
+    compiled_while_running: int = 0
 
     @property
     def kernels_per_layer(self) -> int:
@@ -158,6 +160,7 @@ class Report:
         for table in (self._phases(), *kernels, self._memory(), self._fallbacks(), self._seconds()):
             if table.row_count:
                 console.print(table)
+        console.print(f"kernels compiled while running: {self.compiled_while_running}", highlight=False)
         for note in self.notes:
             console.print(f"note: {note}", highlight=False)
         return text.getvalue().rstrip()

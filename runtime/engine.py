@@ -10,8 +10,8 @@ from torch import Tensor
 from tilewright.ir.program import InputError
 
 from .device import is_out_of_memory
-from .executor import DeviceStepping, EngineSpec, Executor, TensorSpec
-from .host import clone
+from .executor import Compiling, DeviceStepping, EngineSpec, Executor, TensorSpec
+from .host import aligned, clone
 from .idle_states import IdleStates
 from .kv_state import RequestState
 
@@ -28,6 +28,7 @@ class Engine:
         self.prefill_executor = prefill
         self.decode_executors = {e.batch: e for e in sorted(decode, key=lambda e: e.batch)}
         self.idle = IdleStates(spec)
+        self._compiled_before = self._compiled()
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -66,6 +67,15 @@ class Engine:
                 f"{total} tokens (prompt plus new ones) do not fit max_length={self.spec.max_length}; compile with "
                 f"max_length={total} or more, or ask for fewer tokens"
             )
+
+    @property
+    def compiled_while_running(self) -> int:
+        """Kernels that were compiled, or read from disk, since the engine was made: 0 where all were ready."""
+        return self._compiled() - self._compiled_before
+
+    def _compiled(self) -> int:
+        executors = (*self.decode_executors.values(), self.prefill_executor)
+        return sum(e.compiled for e in executors if isinstance(e, Compiling))
 
     # Decoders
 
@@ -139,8 +149,8 @@ class Engine:
             stop = min(start + spec.chunk, total)
             kept = max(1, stop - max(start, first_kept))
             inputs = {
-                "input_ids": ids[:, start:stop].contiguous(),
-                "position_ids": positions[:, start:stop].contiguous(),
+                "input_ids": aligned(ids[:, start:stop]),
+                "position_ids": aligned(positions[:, start:stop]),
                 "attention_mask": state.mask,
             }
             dims = {"B": batch, "S": stop - start, "T": state.length + stop - start, "L": kept}
@@ -287,7 +297,7 @@ class Engine:
             value = value != 0
         _check_integers(spec, value)
         _check_bounds(spec, value)
-        return value.to(self.spec.device, spec.dtype).contiguous()
+        return aligned(value.to(self.spec.device, spec.dtype))
 
 
 def require_tensor(name: str, value: object) -> None:

@@ -67,6 +67,16 @@ class DeviceStepping(Protocol):
         ...
 
 
+@runtime_checkable
+class Compiling(Protocol):
+    """An executor whose kernels are compiled when they are launched for the first time."""
+
+    @property
+    def compiled(self) -> int:
+        """How many kernels were compiled, or found compiled on disk, so far."""
+        ...
+
+
 @dataclass(frozen=True)
 class StateSlot:
     """One KV buffer of a request, [B, heads, max_length, head_dim]; keys and values are two slots."""

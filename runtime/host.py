@@ -37,6 +37,12 @@ def clone(source: Tensor) -> Tensor:
     return twin
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous and at an address divisible by 16, as kernels are compiled for; a copy where it is not."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def stream_number(device: torch.device) -> int:
     """Which of a GPU's streams the caller is on; 0 elsewhere."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -54,6 +54,11 @@ class Launcher:
         self._launch = launch
         self._compiled: dict[tuple[bool, ...], Any] = {}
 
+    @property
+    def compiled(self) -> int:
+        """How many times Triton's JIT was asked for a kernel: once, unless arguments differ in these facts."""
+        return len(self._compiled)
+
     def __call__(self, pointers: list[Tensor], dims: Mapping[str, int | Tensor]) -> None:
         facts = (*[p.data_ptr() % 16 == 0 for p in pointers], *map(_fact, dims.values()))
         compiled = self._compiled.get(facts)
@@ -82,7 +87,13 @@ class Kernels:
         self.persistent = launchers.persistent
         self._launchers = {name: Launcher(launch) for name, launch in launchers.of.items()}
         self._replacement = replacement
+        self._replaced = 0
         self._lock = threading.Lock()
+
+    @property
+    def compiled(self) -> int:
+        """How many kernels Triton's JIT was asked for so far, replaced ones included."""
+        return self._replaced + sum(launcher.compiled for launcher in self._launchers.values())
 
     def launch(self, name: str, pointers: list[Tensor], dims: Mapping[str, int | Tensor]) -> None:
         """Launch a kernel; one that does not run is replaced, for this launch and all later ones.
@@ -118,6 +129,7 @@ class Kernels:
             launchers = load_launchers(path)
             if launchers.stored_dims != self.stored_dims:
                 raise KernelBuildError(f"{path} does not take the dims of the module that it replaces")
+            self._replaced += self._launchers[name].compiled
             self._launchers[name] = Launcher(launchers.of[name])
 
 

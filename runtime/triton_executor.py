@@ -95,6 +95,11 @@ class TritonExecutor:
             s.op.opcode == "kernel" for r in program.routines for s in r.steps
         )
 
+    @property
+    def compiled(self) -> int:
+        """See ``runtime.executor.Compiling``."""
+        return self._kernels.compiled
+
     def run(
         self,
         inputs: Mapping[str, Tensor],
