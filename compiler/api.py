@@ -26,6 +26,7 @@ from tilewright.runtime.engine import Engine
 from tilewright.runtime.executor import Compiling, EngineSpec, Executor
 from tilewright.runtime.native_executor import NativeExecutor
 
+from .adapters import MergedAdapters, without_wrapper
 from .api_mixin import Compiled, attach
 from .backends import Built, build, candidates, has_persistent_kernels, measures, no_candidates
 from .capacity import require_memory
@@ -99,6 +100,7 @@ def compile(
     Raises OptionError, DeviceError (a GPU too old, or with too little memory), CaptureError, LoweringError,
     CompilerNotFoundError, KernelBuildError. A call raises DeviceError while ``model`` is moved or cast.
     """
+    model = without_wrapper(model)
     options = check_options(model, batch_sizes, max_length, weights, kv_cache, autotune, backend, dump)
     with progress.step(f"Compiling {type(model).__name__}", total=_steps(options)) as advance:
         return _Compilation(model, options, advance).run(example_inputs)
@@ -120,10 +122,12 @@ class _Compilation:
     bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     tunables: dict[str, Tunables] = field(default_factory=dict)
     residents: dict[str, int] = field(default_factory=dict)
+    adapters: MergedAdapters = field(default_factory=MergedAdapters)
 
     def run(self, example_inputs: tuple[Any, ...] | dict[str, Any] | None) -> Any:
         dump = Dump(self.options.dump)
         with self._stage("capture"):
+            self.adapters.follow(self.model)  # what is merged leaves the graph of the base model
             captured = capture(self.model, example_inputs)
             shown = None
             if captured.kind == "module":
@@ -181,7 +185,10 @@ class _Compilation:
         report = self._report(captured, lowered, programs, bound, built)
         dump.report(report)
         engine = self._engine(captured, programs, built)
-        return attach(self.model, _compiled(captured, shown, engine, report, self.stages))
+        compiled = _compiled(captured, shown, engine, report, self.stages)
+        compiled = replace(compiled, copied_from=bound.copied_from, adapters=self.adapters)
+        self.adapters.stay()
+        return attach(self.model, compiled)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

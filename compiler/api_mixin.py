@@ -23,6 +23,7 @@ from tilewright.runtime.engine import Engine, require_tensor
 from tilewright.runtime.executor import EngineSpec
 from tilewright.runtime.generate import generate
 
+from .adapters import MergedAdapters
 from .cache import EngineCache
 from .capture_layers import flat_names
 from .generate_options import plain_options
@@ -36,7 +37,8 @@ class Compiled:
 
     ``output_class`` and ``outputs`` name the ModelOutput and its tensors; ``output_spec`` is the pytree of a plain
     module's result, ``output_constants`` its leaves, by position, that never vary, and ``shown`` what it shows of what
-    is computed and of its own ``tensors``. ``stages`` maps the name of each stage to its text, printed on demand.
+    is computed and of its own ``tensors``; ``copied_from`` are addresses of the storages of weights that kernels read
+    copies of, which ``adapters`` cannot change. ``stages`` maps the name of each stage to its text, printed on demand.
     """
 
     engine: Engine
@@ -46,6 +48,8 @@ class Compiled:
     output_spec: pytree.TreeSpec | None = None
     output_constants: Mapping[int, Any] = field(default_factory=dict)
     shown: ShownOutputs | None = None
+    copied_from: frozenset[int] = frozenset()
+    adapters: MergedAdapters = field(default_factory=MergedAdapters)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     stages: dict[str, Callable[[], str]] = field(default_factory=dict)
 
@@ -124,11 +128,13 @@ class CompiledMixin:
             )
         return self
 
-    def _require_home(self) -> None:
-        """Raise DeviceError when the original was moved or cast after compilation.
+    def _require_weights(self) -> None:
+        """Merge the adapters that are chosen now, and raise DeviceError when the original was moved or cast.
 
         The kernels would go on with the weights as they were, which is not what the caller sees of the model.
         """
+        compiled = self._tilewright
+        compiled.adapters.follow(self, compiled.copied_from)  # type: ignore[arg-type]
         now, home = _home(self), self._tilewright_home  # type: ignore[arg-type]
         if now != home and now is not None and home is not None:
             raise DeviceError(
@@ -181,7 +187,7 @@ class DecoderMixin(CompiledMixin):
         Raises InputError for input that does not fit, and leaves the cache as it was.
         """
         compiled = self._tilewright
-        self._require_home()
+        self._require_weights()
         self._refuse({"inputs_embeds": inputs_embeds, "labels": labels, **kwargs})
         if input_ids is None:
             raise InputError("input_ids is missing")
@@ -209,7 +215,7 @@ class DecoderMixin(CompiledMixin):
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``GenerationMixin.generate``, whose preparation of options is used; see ``_sample`` for the loop."""
         ids = kwargs.get("input_ids") if inputs is None else inputs
-        self._require_home()
+        self._require_weights()
         self._refuse({"inputs_embeds": kwargs.get("inputs_embeds")})
         if kwargs.get("cache_implementation") == "paged":
             raise InputError("a compiled model keeps its own KV state; leave cache_implementation out")
@@ -284,7 +290,7 @@ class EncoderMixin(CompiledMixin):
         """Same arguments and result as the original's forward. Raises InputError for input that does not fit."""
         compiled = self._tilewright
         engine = compiled.engine
-        self._require_home()
+        self._require_weights()
         given = self._arguments(args, kwargs)
         named = inspect.signature(self._tilewright_forward).parameters
         for rest in [n for n in given if named[n].kind is inspect.Parameter.VAR_KEYWORD]:
@@ -323,7 +329,7 @@ class ModuleMixin(CompiledMixin):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same arguments and result as the original's forward. Raises InputError for input that does not fit."""
         compiled = self._tilewright
-        self._require_home()
+        self._require_weights()
         given = flat_tensors(self._arguments(args, kwargs))
         assert compiled.output_spec is not None
         assert compiled.shown is not None

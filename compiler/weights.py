@@ -27,13 +27,15 @@ class BoundWeights:
     """Every weight by absolute name, and the bytes that are held for what.
 
     shared: the model's own tensors, used as they are. merged: buffers that hold rearranged parameters, which are now
-    views of them (no second copy). copied: prepared weights that exist beside the originals.
+    views of them (no second copy). copied: prepared weights that exist beside the originals. copied_from: addresses of
+    the storages of those originals.
     """
 
     tensors: Mapping[str, Tensor]
     shared_bytes: int
     merged_bytes: int
     copied_bytes: int
+    copied_from: frozenset[int]
 
 
 def bind_weights(
@@ -47,6 +49,7 @@ def bind_weights(
     bound = dict(tensors)
     wanted_names = frozenset(used)
     merged = copied = 0
+    sources: set[str] = set()
     for module, function, scope in _prepared(modules):
         computed = []
         for value in function.returns:
@@ -58,13 +61,16 @@ def bind_weights(
                 continue
             merged += buffer.nbytes
             bound[name] = buffer
-        for value, buffer in _compute(module, function, scope, computed, bound):
+        pruned = _pruned(function, computed)
+        sources |= {join_scope(scope, str(op.attr("name"))) for op in pruned.ops if op.opcode == "param"}
+        for value, buffer in _compute(module, pruned, scope, bound):
             copied += buffer.nbytes
             bound[join_scope(scope, value.name)] = buffer
     # Detached, as a parameter that is moved or cast leaves the memory whose address kernels were given.
     wanted = {name: bound[name].detach() for name in wanted_names}
     seen = {t.untyped_storage().data_ptr(): t.nbytes for name, t in wanted.items() if name in tensors}
-    return BoundWeights(wanted, sum(seen.values()), merged, copied)
+    originals = frozenset(tensors[name].untyped_storage().data_ptr() for name in sources & set(tensors))
+    return BoundWeights(wanted, sum(seen.values()), merged, copied, originals)
 
 
 def not_quantizable(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -87,21 +93,25 @@ def _prepared(modules: Iterable[Module]) -> Iterator[tuple[Module, Function, str
                     yield module, function, scope
 
 
-def _compute(
-    module: Module, function: Function, scope: str, values: Sequence[Value], bound: Mapping[str, Tensor]
-) -> list[tuple[Value, Tensor]]:
-    """Evaluate ``values`` of a ``.weights`` function, and no more than they need."""
-    if not values:
-        return []
+def _pruned(function: Function, values: Sequence[Value]) -> Function:
+    """A ``.weights`` function that returns ``values``, with no more ops than they need."""
     needed, ops = set(values), []
     for op in reversed(function.ops):
         if needed & set(op.results):
             needed |= set(op.operands)
             ops.append(op)
-    pruned = function.with_ops(reversed(ops), values)
+    return function.with_ops(reversed(ops), values)
+
+
+def _compute(
+    module: Module, function: Function, scope: str, bound: Mapping[str, Tensor]
+) -> list[tuple[Value, Tensor]]:
+    """Evaluate what a ``.weights`` function returns."""
+    if not function.returns:
+        return []
     with torch.no_grad():
-        results = Evaluation(module, bound, {}).call(pruned, (), scope)
-    return [(v, t.contiguous()) for v, t in zip(values, results, strict=True)]
+        results = Evaluation(module, bound, {}).call(function, (), scope)
+    return [(v, t.contiguous()) for v, t in zip(function.returns, results, strict=True)]
 
 
 def _scopes(module: Module, function: str) -> list[str]:
