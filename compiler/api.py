@@ -18,6 +18,7 @@ from tilewright.ir.module import Module
 from tilewright.ir.program import BufferKind, Program
 from tilewright.passes.base import PassOptions
 from tilewright.passes.last_tokens import last_tokens
+from tilewright.passes.narrow_cache import kept_wide as wide_cache
 from tilewright.passes.pipeline import run_passes
 from tilewright.passes.plan_memory import plan_memory
 from tilewright.passes.quantize_weights import kept_wide
@@ -156,6 +157,9 @@ class _Compilation:
             if self.options.weights:
                 wide = (line for m, p in zip(modules, phases, strict=True) for line in kept_wide(m, p.passes))
                 self.notes += tuple(dict.fromkeys(wide))
+        self.notes += tuple(
+            dict.fromkeys(n for m, p in zip(modules, phases, strict=True) for n in wide_cache(m, p.passes))
+        )
         for program in programs:
             dump.plan(program)
         with self._stage("kernels"):

@@ -15,6 +15,8 @@ becomes 448. (As vLLM and TensorRT-LLM keep it where no scale was calibrated.)
 
 from __future__ import annotations
 
+from collections import Counter
+
 from tilewright.ir.module import Function, Module, Op
 from tilewright.ir.ops import STORED_AS
 from tilewright.ir.types import DType, Value
@@ -28,6 +30,18 @@ def narrow_cache(module: Module, options: PassOptions) -> Module:
         return module
     dtype = DType(options.kv_cache)
     return module.with_functions(_function(f, dtype) for f in module.functions)
+
+
+def kept_wide(module: Module, options: PassOptions) -> tuple[str, ...]:
+    """What a person wants to know of keys and values that stay as they were, a line for each type of theirs."""
+    if not options.kv_cache:
+        return ()
+    stored = Counter(op.result.dtype.value for f in module.functions for op in f.ops if op.opcode == "append")
+    return tuple(
+        f"keys and values stay {dtype} (distinct layers: {count // 2}): something besides attention reads them"
+        for dtype, count in stored.items()
+        if dtype != DType(options.kv_cache).value
+    )
 
 
 def _function(function: Function, dtype: DType) -> Function:
