@@ -91,9 +91,9 @@ def compile(
     vendor's library (timed on a piece of prompt of up to 128 tokens, best of three runs; not with ``weights``, which it
     cannot read), and on a CPU, for each decode program, how many threads run it and how far ahead weights are
     prefetched. "cached" measures that unless the cache folder has the choice for this model on this machine. "full"
-    measures anew, and also tries other tiles for each kernel of each program and, on a GPU, persistent kernels for decode
-    steps, which takes a few compilations; what wins is on record for "cached". "off" takes generated kernels and defaults. Backends whose times mean nothing (reference,
-    Triton's interpreter) measure nothing.
+    measures anew, and also tries other tiles for each kernel of each program and, on a GPU, persistent kernels for
+    decode steps, which takes a few compilations; what wins is on record for "cached". "off" takes generated kernels and
+    defaults. Backends whose times mean nothing (reference, Triton's interpreter) measure nothing.
     backend: "cpp", "triton" or "reference"; by default the one for the model's device.
     dump: folder for the IR after every pass, kernel sources, memory plans and the report.
     progress: ``Progress()`` shows a bar on stderr.
