@@ -37,6 +37,7 @@ from benchmarks.torch_compile import TorchCompile
 from tilewright.cli import readable_errors
 from tilewright.errors import TilewrightError
 from tilewright.progress import Progress
+from tilewright.runtime.cuda_graph import recorded_bytes
 
 SHORT_NAMES = {"eager": EAGER, "torch.compile": TORCH_COMPILE} | {f: name for name, f in FORMS.items()}
 notes = Console(stderr=True)
@@ -235,7 +236,7 @@ class _Run:
             if n in FORMS and isinstance(s, Subject)
         }
         commit = machine.versions().get("commit", "")
-        return Point(name, batch, context, decode, first_token, peaks, arenas, commit)
+        return Point(name, batch, context, decode, first_token, peaks, arenas, recorded_bytes(), commit)
 
     def _peak(self, system: System, ids: torch.Tensor) -> int:
         """Most bytes of device memory while a system decodes; 0 without a GPU."""

@@ -22,7 +22,8 @@ SYSTEMS = (EAGER, TORCH_COMPILE, *FORMS)
 class Point:
     """A model at a batch and a context. decode: its probe is the device's read bandwidth. first_token: of a prompt as
     long as the context, where that was asked for. peak_bytes: device memory that PyTorch had allocated at most while a
-    system ran, by system; empty without a GPU. arena_bytes: ours, planned. commit: of the code that measured."""
+    system ran, by system; empty without a GPU. arena_bytes: ours, planned. graph_bytes: device memory in the pools of
+    our recordings (CUDA graphs), of all our systems together. commit: of the code that measured."""
 
     model: str
     batch: int
@@ -31,6 +32,7 @@ class Point:
     first_token: Measure | None
     peak_bytes: dict[str, int]
     arena_bytes: dict[str, int]
+    graph_bytes: int
     commit: str
 
     @property
@@ -61,7 +63,7 @@ class Chart:
     """
 
     KIND: ClassVar[str] = "chart"
-    SCHEMA: ClassVar[int] = 1
+    SCHEMA: ClassVar[int] = 2
     COMMAND: ClassVar[str] = "python -m benchmarks.chart"
 
     date: str

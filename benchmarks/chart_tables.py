@@ -69,9 +69,16 @@ def _memory(points: Sequence[Point]) -> Rows:
     for point in counted:
         arena = max(point.arena_bytes.values(), default=0)
         peaks = (point.peak_bytes.get(name, 0) for name in columns)
-        rows.append((_label(point), *(size_text(n) if n else NOTHING for n in peaks), size_text(arena)))
+        rows.append(
+            (
+                _label(point),
+                *(size_text(n) if n else NOTHING for n in peaks),
+                size_text(arena),
+                size_text(point.graph_bytes),
+            )
+        )
     return Rows(
         "Most device memory allocated while decoding, weights included",
-        ("", *columns, "our arena"),
+        ("", *columns, "our arena", "our CUDA graphs"),
         tuple(rows),
     )

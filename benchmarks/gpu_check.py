@@ -36,6 +36,7 @@ from tilewright.cli import readable_errors
 from tilewright.costs import step_cost
 from tilewright.progress import Progress
 from tilewright.report import size_text
+from tilewright.runtime.cuda_graph import recorded_bytes
 from tilewright.trials import Trial
 
 ROOT = Path(__file__).parent.parent
@@ -246,23 +247,11 @@ class _Check:
 
     def steps(self) -> str:
         """Whole decode steps of the model compiled last, and the device memory that recordings of them take."""
-        engine = self.compiled._tilewright.engine
-        engine.idle.make_room()
-        before = self._reserved()
         for batch in self.plan.batch_sizes:
             self.gaps.append(step_gap(self.compiled, batch, 32))
-        held = sum(s.nbytes for s in engine.idle)
-        self.graph_bytes = max(0, self._reserved() - before - held)
+        self.graph_bytes = recorded_bytes()
         gaps = ", ".join(f"batch {g.batch}: {1e6 * g.token:.0f} µs, {g.share:.1%} of it" for g in self.gaps)
         return f"from token to token {gaps} without the model; {size_text(self.graph_bytes)} for recordings"
-
-    def _reserved(self) -> int:
-        """Bytes that PyTorch holds of the device and cannot give back: those in use, and those of recordings."""
-        if self.device.type != "cuda":
-            return 0
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        return int(torch.cuda.memory_reserved(self.device))
 
     def chart(self, output: Path | None) -> str:
         """Some points of the chart, in a process of their own."""

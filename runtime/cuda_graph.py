@@ -75,6 +75,13 @@ _places: dict[torch.cuda.Stream, _Place] = {}
 """By the stream that replays."""
 
 
+def recorded_bytes() -> int:
+    """Device memory in the pools of all recordings made here; 0 where there are none."""
+    pools = {place.keeper.pool() for place in _places.values()}
+    segments = torch.cuda.memory_snapshot() if pools else []
+    return sum(int(s["total_size"]) for s in segments if tuple(s["segment_pool_id"]) in pools)
+
+
 @contextmanager
 def _captured(
     graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: torch.cuda._POOL_HANDLE | None = None

@@ -7,7 +7,6 @@ they lay then. A process that answers one request after the other in a batch buc
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 
 from .executor import EngineSpec
 from .host import stream_number
@@ -29,9 +28,6 @@ class IdleStates:
 
     def __len__(self) -> int:
         return len(self._idle)
-
-    def __iter__(self) -> Iterator[RequestState]:
-        return iter(tuple(self._idle))
 
     def take(self, batch: int, rows: int) -> RequestState:
         """An empty state for ``batch`` sequences in a bucket of ``rows``."""

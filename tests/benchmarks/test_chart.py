@@ -39,7 +39,7 @@ def point(model: str = "tiny-llama", batch: int = 1, ours: float = 1.0) -> Point
         "decode", "bf16", 16, 10, PROBE,
         (Series(EAGER, (4.0, 4.0, 4.0), batch, size), Series(BF16, (ours, ours, ours), batch, size)),
     )  # fmt: skip
-    return Point(model, batch, 16, decode, None, {}, {BF16: 4096}, "abc")
+    return Point(model, batch, 16, decode, None, {}, {BF16: 4096}, 65536, "abc")
 
 
 def made(*points: Point, date: str = "2026-01-02T03:04:05+00:00") -> Chart:
@@ -95,7 +95,7 @@ def test_a_chart_becomes_tables(tmp_path: Path) -> None:
         "| tiny-opt, batch 1, context 16 | 2.50 | 10.0<br>4.00×<br>25% |",
     ]
     assert "| tiny-llama, batch 1, context 16 | 4.00 | 2.00 |" in lines
-    assert "| tiny-llama, batch 1, context 16 | 4.00 MiB | 3.00 MiB | 4.00 KiB |" in lines
+    assert "| tiny-llama, batch 1, context 16 | 4.00 MiB | 3.00 MiB | 4.00 KiB | 64.00 KiB |" in lines
     assert any(line.startswith("Some GPU; random weights; torch ") and "2026-01-02" in line for line in lines)
 
 

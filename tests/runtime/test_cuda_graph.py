@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,3 +104,14 @@ def test_no_garbage_is_collected_while_recording() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_memory_of_recordings_is_that_of_their_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other pools (PyTorch's own, another library's recordings) do not count."""
+    keepers = [SimpleNamespace(keeper=SimpleNamespace(pool=lambda n=n: (0, n))) for n in (3, 4)]
+    monkeypatch.setattr(cuda_graph, "_places", {})
+    assert cuda_graph.recorded_bytes() == 0
+    monkeypatch.setattr(cuda_graph, "_places", dict(enumerate(keepers)))
+    segments = [{"segment_pool_id": [0, n], "total_size": 10**n} for n in (0, 3, 4, 5)]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert cuda_graph.recorded_bytes() == 11000
