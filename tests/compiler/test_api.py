@@ -7,7 +7,6 @@ test_generate_parity.py goes through all of generate's options.
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -199,26 +198,6 @@ def test_pipeline(llama: tuple[PreTrainedModel, Any], tokenizer: PreTrainedToken
     assert results[0] == results[1]
 
 
-def test_threads_share_a_model(llama: tuple[PreTrainedModel, Any]) -> None:
-    model, fast = llama
-    prompts = [
-        torch.randint(1, 128, (1, 5 + n), generator=torch.Generator().manual_seed(n)) for n in range(4)
-    ]
-    results: list[Tensor | None] = [None] * 4
-
-    def work(n: int) -> None:
-        results[n] = fast.generate(prompts[n], max_new_tokens=8, do_sample=False, pad_token_id=0)
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for prompt, result in zip(prompts, results, strict=True):
-        assert result is not None
-        assert torch.equal(result, model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0))
-
-
 def test_generated_sources_can_be_read() -> None:
     fast = _compiled("llama", "cpp")[1]
     assert "tw_run" in fast.ir("source.decode_b1.cpp")
@@ -267,6 +246,18 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda f: f(PROMPT, attention_mask=torch.ones(1, 7)),
         "attention_mask must be of an integer",
     ),
+    "float mask in generate": (
+        lambda f: f.generate(PADDED, attention_mask=MASK.float(), max_new_tokens=3),
+        "attention_mask must be of an integer",
+    ),
+    "negative mask in generate": (
+        lambda f: f.generate(PROMPT, attention_mask=torch.full((1, 7), -1), max_new_tokens=3),
+        "position -8 is outside",
+    ),
+    "mask of four dims": (
+        lambda f: f(PROMPT, attention_mask=torch.ones(1, 1, 7, 7, dtype=torch.long)),
+        r"attention_mask must be of shape \(1, 7\)",
+    ),
     "positions": (lambda f: f(PROMPT, position_ids=PROMPT[:, 1:]), "position_ids must be of shape"),
     "position range": (lambda f: f(PROMPT, position_ids=PROMPT), "position 99 is outside"),
     "embeds": (lambda f: f(inputs_embeds=torch.ones(1, 2, 64)), "inputs_embeds"),
@@ -297,6 +288,40 @@ def test_bad_input_leaves_the_cache_usable(llama: tuple[PreTrainedModel, Any]) -
         expected = model(torch.cat([PROMPT, PROMPT], dim=1)).logits[:, 7:]
     result = fast(PROMPT, past_key_values=cache).logits
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+MASKS = {
+    "holes": [[1, 0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 1, 0, 1], [1, 1, 1, 1, 1, 1, 1]],
+    "no last key": [[1, 1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0, 0]],
+    "rows without a key": [[0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]],
+}
+
+
+@pytest.mark.parametrize("pattern", MASKS)
+def test_masks_of_any_pattern(pair: tuple[PreTrainedModel, Any], pattern: str) -> None:
+    """As the original has them: at every attended position, and in what follows, whatever came before."""
+    model, fast = pair
+    mask = torch.tensor(MASKS[pattern])
+    with torch.no_grad():
+        expected = model(PADDED, attention_mask=mask).logits
+    found = fast(PADDED, attention_mask=mask).logits
+    torch.testing.assert_close(found[mask != 0], expected[mask != 0], rtol=1e-4, atol=1e-4)
+    _same(pair, PADDED, attention_mask=mask, do_sample=False)
+    _same(pair, PADDED, attention_mask=mask != 0, do_sample=False)
+
+
+def test_weights_that_are_no_numbers() -> None:
+    """They show in the same logits as in the original, and prompts that do not meet them are not harmed."""
+    model = tiny("llama", layers=1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[77] = float("nan")  # the output's row too: its weight is tied
+    fast = tilewright.compile(model, batch_sizes=(1, 4), max_length=64, backend="cpp", autotune="off")
+    for ids, spoilt in ((PROMPT, 1), (PROMPT.index_fill(1, torch.tensor([3]), 77), 128)):
+        with torch.no_grad():
+            expected = model(ids).logits[:, -1]
+        assert expected.isnan().sum() == spoilt
+        torch.testing.assert_close(fast(ids).logits[:, -1], expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+        _same((model, fast), ids, do_sample=False)
 
 
 def test_compiled_models_stay_where_they_are(llama: tuple[PreTrainedModel, Any]) -> None:
