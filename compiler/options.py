@@ -186,7 +186,12 @@ def _device(model: nn.Module) -> torch.device:
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise DeviceError(f"the model is spread over {names}; move it to one device with model.to(...)")
-    return devices.pop()
+    device = devices.pop()
+    if device.type == "meta":
+        raise DeviceError(
+            "the model is on meta, where tensors have no values; load its weights before compiling"
+        )
+    return device
 
 
 def _backend(wanted: str | None, device: torch.device) -> str:

@@ -1,27 +1,25 @@
 """The API of a compiled model: everything that its Hugging Face original offers gives the same result.
 
 Each test runs on the mixin over Hugging Face's own kernels, which isolates the API, and on the compiled model.
+test_generate_parity.py goes through all of generate's options.
 """
 
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    TextIteratorStreamer,
-    TextStreamer,
     pipeline,
 )
 
@@ -137,14 +135,9 @@ def test_encoder_equals_the_original(engine: str) -> None:
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sample": {"do_sample": True},
-    "temperature": {"do_sample": True, "temperature": 0.7, "top_k": 0},
-    "top_k": {"do_sample": True, "top_k": 9},
-    "top_p": {"do_sample": True, "top_k": 0, "top_p": 0.8},
     "all": {"do_sample": True, "temperature": 1.3, "top_k": 40, "top_p": 0.9},
     "minimum": {"do_sample": False, "min_new_tokens": 10, "eos_token_id": list(range(100))},
     "eos": {"do_sample": True, "top_k": 0, "eos_token_id": list(range(10, 30))},
-    "min_p": {"do_sample": True, "min_p": 0.05},
-    "penalties": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
     "no cache": {"do_sample": False, "use_cache": False},
     "static": {"do_sample": False, "cache_implementation": "static"},
 }
@@ -161,42 +154,6 @@ def test_generate_equals_the_original(pair: tuple[PreTrainedModel, Any], mode: s
 def test_beams(pair: tuple[PreTrainedModel, Any], sampled: bool) -> None:
     _same(pair, PROMPT, num_beams=4, do_sample=sampled)
     _same(pair, PADDED[:2], attention_mask=MASK[:2], num_beams=2, num_return_sequences=2, do_sample=sampled)
-
-
-def test_several_returned_sequences(llama: tuple[PreTrainedModel, Any]) -> None:
-    assert _same(llama, PROMPT, do_sample=True, num_return_sequences=3).shape == (3, 19)
-
-
-def test_speculation(llama: tuple[PreTrainedModel, Any]) -> None:
-    """Prompt lookup and drafts: several tokens a step, and crops. Also as the drafting model."""
-    model, fast = llama
-    repeated = PROMPT.repeat(1, 3)
-    _same(llama, repeated, do_sample=False, prompt_lookup_num_tokens=3)
-    _same(llama, PROMPT, do_sample=False, assistant_model=tiny("llama", layers=1))
-    drafted = model.generate(PROMPT, do_sample=False, assistant_model=fast, max_new_tokens=12, pad_token_id=0)
-    assert torch.equal(drafted, model.generate(PROMPT, do_sample=False, max_new_tokens=12, pad_token_id=0))
-
-
-def test_dict_result(llama: tuple[PreTrainedModel, Any]) -> None:
-    model, fast = llama
-    options: dict[str, Any] = {"max_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
-    options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
-    expected, result = model.generate(PROMPT, **options), fast.generate(PROMPT, **options)
-    assert torch.equal(result.sequences, expected.sequences)
-    torch.testing.assert_close(result.scores, expected.scores, rtol=1e-4, atol=1e-4)
-    assert isinstance(result.past_key_values, EngineCache)
-
-
-def test_generate_continues_from_its_cache(llama: tuple[PreTrainedModel, Any]) -> None:
-    """A chat's second turn runs the new tokens only."""
-    model, fast = llama
-    options: dict[str, Any] = {"max_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
-    first = fast.generate(PROMPT, return_dict_in_generate=True, **options)
-    cache = first.past_key_values
-    turn = torch.cat([first.sequences, PROMPT], dim=1)
-    second = fast.generate(turn, past_key_values=cache, **options)
-    assert torch.equal(second, model.generate(turn, **options))
-    assert cache.get_seq_length() == second.shape[1] - 1
 
 
 def test_own_loop_is_taken_only_for_what_it_can_do(
@@ -239,65 +196,6 @@ def test_pipeline(llama: tuple[PreTrainedModel, Any], tokenizer: PreTrainedToken
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "batch_size": 2}
     results = [pipeline("text-generation", model=m, tokenizer=tokenizer)(texts, **options) for m in llama]
     assert results[0] == results[1]
-
-
-def test_streamers(
-    llama: tuple[PreTrainedModel, Any], tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
-) -> None:
-    printed = []
-    for model in llama:
-        streamer = TextStreamer(tokenizer, skip_prompt=True)
-        model.generate(PROMPT, max_new_tokens=6, do_sample=False, pad_token_id=0, streamer=streamer)
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1]
-    assert printed[1].startswith("w")
-    lazy = TextIteratorStreamer(tokenizer, skip_prompt=True)
-    options = {
-        "input_ids": PROMPT,
-        "max_new_tokens": 6,
-        "do_sample": False,
-        "pad_token_id": 0,
-        "streamer": lazy,
-    }
-    thread = threading.Thread(target=llama[1].generate, kwargs=options)
-    thread.start()
-    assert "".join(lazy).strip() == printed[1].strip()
-    thread.join()
-
-
-def test_stop_strings(llama: tuple[PreTrainedModel, Any]) -> None:
-    letters = {chr(33 + n): n for n in range(94)} | {f"<{n}>": n for n in range(94, 128)}
-    inner = Tokenizer(models.BPE(letters, merges=[]))
-    inner.pre_tokenizer, inner.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    spelling = PreTrainedTokenizerFast(tokenizer_object=inner)
-    favoured = {"sequence_bias": {(n,): 50.0 for n in range(40, 90)}}  # tokens that spell letters
-    free = _same(llama, PROMPT, do_sample=False, **favoured)
-    stop = spelling.decode(free[0, 9:11])
-    stopped = _same(llama, PROMPT, do_sample=False, stop_strings=[stop], tokenizer=spelling, **favoured)
-    assert stopped.shape[1] <= 11
-
-
-def test_threads_share_a_model(llama: tuple[PreTrainedModel, Any]) -> None:
-    model, fast = llama
-    prompts = [
-        torch.randint(1, 128, (1, 5 + n), generator=torch.Generator().manual_seed(n)) for n in range(4)
-    ]
-    results: list[Tensor | None] = [None] * 4
-
-    def work(n: int) -> None:
-        results[n] = fast.generate(prompts[n], max_new_tokens=8, do_sample=False, pad_token_id=0)
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for prompt, result in zip(prompts, results, strict=True):
-        assert result is not None
-        assert torch.equal(result, model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0))
 
 
 def test_generated_sources_can_be_read() -> None:
@@ -348,6 +246,18 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda f: f(PROMPT, attention_mask=torch.ones(1, 7)),
         "attention_mask must be of an integer",
     ),
+    "float mask in generate": (
+        lambda f: f.generate(PADDED, attention_mask=MASK.float(), max_new_tokens=3),
+        "attention_mask must be of an integer",
+    ),
+    "negative mask in generate": (
+        lambda f: f.generate(PROMPT, attention_mask=torch.full((1, 7), -1), max_new_tokens=3),
+        "position -8 is outside",
+    ),
+    "mask of four dims": (
+        lambda f: f(PROMPT, attention_mask=torch.ones(1, 1, 7, 7, dtype=torch.long)),
+        r"attention_mask must be of shape \(1, 7\)",
+    ),
     "positions": (lambda f: f(PROMPT, position_ids=PROMPT[:, 1:]), "position_ids must be of shape"),
     "position range": (lambda f: f(PROMPT, position_ids=PROMPT), "position 99 is outside"),
     "embeds": (lambda f: f(inputs_embeds=torch.ones(1, 2, 64)), "inputs_embeds"),
@@ -378,6 +288,40 @@ def test_bad_input_leaves_the_cache_usable(llama: tuple[PreTrainedModel, Any]) -
         expected = model(torch.cat([PROMPT, PROMPT], dim=1)).logits[:, 7:]
     result = fast(PROMPT, past_key_values=cache).logits
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+MASKS = {
+    "holes": [[1, 0, 1, 1, 0, 1, 1], [0, 1, 0, 0, 1, 0, 1], [1, 1, 1, 1, 1, 1, 1]],
+    "no last key": [[1, 1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0, 0]],
+    "rows without a key": [[0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]],
+}
+
+
+@pytest.mark.parametrize("pattern", MASKS)
+def test_masks_of_any_pattern(pair: tuple[PreTrainedModel, Any], pattern: str) -> None:
+    """As the original has them: at every attended position, and in what follows, whatever came before."""
+    model, fast = pair
+    mask = torch.tensor(MASKS[pattern])
+    with torch.no_grad():
+        expected = model(PADDED, attention_mask=mask).logits
+    found = fast(PADDED, attention_mask=mask).logits
+    torch.testing.assert_close(found[mask != 0], expected[mask != 0], rtol=1e-4, atol=1e-4)
+    _same(pair, PADDED, attention_mask=mask, do_sample=False)
+    _same(pair, PADDED, attention_mask=mask != 0, do_sample=False)
+
+
+def test_weights_that_are_no_numbers() -> None:
+    """They show in the same logits as in the original, and prompts that do not meet them are not harmed."""
+    model = tiny("llama", layers=1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[77] = float("nan")  # the output's row too: its weight is tied
+    fast = tilewright.compile(model, batch_sizes=(1, 4), max_length=64, backend="cpp", autotune="off")
+    for ids, spoilt in ((PROMPT, 1), (PROMPT.index_fill(1, torch.tensor([3]), 77), 128)):
+        with torch.no_grad():
+            expected = model(ids).logits[:, -1]
+        assert expected.isnan().sum() == spoilt
+        torch.testing.assert_close(fast(ids).logits[:, -1], expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+        _same((model, fast), ids, do_sample=False)
 
 
 def test_compiled_models_stay_where_they_are(llama: tuple[PreTrainedModel, Any]) -> None:

@@ -218,6 +218,15 @@ def test_training_mode_is_refused() -> None:
         capture(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_weights_that_are_codes_are_refused(dtype: torch.dtype) -> None:
+    model = tiny("llama")
+    linear = model.model.layers[1].self_attn.q_proj
+    linear.weight = nn.Parameter((linear.weight.detach() * 9).to(dtype), requires_grad=False)
+    with pytest.raises(CaptureError, match=r"layers\.1\.self_attn\.q_proj.*dequantize\(\).*weights='int8'"):
+        capture(model)
+
+
 def test_meta_tensors_are_refused() -> None:
     with torch.device("meta"):
         module = nn.Linear(4, 4).eval()

@@ -143,6 +143,13 @@ def test_a_model_in_two_places_is_refused() -> None:
         tw.compile(module, example_inputs=(torch.rand(2, 4),))
 
 
+@pytest.mark.parametrize("backend", [None, "cpp", "reference"])
+def test_a_model_without_values_is_refused(backend: str | None) -> None:
+    """It cannot be moved to the CPU either, so that is no remedy to name."""
+    with pytest.raises(DeviceError, match=r"on meta.*load its weights"):
+        tw.compile(tiny("llama").to("meta"), backend=backend)
+
+
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
 

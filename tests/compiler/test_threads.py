@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ from tests.compiler.models import tiny
 ROOT = Path(__file__).parents[2]
 
 
+OPTIONS: dict[str, Any] = {"backend": "cpp", "max_length": 64, "autotune": "off"}
+
+
 @pytest.fixture(scope="module")
 def fast() -> Any:
-    return tw.compile(tiny("llama"), backend="cpp", max_length=64, autotune="off")
+    return tw.compile(tiny("llama"), batch_sizes=(1, 4), **OPTIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +60,101 @@ def test_callers_take_turns(fast: Any) -> None:
         caller.join()
     assert len(found) == 4
     assert all(torch.equal(tokens, alone) for tokens in found)
+
+
+class Collect:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ends = 0
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ends += 1
+
+
+def padded(rows: int, length: int) -> dict[str, Tensor]:
+    """Prompts of different lengths, padded on the left."""
+    ids = torch.randint(1, 128, (rows, length), generator=torch.Generator().manual_seed(rows + length))
+    skipped = torch.arange(length) < torch.arange(rows)[:, None]
+    return {"input_ids": ids.masked_fill(skipped, 0), "attention_mask": (~skipped).long()}
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "one": padded(1, 5),
+    "long": padded(1, 40),
+    "rows": padded(3, 9),
+    "full": padded(4, 20),
+    "eos": {**padded(4, 7), "eos_token_id": list(range(20, 60))},
+    "beams": {**padded(2, 8), "num_beams": 2},
+    "processors": {**padded(2, 6), "repetition_penalty": 1.4},
+    "lookup": {"input_ids": padded(1, 5)["input_ids"].repeat(1, 3), "prompt_lookup_num_tokens": 3},
+}
+
+
+def streamed(model: Any, mode: str) -> tuple[Tensor, list[int]]:
+    """A mode's tokens, and what its streamer is given, where transformers lets it have one."""
+    options = MODES[mode]
+    streamer = Collect() if len(options["input_ids"]) == 1 else None
+    given: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **options}
+    tokens = model.generate(streamer=streamer, **given)
+    if streamer is None:
+        return tokens, []
+    assert streamer.ends == 1
+    return tokens, streamer.tokens
+
+
+def at_once(fast: Any, modes: Sequence[str], rounds: int = 3) -> list[tuple[str, Tensor, list[int]]]:
+    """What one thread per mode, started together, gets in so many rounds."""
+    found: list[tuple[str, Tensor, list[int]]] = []
+    barrier = threading.Barrier(len(modes))
+
+    def work(mode: str) -> None:
+        barrier.wait(timeout=60)
+        for _ in range(rounds):
+            found.append((mode, *streamed(fast, mode)))
+
+    callers = [threading.Thread(target=work, args=(mode,)) for mode in modes]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    return found
+
+
+def assert_as_alone(found: Sequence[tuple[str, Tensor, list[int]]]) -> None:
+    """Equal to what the original gives, one call after the other."""
+    original = tiny("llama")
+    alone = {mode: streamed(original, mode) for mode in MODES}
+    for mode, tokens, stream in found:
+        assert torch.equal(tokens, alone[mode][0]), mode
+        assert stream == alone[mode][1], mode
+
+
+def test_requests_of_every_kind_at_once(fast: Any) -> None:
+    """Batches, prompts, loops and streams that mix: states, scratch memory and idle states are each request's own."""
+    torch.set_num_threads(1)
+    found = at_once(fast, list(MODES))
+    assert len(found) == 3 * len(MODES)
+    assert_as_alone(found)
+
+
+def test_requests_while_another_model_is_compiled(fast: Any) -> None:
+    """Capture patches transformers for a while and swaps modules; what runs meanwhile must not see it."""
+    torch.set_num_threads(1)
+    compiled: list[Any] = []
+    compiler = threading.Thread(target=lambda: compiled.append(tw.compile(tiny("gpt2"), **OPTIONS)))
+    compiler.start()
+    found = []
+    while compiler.is_alive():
+        found += at_once(fast, ["one", "rows", "beams"], rounds=1)
+    compiler.join()
+    assert found
+    assert_as_alone(found)
+    torch.testing.assert_close(answer(compiled[0]), answer(tiny("gpt2")))
 
 
 SCRIPT = """
