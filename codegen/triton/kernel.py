@@ -79,14 +79,14 @@ class Body:
             [*lines, *(f"#   from {m or 'the model'} {source}".rstrip() for m, source in origins)]
         )
 
-    def functions(self, name: str) -> list[str]:
-        """A function per segment, of the number of a tile and the kernel's arguments."""
-        return [
-            "\n".join(
-                ["@triton.jit", f"def {name}_{n}(pid, {', '.join(self.arguments)}):", *part.scope.lines]
-            )
+    def functions(self, name: str) -> str:
+        """A function per segment, of the number of a tile and the kernel's arguments, below the header."""
+        given = ", ".join(self.arguments)
+        texts = [
+            "\n".join(["@triton.jit", f"def {name}_{n}(pid, {given}):", *part.scope.lines])
             for n, part in enumerate(self.parts)
         ]
+        return f"{self.header}\n" + "\n\n\n".join(texts)
 
     def dispatch(self, name: str, arguments: list[str], indent: str) -> list[str]:
         """Calls of the segments' functions, by tile number."""
@@ -217,8 +217,7 @@ def _functions(body: Body, name: str, grid: _Grid, stored: frozenset[str]) -> st
     if len(body.parts) == 1 and not grid.walkers:
         return "\n".join([body.header, *start, *body.parts[0].scope.lines])
     calls = body.dispatch(name, body.arguments, 2 * INDENT if grid.walkers else INDENT)
-    functions = "\n\n\n".join([*body.functions(name), "\n".join([*start, *calls])])
-    return f"{body.header}\n{functions}"
+    return "\n\n\n".join([body.functions(name), "\n".join([*start, *calls])])
 
 
 def signature(name: str, arguments: list[str], dims: tuple[str, ...], stored: frozenset[str]) -> list[str]:

@@ -97,9 +97,7 @@ def _print(name: str, bodies: list[tuple[Body, list[Tile]]], env: Environment, p
         given = [*(f"k{n}_{p}" for p, _ in body.pointers), *body.dims]
         lines.append(f"{INDENT}for pid in range(tl.program_id(0), {print_index(body.tiles)}, {programs}):")
         lines += body.dispatch(part, given, 2 * INDENT)
-        functions.append(
-            "\n\n\n".join([f"{body.header}\n" + body.functions(part)[0], *body.functions(part)[1:]])
-        )
+        functions.append(body.functions(part))
     options = dict(launch_options([t for _, tiles in bodies for t in tiles]))
     source = KernelSource(
         name,
