@@ -17,8 +17,8 @@ _REPEATS = 3
 
 @dataclass(frozen=True)
 class StepGap:
-    """batch: sequences. token: seconds from one token to the next while generate() runs. model: seconds of the model's
-    part, step behind step without a choice of tokens."""
+    """batch: sequences. token: seconds from one token to the next while generate() runs, from the difference of two runs.
+    model: seconds of the model's part, step behind step without a choice of tokens."""
 
     batch: int
     token: float
@@ -27,7 +27,7 @@ class StepGap:
     @property
     def share(self) -> float:
         """The part of a step's time in which the model does not run."""
-        return max(0.0, 1.0 - self.model / self.token)
+        return max(0.0, 1.0 - self.model / self.token) if self.token > 0 else 0.0
 
 
 @torch.no_grad()
