@@ -17,7 +17,7 @@ _REPEATS = 3
 
 @dataclass(frozen=True)
 class StepGap:
-    """batch: sequences. token: seconds from one token to the next while generate() runs, from the difference of two runs.
+    """batch: sequences. token: seconds from one token to the next while generate() runs, by the difference of two runs.
     model: seconds of the model's part, step behind step without a choice of tokens."""
 
     batch: int
