@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from tilewright.codegen.tunables import Tunables
 from tilewright.ir.module import Module
@@ -24,22 +25,26 @@ from tilewright.passes.plan_memory import plan_memory
 from tilewright.passes.quantize_weights import kept_wide
 from tilewright.runtime.device import is_out_of_memory
 from tilewright.runtime.engine import Engine
-from tilewright.runtime.executor import Compiling, EngineSpec, Executor
+from tilewright.runtime.executor import Compiling, EngineSpec, Executor, PerRequest
 from tilewright.runtime.native_executor import NativeExecutor
 
 from .adapters import MergedAdapters, without_wrapper
-from .api_mixin import Compiled, attach
+from .api_mixin import Compiled, DecoderMixin, EncoderMixin, ModuleMixin, attach
 from .backends import Built, build, candidates, has_persistent_kernels, measures, no_candidates
 from .capacity import require_memory
 from .capture import Captured, capture
 from .capture_inputs import vocabulary
+from .capture_seq2seq import is_encoder_decoder
 from .choices import choice_key, remember, remembered
 from .costs import eager_peak
 from .dump import Dump
+from .encoder_decoder import attach_both, states_of
 from .interface import index_bounds, require_decoder
 from .lower import lower
 from .options import Options, check_options
 from .phases import (
+    PER_REQUEST,
+    Parts,
     Phase,
     phase_report,
     phases_of,
@@ -60,6 +65,7 @@ from .tune_native import choose, is_busy
 from .weights import BoundWeights, bind_weights, not_quantizable
 
 _LAST = PassOptions(last_tokens=True)
+_MIXINS = {"decoder": DecoderMixin, "encoder": EncoderMixin, "module": ModuleMixin}
 
 
 def compile(
@@ -81,7 +87,8 @@ def compile(
     of keyword arguments) is given; in eval mode. It is left as it was and still runs; the weights are shared with it.
     batch_sizes: a program is built for each; a batch in between runs in the next one up. A batch counts beams and
     returned sequences. An encoder runs a larger batch in several goes, unless it compares texts with images.
-    max_length: longest sequence, prompt and new tokens together; by default 2048 or what the model can.
+    max_length: longest sequence, prompt and new tokens together; by default 2048 or what the model can. For an
+    encoder-decoder the longest text on either side.
     weights: "int8" or "fp8" (e4m3; both have one scale per output channel) or "int4" (scale and minimum per 32 columns)
     stores the weights of matrix products in that form; an embedding that is tied to the last product is int8 in "int4".
     None keeps their dtype. What cannot be quantised stays as it is, and the report says so.
@@ -103,8 +110,14 @@ def compile(
     """
     model = without_wrapper(model)
     options = check_options(model, batch_sizes, max_length, weights, kv_cache, autotune, backend, dump)
+    adapters = MergedAdapters()
+    encoder = None
+    if example_inputs is None and isinstance(model, PreTrainedModel) and is_encoder_decoder(model):
+        part, its_options = model.get_encoder(), options.of_part("encoder")
+        with progress.step(f"Compiling {type(part).__name__}", total=_steps(its_options)) as advance:
+            encoder = _Compilation(part, its_options, advance, adapters).run(None)
     with progress.step(f"Compiling {type(model).__name__}", total=_steps(options)) as advance:
-        return _Compilation(model, options, advance).run(example_inputs)
+        return _Compilation(model, options, advance, adapters, encoder).run(example_inputs)
 
 
 def _steps(options: Options) -> int:
@@ -117,13 +130,15 @@ class _Compilation:
     model: nn.Module
     options: Options
     advance: Advance
+    adapters: MergedAdapters
+    encoder: Any = None  # the compiled encoder of an encoder-decoder
     seconds: dict[str, float] = field(default_factory=dict)
     stages: dict[str, Callable[[], str]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     bounds: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     tunables: dict[str, Tunables] = field(default_factory=dict)
     residents: dict[str, int] = field(default_factory=dict)
-    adapters: MergedAdapters = field(default_factory=MergedAdapters)
+    per_request: PerRequest | None = None
 
     def run(self, example_inputs: tuple[Any, ...] | dict[str, Any] | None) -> Any:
         dump = Dump(self.options.dump)
@@ -140,17 +155,21 @@ class _Compilation:
             self.bounds = index_bounds(lowered)
         self.stages["lowered"] = partial(str, lowered)
         dump.lowered(lowered)
-        phases = phases_of(captured, lowered, self.options)
+        parts = Parts.of(captured, lowered)
+        states = (1, 1) if self.encoder is None else states_of(self.encoder)
+        phases = phases_of(captured, lowered, self.options, states)
         if self.options.weights:
             phases = quantized_phases(phases, self.options, not_quantizable(captured.tensors))
         with self._stage("passes"):
-            modules = [self._optimise(lowered, phase, dump) for phase in phases]
+            modules = [self._optimise(parts.module(phase), phase, dump) for phase in phases]
             phases, modules = self._recall(phases, modules)
         with self._stage("plan"):
             programs = [
                 plan_memory(module, phase.name, phase.phase, phase.batch, self.options.max_length)
                 for module, phase in zip(modules, phases, strict=True)
             ]
+            if once := [p for p in programs if p.phase == PER_REQUEST]:
+                self.per_request = PerRequest.of(once[0], programs[-1], parts.names, captured.per_request)
             require_memory(programs, captured.tensors, self.options)
             used = {b.name for program in programs for _, b in program.of_kind(BufferKind.param)}
             bound = bind_weights(modules, captured.tensors, used)
@@ -192,7 +211,9 @@ class _Compilation:
         compiled = _compiled(captured, shown, engine, report, self.stages)
         compiled = replace(compiled, copied_from=bound.copied_from, adapters=self.adapters)
         self.adapters.stay()
-        return attach(self.model, compiled)
+        if self.encoder is not None:
+            return attach_both(self.model, compiled, self.encoder)
+        return attach(self.model, compiled, _MIXINS[captured.kind])
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -213,7 +234,7 @@ class _Compilation:
             warnings.warn(note, stacklevel=3)
             self.notes += (note,)
 
-    def _optimise(self, lowered: Module, phase: Phase, dump: Dump) -> Module:
+    def _optimise(self, module: Module, phase: Phase, dump: Dump) -> Module:
         def after(number: int, name: str, module: Module) -> None:
             seen = sum(
                 key.split(".")[-1].rstrip("0123456789") == name for key in self.stages if phase.name in key
@@ -221,7 +242,7 @@ class _Compilation:
             self.stages[f"{phase.name}.{name}{seen + 1 if seen else ''}"] = partial(str, module)
             dump.after_pass(phase.name, number, name, module)
 
-        return run_passes(lowered.with_symbols(**phase.ranges), phase.passes, hook=after)
+        return run_passes(module, phase.passes, hook=after)
 
     def _recall(self, phases: list[Phase], modules: list[Module]) -> tuple[list[Phase], list[Module]]:
         """Drop rivals where it is known which one wins; the others have to be measured."""
@@ -363,7 +384,10 @@ class _Compilation:
 
     def _engine(self, captured: Captured, programs: list[Program], built: Built) -> Engine:
         decode = [e for e, p in zip(built.executors, programs, strict=True) if p.phase == "decode"]
-        return Engine(decode, built.executors[-1], self._spec(captured, programs[-1]))
+        once = next(
+            (e for e, p in zip(built.executors, programs, strict=True) if p.phase == PER_REQUEST), None
+        )
+        return Engine(decode, built.executors[-1], self._spec(captured, programs[-1]), once)
 
     def _spec(self, captured: Captured, program: Program) -> EngineSpec:
         return EngineSpec.of(
@@ -374,6 +398,7 @@ class _Compilation:
             chunk=self.options.chunk,
             positions=captured.position_rule,
             bounds=self.bounds,
+            per_request=self.per_request,
         )
 
     def _report(

@@ -38,7 +38,8 @@ class Compiled:
     ``output_class`` and ``outputs`` name the ModelOutput and its tensors; ``output_spec`` is the pytree of a plain
     module's result, ``output_constants`` its leaves, by position, that never vary, and ``shown`` what it shows of what
     is computed and of its own ``tensors``; ``copied_from`` are addresses of the storages of weights that kernels read
-    copies of, which ``adapters`` cannot change. ``stages`` maps the name of each stage to its text, printed on demand.
+    copies of, which ``adapters`` cannot change; ``encoder`` is the compiled encoder of an encoder-decoder. ``stages``
+    maps the name of each stage to its text, printed on demand.
     """
 
     engine: Engine
@@ -50,12 +51,13 @@ class Compiled:
     shown: ShownOutputs | None = None
     copied_from: frozenset[int] = frozenset()
     adapters: MergedAdapters = field(default_factory=MergedAdapters)
+    encoder: Any = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     stages: dict[str, Callable[[], str]] = field(default_factory=dict)
 
 
-def attach(model: nn.Module, compiled: Compiled) -> Any:
-    """A shallow copy of ``model`` that runs ``compiled``; the model itself is not touched."""
+def attach(model: nn.Module, compiled: Compiled, mixin: type[CompiledMixin]) -> Any:
+    """A shallow copy of ``model`` that runs ``compiled`` as ``mixin`` says; the model itself is not touched."""
     fast = copy.copy(model)
     # copy.copy shares the dicts that a module registers things in; what is set on the copy must not reach the original.
     for name, value in vars(model).items():
@@ -67,9 +69,6 @@ def attach(model: nn.Module, compiled: Compiled) -> Any:
     fast.__dict__["_tilewright"] = compiled
     fast.__dict__["_tilewright_forward"] = type(model).forward
     fast.__dict__["_tilewright_home"] = _home(model)
-    mixin = {"decoder": DecoderMixin, "encoder": EncoderMixin, "module": ModuleMixin}[
-        compiled.engine.spec.kind
-    ]
     cls = type(model)
     fast.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     return fast
@@ -99,7 +98,10 @@ class CompiledMixin:
     def report(self) -> Report:
         """Kernels, launches, bytes and FLOPs, memory, fallbacks and compile times; prints as a table."""
         compiled = self._tilewright
-        return replace(compiled.report, compiled_while_running=compiled.engine.compiled_while_running)
+        count = compiled.engine.compiled_while_running
+        if compiled.encoder is not None:
+            count += compiled.encoder.report().compiled_while_running
+        return replace(compiled.report, compiled_while_running=count)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Does nothing when the model is there already. Raises DeviceError otherwise."""
@@ -154,6 +156,14 @@ class CompiledMixin:
             raise InputError(f"the arguments do not fit this model's forward: {error}") from error
         return dict(list(bound.items())[1:])
 
+    def _flat_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """As :meth:`_arguments`, those that the original takes by any name among the others."""
+        given = self._arguments(args, kwargs)
+        named = inspect.signature(self._tilewright_forward).parameters
+        for rest in [n for n in given if named[n].kind is inspect.Parameter.VAR_KEYWORD]:
+            given |= given.pop(rest)
+        return given
+
     def _refuse(self, arguments: Mapping[str, Any]) -> None:
         """Raise InputError for what the kernels do not compute: an argument that the original's forward names, or an
         output that it could be asked for. What the original would ignore (generate() passes such) is ignored here too.
@@ -192,23 +202,32 @@ class DecoderMixin(CompiledMixin):
         if input_ids is None:
             raise InputError("input_ids is missing")
         ids = compiled.engine.check_prompt(input_ids)
-        cache = EngineCache(compiled.engine) if past_key_values is None else past_key_values
-        if not isinstance(cache, EngineCache) or cache.engine is not compiled.engine:
-            raise InputError(
-                f"past_key_values is a {type(cache).__name__} of another model; pass what this model returned, or None"
-            )
+        cache = self._own_cache(past_key_values)
         keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
         result = compiled.engine.step(cache.state_for(ids.shape[0]), ids, attention_mask, position_ids, keep)
         if not isinstance(logits_to_keep, int):
             result = result[:, logits_to_keep]
+        return self._output(result, None if use_cache is False else cache, return_dict)
+
+    def _own_cache(self, given: Any) -> EngineCache:
+        """The cache that a caller goes on from, or a new one. Raises InputError for that of another model."""
+        engine = self._tilewright.engine
+        cache = EngineCache(engine) if given is None else given
+        if not isinstance(cache, EngineCache) or cache.engine is not engine:
+            raise InputError(
+                f"past_key_values is a {type(cache).__name__} of another model; pass what this model returned, or None"
+            )
+        return cache
+
+    def _output(
+        self, result: Tensor, cache: EngineCache | None, return_dict: bool | None, **more: Tensor
+    ) -> Any:
+        """The original's output object, of which what there is not is left out."""
+        compiled = self._tilewright
         assert compiled.output_class is not None
-        values: dict[str, Any] = {compiled.outputs[0]: result}
-        if (
-            use_cache is not False
-            and "past_key_values" in inspect.signature(compiled.output_class).parameters
-        ):
-            values["past_key_values"] = cache
-        output = compiled.output_class(**values)
+        known = inspect.signature(compiled.output_class).parameters
+        values: dict[str, Any] = {compiled.outputs[0]: result, "past_key_values": cache, **more}
+        output = compiled.output_class(**{n: v for n, v in values.items() if n in known and v is not None})
         return output if return_dict is not False else output.to_tuple()
 
     @functools.wraps(GenerationMixin.generate)
@@ -220,11 +239,15 @@ class DecoderMixin(CompiledMixin):
         if kwargs.get("cache_implementation") == "paged":
             raise InputError("a compiled model keeps its own KV state; leave cache_implementation out")
         if ids is not None:
-            self._tilewright.engine.check_prompt(ids)
+            self._check_prompt(ids)
         for name in ("attention_mask", "position_ids"):
             if kwargs.get(name) is not None:
                 require_tensor(name, kwargs[name])
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        given = () if inputs is None and not args else (inputs, *args)
+        return super().generate(*given, **kwargs)  # type: ignore[misc]
+
+    def _check_prompt(self, prompt: Any) -> None:
+        self._tilewright.engine.check_prompt(prompt)
 
     def _prepare_cache_for_generation(
         self,
@@ -291,10 +314,7 @@ class EncoderMixin(CompiledMixin):
         compiled = self._tilewright
         engine = compiled.engine
         self._require_weights()
-        given = self._arguments(args, kwargs)
-        named = inspect.signature(self._tilewright_forward).parameters
-        for rest in [n for n in given if named[n].kind is inspect.Parameter.VAR_KEYWORD]:
-            given |= given.pop(rest)
+        given = self._flat_arguments(args, kwargs)
         return_dict = given.pop("return_dict", None)
         taken = {i.name: given.pop(i.name, None) for i in engine.spec.inputs}
         self._refuse(given)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from tilewright.errors import DeviceError
-from tilewright.ir.program import BufferKind, Program
+from tilewright.ir.program import BufferKind, Program, concrete
 from tilewright.runtime.device import device_facts
 
 from .options import Options
@@ -40,17 +41,25 @@ class Needs:
         slots = {b.name: b.type for _, b in programs[-1].of_kind(BufferKind.state)}
         per_position = sum(int(t.shape[1] * t.shape[3]) * t.dtype.itemsize for t in slots.values())
         decode = [p.arena_bytes for p in programs if p.phase == "decode"]
+        once = [p for p in programs if p.phase == "per_request"]
         # Of rival programs one stays; measuring the others is given up where memory does not suffice.
-        other = [p.arena_bytes for p in programs if p.phase != "decode"]
+        rivals = [p.arena_bytes for p in programs if p.phase not in ("decode", "per_request")]
         return Needs(
             prepared=sum(prepared.values()),
-            kv=per_position * options.max_length * options.max_batch,
-            arena=max(decode, default=0) + min(other, default=0),
+            kv=per_position * options.max_length * options.max_batch + sum(map(_most_held, once)),
+            arena=max(decode, default=0) + sum(p.arena_bytes for p in once) + min(rivals, default=0),
         )
 
     @property
     def total(self) -> int:
         return self.prepared + self.kv + self.arena
+
+
+def _most_held(program: Program) -> int:
+    """Bytes that the results of a program take at its largest sizes."""
+    largest = {name: high for name, _, high in program.symbols}
+    results = (b.type for _, b in program.of_kind(BufferKind.output))
+    return sum(math.prod(concrete(t.shape, largest)) * t.dtype.itemsize for t in results)
 
 
 def require_memory(programs: Sequence[Program], weights: Mapping[str, Tensor], options: Options) -> None:

@@ -30,7 +30,8 @@ from .capture_inputs import (
     MAX_BATCH,
     Inputs,
     Kind,
-    attends_to_an_encoder,
+    has_known_inputs,
+    is_decoder_part,
     model_inputs,
     model_kind,
     symbol_ranges,
@@ -38,9 +39,10 @@ from .capture_inputs import (
 from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, flat_names, opaque_layers
 from .capture_ops import ATTENTION, attention_forward, opaque_attention
 from .capture_patches import PositionRule, has_own_attention, position_rule, rerouted
+from .capture_seq2seq import ENCODER_STATES, PER_REQUEST, is_encoder_decoder, whole_model_arguments
 
 # Example sizes: at least 2, because export specialises on 0 and 1, and all different, so that none passes for another.
-_EXAMPLE = {"B": 2, "S": 3, "T": 5, "I": 7}
+_EXAMPLE = {"B": 2, "S": 3, "T": 5, "I": 7, "E": 11}
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Captured:
 
     ``outputs`` names what the outer graph returns, in order. They fill the pytree ``output_spec``, for a "module"
     together with ``output_constants``, the leaves (by position) that are no tensors. For a Hugging Face model that tree
-    is a ModelOutput, of the class ``output_class``. ``notes`` says, for the report, which
+    is a ModelOutput, of the class ``output_class``. ``per_request`` names
+    inputs that stay the same while a request is decoded. ``notes`` says, for the report, which
     repeated layers could not be captured as layers and why.
     """
 
@@ -91,6 +94,7 @@ class Captured:
     output_constants: Mapping[int, Any]
     position_rule: PositionRule
     notes: tuple[str, ...]
+    per_request: tuple[str, ...] = ()
 
 
 def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | None = None) -> Captured:
@@ -103,16 +107,15 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     _check_ready(model)
     if example_inputs is not None:
         return _capture_module(model, example_inputs)
-    if isinstance(model, PreTrainedModel) and attends_to_an_encoder(model):
+    if not isinstance(model, PreTrainedModel) or not has_known_inputs(model):
         raise CaptureError(
-            f"{type(model).__name__} has a decoder that attends to an encoder's states, which is not supported yet; "
-            "compile the encoder of the whole model, encoder = tilewright.compile(model.get_encoder()) (one of sound "
-            "needs example_inputs=), and have Hugging Face decode: model.generate(encoder_outputs=encoder(...))"
+            f"{type(model).__name__} is not a Hugging Face model of text, images or sound, so its inputs are unknown; "
+            "pass example_inputs= (a tuple of arguments or a dict of keyword arguments)"
         )
-    if not isinstance(model, PreTrainedModel) or model.main_input_name not in ("input_ids", "pixel_values"):
+    if not is_encoder_decoder(model) and is_decoder_part(model):
         raise CaptureError(
-            f"{type(model).__name__} is not a Hugging Face model of text or images, so its inputs are unknown; pass "
-            "example_inputs= (a tuple of arguments or a dict of keyword arguments)"
+            f"{type(model).__name__} is the decoder out of an encoder-decoder, which attends to the encoder's states; "
+            "compile the whole model"
         )
     return _capture_transformer(model)
 
@@ -172,8 +175,12 @@ class _Outer(nn.Module):
         self.returned = _Returned()
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        out = self.model(**inputs, return_dict=True, **self._switched_off())
+        whole = is_encoder_decoder(self.model)
+        arguments = whole_model_arguments(self.model, inputs) if whole else inputs
+        out = self.model(**arguments, return_dict=True, **self._switched_off())
         tensors = _tensors_of(out)
+        if whole:  # the states that it was given are no result
+            tensors = type(tensors)(**{k: v for k, v in tensors.items() if v is not inputs[ENCODER_STATES]})
         leaves, self.returned.spec = pytree.tree_flatten(tensors)
         self.returned.output_class, self.returned.names = type(out), tuple(flat_names(tensors))
         return tuple(leaves)
@@ -219,6 +226,7 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
         output_constants={},
         position_rule=position_rule(model.config.model_type),
         notes=tuple(notes),
+        per_request=PER_REQUEST if is_encoder_decoder(model) else (),
     )
 
 

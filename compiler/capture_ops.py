@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,16 +62,17 @@ def attention_forward(
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
     slopes: Tensor | None = None,
-    position_bias: Tensor | None = None,
+    position_bias: Tensor | Literal[False] | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in place of eager or SDPA attention: emit one opaque op.
 
     query, key, value [B, H, S, D] give [B, S, H, D]. ``s_aux`` [H] are sinks, under the name that transformers has for
-    them; ``slopes`` f32[H] are those of ALiBi, and a ``position_bias`` f32[H, R] is a table by distance: only
-    ``capture_patches`` passes such. Raises CaptureError for a bias or a mask that the op cannot express.
+    them; ``slopes`` f32[H] are those of ALiBi, and a ``position_bias`` f32[H, R] is a table by distance (False: there
+    is none): only ``capture_patches`` passes such. Raises CaptureError for a bias or a mask that the op cannot express.
     """
-    arrays = {"head_mask": extra.get("head_mask"), "position_bias": position_bias}
+    distances = None if position_bias is False else position_bias
+    arrays = {"head_mask": extra.get("head_mask"), "position_bias": distances}
     for name, array in arrays.items():
         if array is not None and array.ndim != 2:
             raise CaptureError(
@@ -92,7 +93,7 @@ def attention_forward(
         attention_mask,
         s_aux,
         slopes,
-        position_bias,
+        distances,
         float(scale),
         float(softcap or 0.0),
         int(sliding_window or 0),

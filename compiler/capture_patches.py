@@ -99,30 +99,46 @@ def _reroute_attn(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]
 
 
 def _reroute_relative(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]:
-    """Modules that sort distances into buckets, each with a bias per head, and hand that on as ``position_bias``.
+    """Stacks of blocks, of which the first sorts distances into buckets, each with a bias per head; the others are
+    given what it computed.
 
-    They get a table f32[H, R] by distance in place of an array over queries and keys: from ``max_distance`` on all
-    distances are in one bucket.
+    In place of an array over queries and keys each block is given a table f32[H, R] by distance: from ``max_distance``
+    on all distances are in one bucket. The table is computed once, outside of the blocks, so that they are alike.
     """
 
-    def route(module: Any) -> Callable[..., Tensor]:
-        most = module.relative_attention_max_distance
-        distances = torch.arange(-most, most + 1, device=model.device)
-        buckets = module._relative_position_bucket(
-            distances,
-            bidirectional=not module.is_decoder,
-            num_buckets=module.relative_attention_num_buckets,
+    def table(attention: Any) -> Tensor:
+        most = attention.relative_attention_max_distance
+        buckets = attention._relative_position_bucket(
+            torch.arange(-most, most + 1, device=model.device),
+            bidirectional=not attention.is_decoder,
+            num_buckets=attention.relative_attention_num_buckets,
             max_distance=most,
         )
+        return cast(Tensor, attention.relative_attention_bias(buckets).t().float())
 
-        def compute_bias(*_: object, **__: object) -> Tensor:
-            return cast(Tensor, module.relative_attention_bias(buckets).t().float())
+    def given(attention: Any) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # False: cross-attention would make an array of zeros for want of a bias.
+            return (*args[:2], table(attention), *args[3:5], False, *args[6:]), kwargs
 
-        return compute_bias
+        return hook
 
-    for module in model.modules():
-        if getattr(module, "has_relative_attention_bias", False):
-            yield _Override(module, "compute_bias", route(module))
+    def route(block: Any) -> Callable[..., tuple[Tensor, None, None]]:
+        forward = type(block).forward
+
+        def one_result(*args: Any, **kwargs: Any) -> tuple[Tensor, None, None]:
+            return forward(block, *args, **kwargs)[0], None, None
+
+        return one_result
+
+    for stack in model.modules():
+        if isinstance(blocks := getattr(stack, "block", None), nn.ModuleList):
+            first = next(m for m in blocks[0].modules() if getattr(m, "has_relative_attention_bias", False))
+            hook = given(first)
+            for block in blocks:
+                yield _Override(block, "_forward_pre_hooks", {0: hook})
+                yield _Override(block, "_forward_pre_hooks_with_kwargs", {0: True})
+                yield _Override(block, "forward", route(block))
 
 
 # --- attention in a forward ---------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,12 @@ class Options:
     @property
     def max_batch(self) -> int:
         return max(self.batch_sizes)
+
+    def of_part(self, name: str) -> Options:
+        """The options for a part of the model that is compiled by itself and keeps no KV state. Raises OptionError
+        where its dump cannot be written."""
+        dump = None if self.dump is None else _dump_folder(self.dump / name)
+        return replace(self, kv_cache="", dump=dump)
 
     @property
     def chunk(self) -> int:

@@ -11,6 +11,7 @@ from tilewright.codegen.tunables import Tunables
 from tilewright.ir.module import Module
 from tilewright.ir.program import Program
 from tilewright.passes.base import PassOptions
+from tilewright.passes.hoist_per_request import hoist_per_request
 from tilewright.passes.pipeline import run_passes
 from tilewright.passes.plan_memory import plan_memory
 
@@ -20,6 +21,9 @@ from .estimates import estimates, gpu
 from .lower import lower
 from .options import Options
 from .report import PhaseReport
+
+PER_REQUEST = "per_request"
+"""The phase of what a decoder computes of an encoder's states, once per request: keys and values of cross-attention."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,37 @@ class Phase:
     ranges: Mapping[str, tuple[int, int]]
 
 
-def phases_of(captured: Captured, lowered: Module, options: Options) -> list[Phase]:
-    """The programs of a model: one decode program per batch size and then prefill, or forward alone."""
+@dataclass(frozen=True)
+class Parts:
+    """A lowered model, less what depends on nothing but what is known at a request's start: that is ``per_request``,
+    whose results are the inputs ``names`` of ``steps``."""
+
+    steps: Module
+    per_request: Module | None = None
+    names: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(captured: Captured, lowered: Module) -> Parts:
+        hoisted = hoist_per_request(lowered, captured.per_request)
+        if hoisted is None:
+            return Parts(lowered)
+        return Parts(hoisted.steps, hoisted.once, hoisted.names)
+
+    def module(self, phase: Phase) -> Module:
+        """The module that a phase's program is made of, with the sizes that the program is for."""
+        part = self.per_request if phase.phase == PER_REQUEST else self.steps
+        assert part is not None
+        return part.with_symbols(**phase.ranges)
+
+
+def phases_of(
+    captured: Captured, lowered: Module, options: Options, states: tuple[int, int] = (1, 1)
+) -> list[Phase]:
+    """The programs of a model: one decode program per batch size, what a request computes once, and prefill; or forward
+    alone. ``states``: how many states of an encoder a decoder can attend to.
+
+    Prefill comes last, in the ways that may be measured.
+    """
     spelled = PassOptions(spell_out_experts=SPELL_OUT_EXPERTS[options.backend])
     known = {name: (low, high) for name, low, high in lowered.symbols}
     if captured.kind != "decoder":
@@ -44,6 +77,11 @@ def phases_of(captured: Captured, lowered: Module, options: Options) -> list[Pha
             ranges["S"] = (1, min(known["S"][1], options.max_length))
         return [Phase("forward", "forward", options.max_batch, spelled, ranges)]
     context = {"T": (1, options.max_length)}
+    once: list[Phase] = []
+    if captured.per_request:
+        context["E"] = states
+        ranges = {"B": (1, options.max_batch), "E": states}
+        once = [Phase(PER_REQUEST, PER_REQUEST, options.max_batch, spelled, ranges)]
     decode = [
         Phase(
             f"decode_b{size}",
@@ -67,8 +105,8 @@ def phases_of(captured: Captured, lowered: Module, options: Options) -> list[Pha
     vendor = replace(ours, name="prefill_vendor", passes=replace(ours.passes, vendor_matmul=True))
     # The vendor's library knows no quantised weights.
     if options.autotune == "off" or options.weights or not measures(options):
-        return [*decode, ours]
-    return [*decode, ours, vendor]
+        return [*decode, *once, ours]
+    return [*decode, *once, ours, vendor]
 
 
 def quantized_phases(phases: list[Phase], options: Options, keep_wide: tuple[str, ...]) -> list[Phase]:
@@ -99,7 +137,8 @@ def plan_programs(model: nn.Module, options: Options) -> list[Program]:
     phases = phases_of(captured, lowered, options)
     if options.weights:
         phases = quantized_phases(phases, options, ())
-    modules = [run_passes(lowered.with_symbols(**phase.ranges), phase.passes) for phase in phases]
+    parts = Parts.of(captured, lowered)
+    modules = [run_passes(parts.module(phase), phase.passes) for phase in phases]
     return [
         plan_memory(module, phase.name, phase.phase, phase.batch, options.max_length)
         for module, phase in zip(modules, phases, strict=True)
@@ -122,8 +161,9 @@ def report_dims(program: Program, options: Options) -> dict[str, int]:
     highs = {name: high for name, _, high in program.symbols}
     context = min(512, options.max_length)
     if program.phase == "decode":
-        return {"B": program.batch, "S": 1, "L": 1, "T": context}
-    sizes = {"B": 1, "I": 1, "S": context, "T": context, "L": 1}
+        sizes = {"B": program.batch, "S": 1, "L": 1, "T": context}
+        return sizes | {"E": min(context, highs["E"])} if "E" in highs else sizes
+    sizes = {"B": 1, "I": 1, "S": context, "T": context, "L": 1, "E": context}
     return {name: min(size, highs[name]) for name, size in sizes.items() if name in highs}
 
 

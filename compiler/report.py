@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from io import StringIO
 from typing import Any
 
@@ -88,6 +88,10 @@ class Memory:
     prepared: int = 0
     kv_per_sequence: int = 0
 
+    def plus(self, other: Memory) -> Memory:
+        """What both hold."""
+        return Memory(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Memory)))
+
 
 @dataclass(frozen=True)
 class Fallback:
@@ -145,8 +149,27 @@ class Report:
         return self.phases[0].arena_bytes
 
     def phase(self, name: str) -> PhaseReport:
-        """The first program of that phase (``decode``, ``prefill`` or ``forward``)."""
+        """The first program of that phase (``decode``, ``prefill``, ``forward``; of an encoder-decoder also
+        ``per_request`` and ``encoder``)."""
         return next(p for p in self.phases if p.phase == name)
+
+    def with_part(self, part: Report, name: str) -> Report:
+        """This report together with that of a part of the model, whose programs are shown under ``name``."""
+
+        def named(program: str) -> str:
+            return name if program == "forward" else f"{name}.{program}"
+
+        return replace(
+            self,
+            phases=(*self.phases, *(replace(p, name=named(p.name), phase=name) for p in part.phases)),
+            memory=self.memory.plus(part.memory),
+            eager_peak_bytes=max(self.eager_peak_bytes, part.eager_peak_bytes),
+            fallbacks=(*self.fallbacks, *(replace(f, phase=named(f.phase)) for f in part.fallbacks)),
+            notes=(*self.notes, *(f"{name}: {note}" for note in part.notes)),
+            seconds=(*((f"{name}: {stage}", s) for stage, s in part.seconds), *self.seconds),
+            cache=(*((f"{name}: {stage}", ready) for stage, ready in part.cache), *self.cache),
+            compiled_while_running=self.compiled_while_running + part.compiled_while_running,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON-ready data."""

@@ -35,6 +35,8 @@ class Trial:
             return Trial.decode(spec, program.batch)
         if program.phase == "prefill":
             return Trial.prefill(spec)
+        if program.phase == "per_request":
+            return Trial.per_request(program, spec)
         sizes = {name: min(high, TOKENS) if name == "S" else low for name, low, high in program.symbols}
         return Trial.forward(spec, sizes)
 
@@ -77,8 +79,21 @@ class Trial:
             "position_ids": positions.repeat(batch, 1),
             "attention_mask": state.mask,
         }
+        if spec.per_request is not None:
+            state.hold({name: low for name, low, _ in spec.symbols if name not in dims})
+            inputs |= {name: tensor[:batch] for name, tensor in state.held.tensors.items()}
+            dims = dims | state.held.dims
         outputs = {o.name: o.empty(dims, spec.device) for o in spec.outputs}
         return Trial(inputs, dims, state, outputs)
+
+    @staticmethod
+    def per_request(program: Program, spec: EngineSpec) -> Trial:
+        """What a request of one sequence computes at its start, of as many states as a piece of prompt has tokens."""
+        dims = {n: 1 if n == "B" else max(low, min(high, TOKENS)) for n, low, high in program.symbols}
+        assert spec.per_request is not None
+        inputs = {s.name: s.empty(dims, spec.device).fill_(1) for s in spec.per_request.inputs}
+        results = enumerate(spec.per_request.results)
+        return Trial(inputs, dims, None, {f"output{n}": s.empty(dims, spec.device) for n, s in results})
 
 
 def wait(device: torch.device) -> None:

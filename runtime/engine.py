@@ -20,12 +20,19 @@ class Engine:
     """Runs a compiled model. Safe to use from several threads, each with its own request states.
 
     ``decode`` holds one executor per batch bucket (S = 1); ``prefill`` takes any B and S, and is the only program of
-    an encoder or a plain module.
+    an encoder or a plain module. ``per_request`` is that of a decoder that attends to an encoder.
     """
 
-    def __init__(self, decode: Sequence[Executor], prefill: Executor, spec: EngineSpec) -> None:
+    def __init__(
+        self,
+        decode: Sequence[Executor],
+        prefill: Executor,
+        spec: EngineSpec,
+        per_request: Executor | None = None,
+    ) -> None:
         self.spec = spec
         self.prefill_executor = prefill
+        self.per_request_executor = per_request
         self.decode_executors = {e.batch: e for e in sorted(decode, key=lambda e: e.batch)}
         self.idle = IdleStates(spec)
         self._compiled_before = self._compiled()
@@ -74,10 +81,39 @@ class Engine:
         return self._compiled() - self._compiled_before
 
     def _compiled(self) -> int:
-        executors = (*self.decode_executors.values(), self.prefill_executor)
+        executors: list[Executor] = [*self.decode_executors.values(), self.prefill_executor]
+        if self.per_request_executor is not None:
+            executors.append(self.per_request_executor)
         return sum(e.compiled for e in executors if isinstance(e, Compiling))
 
     # Decoders
+
+    def begin(self, state: RequestState, given: Mapping[str, Tensor | None]) -> None:
+        """Compute what the steps of an empty request read unchanged, of what ``spec.per_request`` asks for: for an
+        encoder-decoder encoder_hidden_states f[B, E, d] and encoder_attention_mask [B, E].
+
+        Raises InputError for what is missing or does not fit.
+        """
+        per_request, executor = self.spec.per_request, self.per_request_executor
+        assert per_request is not None
+        assert executor is not None
+        dims: dict[str, int] = {"B": state.batch}
+        ready = {s.name: self._check_input(s, given.get(s.name), dims) for s in per_request.asked}
+        self._check_sizes(dims)
+        state.hold(dims)
+        held = {name: tensor[: state.batch] for name, tensor in state.held.tensors.items()}
+        outputs = {f"output{n}": held[spec.name] for n, spec in enumerate(per_request.results)}
+        executor.run({s.name: ready[s.name] for s in per_request.inputs}, dims, state, outputs)
+        state.held.ready = True
+        self.change_given(state, ready)
+
+    def change_given(self, state: RequestState, given: Mapping[str, Tensor]) -> None:
+        """Replace, from here on, what steps of a request read just as it is given: encoder_attention_mask [B, E]."""
+        assert self.spec.per_request is not None
+        for spec in self.spec.per_request.given:
+            if (value := given.get(spec.name)) is not None:
+                dims = {"B": state.batch, **state.held.dims}
+                state.held.tensors[spec.name][: state.batch] = self._check_input(spec, value, dims)
 
     def step(
         self,
@@ -93,6 +129,8 @@ class Engine:
         ``position_ids`` [B, S] or [1, S] or None. Returns logits[B, keep, V], a fresh tensor. Raises InputError for
         inputs that do not fit, and leaves the state as it was.
         """
+        if self.spec.per_request is not None and not state.held.ready:
+            raise InputError("the cache is empty, and there are no states of an encoder to attend to")
         ids = self._check_ids(state, input_ids)
         self._check_mask(state, ids, attention_mask)
         if position_ids is not None:
@@ -152,8 +190,10 @@ class Engine:
                 "input_ids": aligned(ids[:, start:stop]),
                 "position_ids": aligned(positions[:, start:stop]),
                 "attention_mask": state.mask,
+                **{name: tensor[:batch] for name, tensor in state.held.tensors.items()},
             }
             dims = {"B": batch, "S": stop - start, "T": state.length + stop - start, "L": kept}
+            dims |= state.held.dims
             logits = spec.outputs[0].empty(dims, spec.device)
             self.prefill_executor.run(inputs, dims, state, {name: logits})
             state.length += stop - start
@@ -265,14 +305,17 @@ class Engine:
                 for i in range(0, dims["B"], rows)
             ]
             return {o.name: torch.cat([p[o.name] for p in parts]) for o in self.spec.outputs}
-        for name, low, high in self.spec.symbols:
-            if name in dims and not low <= dims[name] <= high:
-                raise InputError(f"dim {name} is {dims[name]}, but this model takes {low} to {high}")
+        self._check_sizes(dims)
         outputs = {o.name: o.empty(dims, self.spec.device) for o in self.spec.outputs}
         state = self.idle.take(0, 0)
         self.prefill_executor.run(ready, dims, state, outputs)
         self.idle.give_back(state)
         return outputs
+
+    def _check_sizes(self, dims: Mapping[str, int]) -> None:
+        for name, low, high in self.spec.symbols:
+            if name in dims and not low <= dims[name] <= high:
+                raise InputError(f"dim {name} is {dims[name]}, but this model takes {low} to {high}")
 
     def _check_input(self, spec: TensorSpec, value: Tensor | None, dims: dict[str, int]) -> Tensor:
         if value is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -25,7 +25,7 @@ class Executor(Protocol):
 
     @property
     def phase(self) -> str:
-        """``decode``, ``prefill`` or ``forward``."""
+        """``decode``, ``prefill``, ``per_request`` or ``forward``."""
         ...
 
     @property
@@ -112,12 +112,45 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class PerRequest:
+    """What the steps of a decoder read unchanged for a whole request.
+
+    inputs: of the program that runs once, at the request's start. results: of that program, in order, under the names
+    of the inputs that steps read them as. given: inputs of steps that the caller gives at the start.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    results: tuple[TensorSpec, ...]
+    given: tuple[TensorSpec, ...]
+
+    @staticmethod
+    def of(once: Program, steps: Program, names: Sequence[str], known: Collection[str]) -> PerRequest:
+        """``once`` computes the inputs ``names`` of ``steps``; those among ``known`` are given."""
+        inputs = {b.name: TensorSpec(b.name, b.type) for _, b in steps.of_kind(BufferKind.input)}
+        return PerRequest(
+            inputs=tuple(TensorSpec(b.name, b.type) for _, b in once.of_kind(BufferKind.input)),
+            results=tuple(inputs[name] for name in names),
+            given=tuple(spec for name, spec in inputs.items() if name in known),
+        )
+
+    @property
+    def asked(self) -> tuple[TensorSpec, ...]:
+        """What a caller has to give at the start, each once."""
+        return tuple(dict.fromkeys((*self.inputs, *self.given)))
+
+    @property
+    def held(self) -> tuple[TensorSpec, ...]:
+        """What the request keeps."""
+        return (*self.results, *self.given)
+
+
+@dataclass(frozen=True)
 class EngineSpec:
     """Everything that the engine knows about a compiled model; plain data.
 
     symbols: inclusive range of each dim. outputs: a decoder's first one is what its steps return: logits[B, L, V], or
     the hidden states of a model without a head. positions: how position ids default, counted from the past length
-    or over the attended keys of the mask (as OPT does).
+    or over the attended keys of the mask (as OPT does). per_request: of a decoder that attends to an encoder.
     """
 
     kind: Kind
@@ -130,6 +163,7 @@ class EngineSpec:
     max_length: int = 0
     chunk: int = 512
     positions: Literal["past", "mask"] = "past"
+    per_request: PerRequest | None = None
 
     @staticmethod
     def of(
@@ -140,6 +174,7 @@ class EngineSpec:
         chunk: int = 512,
         positions: Literal["past", "mask"] = "past",
         bounds: Mapping[str, tuple[int, int]] | None = None,
+        per_request: PerRequest | None = None,
     ) -> EngineSpec:
         """The spec that a model's prefill or forward program implies; ``bounds`` are those of its inputs by name."""
 
@@ -163,6 +198,7 @@ class EngineSpec:
             max_length=program.capacity,
             chunk=chunk,
             positions=positions,
+            per_request=per_request,
         )
 
     @property

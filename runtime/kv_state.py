@@ -17,6 +17,7 @@ from torch import Tensor
 from tilewright.ir.program import InputError
 
 from .executor import EngineSpec
+from .held_inputs import HeldInputs
 from .host import stream_number
 
 
@@ -25,6 +26,7 @@ class RequestState:
 
     ``buffers[slot]`` is [rows, heads, max_length, head_dim], of which the first ``length`` positions are filled;
     ``mask`` is bool[rows, max_length], one byte each, true where a key may be attended to and from ``length`` on.
+    ``held`` are the inputs that stay the same, of a decoder that attends to an encoder.
     ``version`` changes whenever a tensor is replaced, which invalidates the addresses that an executor keeps in
     ``scratch``. ``stream`` is the GPU stream that the request runs on, 0 elsewhere.
     """
@@ -35,6 +37,7 @@ class RequestState:
         self.stream = stream_number(spec.device)
         self.version = 0
         self.scratch: dict[Any, Any] = {}
+        self.held = HeldInputs()
         self._allocate()
         self.reset(batch)
 
@@ -46,6 +49,7 @@ class RequestState:
         self.batch = batch
         self.length = 0
         self.padded = False  # whether some attended-to position is masked out
+        self.held.ready = False
         self.mask.fill_(True)
         self.ids.zero_()
         self.positions.zero_()
@@ -76,9 +80,10 @@ class RequestState:
             "input_ids": self.ids,
             "position_ids": self.positions,
             "attention_mask": self.mask,
+            **self.held.tensors,
         }
         self.step_outputs = {output.name: self.logits for output in self.spec.outputs[:1]}
-        self.step_dims = {"B": self.rows, "S": 1, "T": 1, "L": 1}
+        self.step_dims = {"B": self.rows, "S": 1, "T": 1, "L": 1, **self.held.dims}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RequestState:
         """An independent request that goes on from the same past; executors bind it anew."""
@@ -88,9 +93,23 @@ class RequestState:
             twin.buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
             twin.mask, twin.ids = self.mask.clone(), self.ids.clone()
             twin.positions, twin.logits = self.positions.clone(), self.logits.clone()
+            twin.held = self.held.copy()
         twin.scratch = {}
         twin._bind()
         return twin
+
+    def hold(self, dims: dict[str, int]) -> None:
+        """Make room for what a request at these sizes holds; ``held.tensors`` are to be filled then."""
+        per_request = self.spec.per_request
+        assert per_request is not None
+        if self.held.make_room(per_request.held, dims, self.rows, self.spec.device):
+            self._moved()
+
+    def _moved(self) -> None:
+        """Tensors have new addresses."""
+        self.scratch.clear()
+        self.version += 1
+        self._bind()
 
     @contextmanager
     def undone_on_failure(self) -> Iterator[None]:
@@ -114,8 +133,8 @@ class RequestState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the KV buffers."""
-        return sum(b.nbytes for b in self.buffers.values())
+        """Bytes held by the KV buffers, and by what steps read unchanged."""
+        return sum(b.nbytes for b in self.buffers.values()) + self.held.nbytes
 
     def crop(self, length: int) -> None:
         """Forget every position from ``length`` on. Raises InputError when that many are not there."""
@@ -136,6 +155,7 @@ class RequestState:
                 0, rows
             )
         self.mask[: self.batch] = self.mask[: self.batch].index_select(0, rows)
+        self.held.reorder(rows)
 
     def select(self, rows: Tensor, new_rows: int) -> None:
         """Become a request over the sequences ``rows``, repeated or dropped at will; i64[n], n <= new_rows.
@@ -150,11 +170,13 @@ class RequestState:
         }
         mask = self.mask[: self.batch].index_select(0, rows)
         self.batch = rows.numel()
+        self.held.select(rows, new_rows)
         if new_rows != self.rows:
             self.rows = new_rows
             self._allocate()
-            self.scratch.clear()
-            self.version += 1
+            self._moved()
+        elif self.held.tensors:
+            self._moved()
         for name, buffer in self.buffers.items():
             buffer[: self.batch, :, : self.length] = kept[name]
         self.mask[: self.batch] = mask

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from tilewright.api_mixin import Compiled, attach
+from tilewright.api_mixin import Compiled, DecoderMixin, EncoderMixin, attach
 from tilewright.ir.types import tensor_type
 from tilewright.report import Report
 from tilewright.runtime.engine import Engine
@@ -116,7 +116,7 @@ def eager_decoder(
     engine = Engine(decode, EagerDecoder(model, "prefill", 0), spec)
     with torch.no_grad():
         output_class = type(model(torch.ones(1, 1, dtype=torch.long)))
-    return attach(model, Compiled(engine, Report(), ("logits",), output_class))
+    return attach(model, Compiled(engine, Report(), ("logits",), output_class), DecoderMixin)
 
 
 def eager_encoder(model: PreTrainedModel) -> Any:
@@ -141,4 +141,4 @@ def eager_encoder(model: PreTrainedModel) -> Any:
     names = ("last_hidden_state", "pooler_output")
     output = BaseModelOutputWithPoolingAndCrossAttentions(**dict.fromkeys(names, 0))
     _, spec = pytree.tree_flatten(output)
-    return attach(model, Compiled(engine, Report(), names, type(output), spec))
+    return attach(model, Compiled(engine, Report(), names, type(output), spec), EncoderMixin)
