@@ -5,8 +5,12 @@ Needs the packages that ``serve.require_packages`` looks for.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import inspect
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from importlib import import_module
 from typing import Any
 
@@ -66,6 +70,23 @@ class FittingRequests(GenerateManager):
     ) -> Any:
         _fit(model, inputs, gen_config)
         return await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **options)
+
+    def async_submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
+        """As in the base, but the thread outlives a result that comes after the server has stopped."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+
+        def settle(done: Future[Any]) -> None:
+            if not answer.done():
+                error = done.exception()
+                answer.set_result(done.result()) if error is None else answer.set_exception(error)
+
+        def deliver(done: Future[Any]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(settle, done)
+
+        self.submit(fn, *args, **kwargs).add_done_callback(deliver)
+        return answer
 
 
 def _fit(model: Any, inputs: Any, config: Any) -> None:
