@@ -200,7 +200,7 @@ def serve(
 ) -> None:
     """Serve a model with transformers' own server, by OpenAI's protocol: chat completions, completions, responses.
 
-    Needs pip install 'tilewright[serve]'. Requests run one after the other. Ctrl-C stops.
+    Needs the packages of the extra 'serve'. Requests run one after the other. Ctrl-C stops.
     """
     require_packages()
     check_log_level(log_level)
