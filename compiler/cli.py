@@ -1,4 +1,4 @@
-"""The command line: ``tilewright generate | report | opt``. Results go to stdout, everything else to stderr."""
+"""The command line: ``tilewright generate | serve | report | opt``. Results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from tilewright.options import cache_form, weights_form
 from tilewright.passes.base import PassOptions
 from tilewright.passes.pipeline import PIPELINE, find_passes, run_passes
 from tilewright.progress import Progress
+from tilewright.serve import check_log_level, listen, make_server, require_packages, url_of
+from tilewright.serve import run as run_server
 from tilewright.timing import TimedStreamer
 
 app = typer.Typer(
@@ -70,6 +72,7 @@ BackendOption = Annotated[
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="CPU threads, ours and torch's; by default torch's choice.")
 ]
+BatchOption = Annotated[list[int] | None, typer.Option(help="Batch sizes to build for; repeatable.")]
 AutotuneOption = Annotated[str, typer.Option(help="off, cached or full.")]
 DumpOption = Annotated[
     Path | None, typer.Option(help="Folder for the IR after every pass, kernel sources and the memory plan.")
@@ -127,11 +130,7 @@ def generate(
     """Answer one or more prompts; a single answer is streamed. Greedy unless a sampling option is given."""
     if threads:
         torch.set_num_threads(threads)
-    source, tokenizer = pretrained.load(model, dtype.in_torch, Progress())
-    if tokenizer is None:
-        raise WeightsError(f"'{model}' has no tokenizer; save one beside the model with save_pretrained")
-    if not source.can_generate():
-        raise OptionError(f"'{model}' is an encoder and writes no text; try --model smollm2")
+    source, tokenizer = _load_writer(model, dtype)
     fast = tw.compile(
         source.to(device),
         batch_sizes=(len(prompt),),
@@ -171,10 +170,79 @@ def generate(
 
 @app.command()
 @readable_errors
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(help="smollm2, or a Hugging Face folder or locally cached id; requests name it so."),
+    ] = "smollm2",
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine's.")] = (
+        "localhost"
+    ),
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any free one.")
+    ] = 8000,
+    enable_cors: Annotated[
+        bool, typer.Option("--enable-cors", help="Let web pages of any origin ask.")
+    ] = False,
+    log_level: Annotated[
+        str, typer.Option(help="What is told on stderr: debug, info, warning, error or critical.")
+    ] = "warning",
+    batch: BatchOption = None,
+    dtype: DtypeOption = Dtype.f32,
+    weights: WeightsOption = None,
+    kv_cache: CacheOption = None,
+    device: DeviceOption = "cpu",
+    backend: BackendOption = None,
+    threads: ThreadsOption = None,
+    max_length: LengthOption = None,
+    autotune: AutotuneOption = "cached",
+    dump: DumpOption = None,
+) -> None:
+    """Serve a model with transformers' own server, by OpenAI's protocol: chat completions, completions, responses.
+
+    Needs the packages of the extra 'serve'. Requests run one after the other. Ctrl-C stops.
+    """
+    require_packages()
+    check_log_level(log_level)
+    with listen(host, port) as sock:
+        if threads:
+            torch.set_num_threads(threads)
+        source, tokenizer = _load_writer(model, dtype)
+        fast = tw.compile(
+            source.to(device),
+            batch_sizes=tuple(batch or (1,)),
+            max_length=max_length,
+            weights=weights,
+            kv_cache=kv_cache,
+            autotune=autotune,
+            backend=backend,
+            dump=dump,
+            progress=Progress(),
+        )
+        server = make_server(model, fast, tokenizer, enable_cors=enable_cors, log_level=log_level)
+        address = url_of(sock, host)
+        notes.print(
+            f"Serving {model} at {address} (Ctrl-C stops)", markup=False, highlight=False, soft_wrap=True
+        )
+        run_server(server, sock)
+
+
+def _load_writer(model: str, dtype: Dtype) -> pretrained.Loaded:
+    """A model that writes text, and its tokenizer. Raises WeightsError, OptionError."""
+    source, tokenizer = pretrained.load(model, dtype.in_torch, Progress())
+    if tokenizer is None:
+        raise WeightsError(f"'{model}' has no tokenizer; save one beside the model with save_pretrained")
+    if not source.can_generate():
+        raise OptionError(f"'{model}' is an encoder and writes no text; try smollm2")
+    return source, tokenizer
+
+
+@app.command()
+@readable_errors
 def report(
     model: ModelOption = "smollm2",
     ir: Annotated[str | None, typer.Option(help="Print the IR of this stage instead, e.g. decode.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to build for; repeatable.")] = None,
+    batch: BatchOption = None,
     dtype: DtypeOption = Dtype.f32,
     weights: WeightsOption = None,
     kv_cache: CacheOption = None,

@@ -15,6 +15,10 @@ from tilewright.ir.errors import (
 )
 
 
+class MissingPackageError(TilewrightError):
+    """An optional package is not installed."""
+
+
 class WeightsError(TilewrightError):
     """A model's weights or tokenizer are not installed, or cannot be read."""
 
@@ -27,6 +31,7 @@ __all__ = [
     "InputError",
     "KernelBuildError",
     "LoweringError",
+    "MissingPackageError",
     "OptionError",
     "ParseError",
     "TilewrightError",

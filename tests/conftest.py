@@ -35,6 +35,7 @@ LONGEST_FIRST = (
     "test_tune_kernels.py",
     "test_chart.py",
     "test_api.py",
+    "test_serve.py",
     "test_compile.py",
 )
 

@@ -56,7 +56,7 @@ def folder(tmp_path: Path, tiny_llama: PreTrainedModel) -> str:
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("command", ["generate", "report", "opt"])
+@pytest.mark.parametrize("command", ["generate", "serve", "report", "opt"])
 def test_help_describes_every_option(command: str) -> None:
     text, _ = run(command, "--help")
     group = typer.main.get_command(app)

@@ -1,0 +1,143 @@
+"""What transformers' server is given in place of its own: one compiled model, and requests that fit it.
+
+Needs the packages that ``serve.require_packages`` looks for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from importlib import import_module
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import BaseGenerateManager, GenerateManager, GenerationState
+
+from tilewright.errors import InputError
+
+_HANDLERS = {
+    "chat_handler": "chat_completion.ChatCompletionHandler",
+    "completion_handler": "completion.CompletionHandler",
+    "response_handler": "response.ResponseHandler",
+    "transcription_handler": "transcription.TranscriptionHandler",
+    "systemone_handler": "systemone.SystemOneHandler",
+}
+
+
+class CompiledModel(ModelManager):
+    """Hands out one compiled model, under one name; a request for another is refused with status 400."""
+
+    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
+        self._compiled, self._tokenizer, self._since = model, tokenizer, int(time.time())
+        super().__init__(force_model=name)
+
+    def _load_processor(self, name: str, *args: Any, **options: Any) -> Any:
+        return self._tokenizer
+
+    def _load_model(self, name: str, *args: Any, **options: Any) -> Any:
+        if name != self.process_model_name(self.force_model):
+            raise InputError(f"this server has the model '{self.force_model}' only")
+        return self._compiled
+
+    def get_gen_models(self, *args: Any) -> list[dict[str, Any]]:
+        """The list of models as OpenAI's protocol has it; transformers would look through the hub cache."""
+        return [{"id": self.force_model, "object": "model", "created": self._since, "owned_by": "tilewright"}]
+
+
+class FittingRequests(GenerateManager):
+    """Runs requests one after the other in a thread, as its base does, none beyond the room that it has.
+
+    Where the client says nothing, the server would ask for 1024 new tokens, beyond what most prompts within
+    ``max_length`` leave room for. What is cut ends with ``finish_reason="length"``. A prompt that leaves no room at all
+    is refused, streamed or not, before an answer begins.
+    """
+
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **options: Any
+    ) -> Any:
+        _fit(model, inputs, gen_config)
+        return super().generate_streaming(model, processor, inputs, gen_config, *args, **options)
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **options: Any
+    ) -> Any:
+        _fit(model, inputs, gen_config)
+        return await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **options)
+
+    def async_submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
+        """As in the base, but the thread outlives a result that comes after the server has stopped."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Any] = loop.create_future()
+
+        def settle(done: Future[Any]) -> None:
+            if not answer.done():
+                error = done.exception()
+                answer.set_result(done.result()) if error is None else answer.set_exception(error)
+
+        def deliver(done: Future[Any]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(settle, done)
+
+        self.submit(fn, *args, **kwargs).add_done_callback(deliver)
+        return answer
+
+
+def _fit(model: Any, inputs: Any, config: Any) -> None:
+    prompt, longest = inputs["input_ids"].shape[-1], model._tilewright.engine.spec.max_length
+    if prompt >= longest:
+        raise InputError(
+            f"the prompt has {prompt} tokens and leaves no room for an answer: this server's model takes sequences of "
+            f"{longest}; send a shorter one, or start the server with a larger --max-length"
+        )
+    if config.max_new_tokens is not None:
+        config.max_new_tokens = min(config.max_new_tokens, longest - prompt)
+
+
+class OneModel(GenerationState):
+    """What the handlers share: who runs the one model's requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._requests = FittingRequests()
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
+        return self._requests
+
+
+def build_app(name: str, model: Any, tokenizer: Any, enable_cors: bool = False) -> FastAPI:
+    """Transformers' application around a compiled decoder and its tokenizer, which requests call ``name``."""
+    manager, state = CompiledModel(name, model, tokenizer), OneModel()
+    # Releases differ in their endpoints; what this one has are the parameters of build_server.
+    handlers = {key: _HANDLERS[key] for key in inspect.signature(build_server).parameters if key in _HANDLERS}
+    app = build_server(
+        manager,
+        generation_state=state,
+        enable_cors=enable_cors,
+        **{key: _handler(path)(manager, state) for key, path in handlers.items()},
+    )
+    # Transformers raises ValueError for options that cannot work; without this the client would be told to try again.
+    app.add_exception_handler(ValueError, _refused)
+    app.add_exception_handler(HTTPException, _refused)
+    return app
+
+
+def _handler(path: str) -> Any:
+    module, name = path.split(".")
+    return getattr(import_module(f"transformers.cli.serving.{module}"), name)
+
+
+async def _refused(_request: Request, error: Exception) -> JSONResponse:
+    """The message where OpenAI's clients look for it, under the status that the error has, or 400."""
+    message, status = str(error), 400
+    if isinstance(error, HTTPException):
+        message, status = str(error.detail), error.status_code
+    return JSONResponse(
+        {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}, status
+    )
