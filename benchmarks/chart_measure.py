@@ -49,12 +49,12 @@ def measured(task: Task, systems: Sequence[System], how: Conditions) -> Measured
     """Samples of every system that can take part, and the memory that each takes by itself."""
     able, reasons = _ready(task, systems, how)
     peaks: dict[str, int] = {}
+    released(systems, how.device, thoroughly=True)
     for system in able:
-        released(systems, how.device)
         with reason_of_failure(system.name, how.limit, reasons):
             peaks[system.name] = peak_bytes(partial(task.run, system), how.device)
+        released(systems, how.device)
     able = [s for s in able if s.name in peaks]
-    released(systems, how.device)
     found = _in_turns(task, able, how) if able else None
     if able and found is None:
         found = _one_by_one(task, able, how, reasons)
@@ -74,11 +74,14 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     return int(torch.cuda.max_memory_allocated(device)) - before
 
 
-def released(systems: Sequence[System], device: torch.device) -> None:
-    """Have every system let go of its contexts."""
+def released(systems: Sequence[System], device: torch.device, thoroughly: bool = False) -> None:
+    """Have every system let go of its contexts. thoroughly: also what cycles of objects hold, as tracebacks do."""
+    if thoroughly:
+        for system in systems:
+            system.release()
+        gc.collect()  # which gives requests of ours back to their model
     for system in systems:
         system.release()
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -130,7 +133,7 @@ def _one_by_one(
     """All samples of one system, then all of the next. A round's probe is the median of those beside its samples."""
     alone: list[Measure] = []
     for system in systems:
-        released(systems, how.device)
+        released(systems, how.device, thoroughly=True)
         with reason_of_failure(system.name, how.limit, reasons):
             alone.append(measure(task, "bf16", [system], how.probe, how.repeats, how.advance))
     if not alone:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -77,7 +76,6 @@ class Subject:
     def release(self) -> None:
         """Forget the cached contexts, and memory that a compiled model keeps for later ones."""
         self._caches.clear()
-        gc.collect()  # a cache in a cycle would give its memory back later
         ours = getattr(self.model, "_tilewright", None)
         if ours is not None:
             ours.engine.idle.make_room()
