@@ -83,7 +83,7 @@ def _panel(panel: Any, name: str, points: Sequence[Point]) -> dict[str, Any]:
             textcoords="offset points", ha="center", va="top",
         )  # fmt: skip
         left += BATCH_GAP
-    panel.set_title(f"{NAMES.get(name, name)}, by context and batch", fontsize=10.5, loc="left", pad=46)
+    panel.set_title(f"{NAMES.get(name, name)}, by context and batch", fontsize=10.5, loc="left", pad=54)
     panel.set_xticks(ticks, labels)
     panel.set_xlim(-1, left - GAP - BATCH_GAP)
     panel.tick_params(length=0)
