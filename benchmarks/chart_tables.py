@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.chart_results import FORMS, SYSTEMS, Chart, Point
+from benchmarks.chart_results import FORMS, SYSTEMS, Chart, Point, Prompt
 from benchmarks.results import EAGER, Measure
 from benchmarks.rows import NOTHING, Rows, figure
 from benchmarks.samples import Spread
@@ -13,9 +13,19 @@ from tilewright.report import size_text
 
 def tables(chart: Chart) -> list[Rows]:
     """Everything that was measured."""
-    models = list(dict.fromkeys(p.model for p in chart.points))
+    models = list(dict.fromkeys(e.model for e in (*chart.points, *chart.prompts, *chart.gaps)))
     points = sorted(chart.points, key=lambda p: (models.index(p.model), p.batch, p.context))
-    return [rows for rows in (_decode(points), _first_token(points), _memory(points)) if rows.rows]
+    prompts = sorted(chart.prompts, key=lambda p: (models.index(p.model), p.size))
+    forward = [(p, p.prefill) for p in prompts if p.prefill is not None]
+    found = (
+        _decode(points),
+        _prompts("from a prompt to its first token, by generate()", [(p, p.first_token) for p in prompts]),
+        _prompts("that a prompt's forward takes (prefill)", forward),
+        _gaps(chart),
+        _memory(points),
+        Rows("Left out", ("model, point, system", "reason"), _left_out(chart)),
+    )
+    return [rows for rows in found if rows.rows]
 
 
 def _label(point: Point) -> str:
@@ -49,11 +59,13 @@ def _rate(point: Point, system: str) -> str:
     return "\n".join(lines)
 
 
-def _first_token(points: Sequence[Point]) -> Rows:
-    measured = [(p, p.first_token) for p in points if p.first_token is not None]
+def _prompts(what: str, measured: Sequence[tuple[Prompt, Measure]]) -> Rows:
     columns = _systems([m for _, m in measured])
-    rows = tuple((_label(p), *(_milliseconds(m, name) for name in columns)) for p, m in measured)
-    return Rows("Milliseconds from a prompt as long as the context to its first token", ("", *columns), rows)
+    rows = tuple(
+        (f"{p.model}, batch 1, {p.size} tokens", *(_milliseconds(m, name) for name in columns))
+        for p, m in measured
+    )
+    return Rows(f"Milliseconds {what}", ("", *columns), rows)
 
 
 def _milliseconds(measure: Measure, system: str) -> str:
@@ -61,24 +73,38 @@ def _milliseconds(measure: Measure, system: str) -> str:
     return figure(1e3 * Spread.of(series.seconds).median) if series else NOTHING
 
 
-def _memory(points: Sequence[Point]) -> Rows:
-    """Of points on a GPU, where PyTorch counts what is allocated."""
-    counted = [p for p in points if any(p.peak_bytes.values())]
-    columns = [name for name in SYSTEMS if any(p.peak_bytes.get(name) for p in counted)]
-    rows = []
-    for point in counted:
-        arena = max(point.arena_bytes.values(), default=0)
-        peaks = (point.peak_bytes.get(name, 0) for name in columns)
-        rows.append(
-            (
-                _label(point),
-                *(size_text(n) if n else NOTHING for n in peaks),
-                size_text(arena),
-                size_text(point.graph_bytes),
-            )
+def _gaps(chart: Chart) -> Rows:
+    rows = tuple(
+        (
+            f"{g.model}, {g.system}, batch {g.gap.batch}",
+            f"{figure(1e3 * g.gap.token)} ms",
+            f"{figure(1e3 * g.gap.model)} ms",
+            f"{g.gap.share:.1%}" if g.gap.known else NOTHING,
         )
-    return Rows(
-        "Most device memory allocated while decoding, weights included",
-        ("", *columns, "our arena", "our CUDA graphs"),
-        tuple(rows),
+        for g in chart.gaps
     )
+    return Rows("Between decode steps", ("", "token to token", "the model's part", "without the model"), rows)
+
+
+def _memory(points: Sequence[Point]) -> Rows:
+    columns = [name for name in SYSTEMS if any(p.peak_bytes.get(name) for p in points)]
+    rows = tuple(
+        (
+            _label(point),
+            *(size_text(n) if (n := point.peak_bytes.get(name)) else NOTHING for name in columns),
+            size_text(max(point.arena_bytes.values(), default=0)),
+            size_text(point.graph_bytes),
+        )
+        for point in points
+        if point.peak_bytes
+    )
+    return Rows(
+        "Most memory allocated above the weights while the context is run and decoded from: KV state (ours has room "
+        "for the longest context of its batch) and activations (ours: the arena)",
+        ("", *columns, "our arena", "our CUDA graphs"),
+        rows,
+    )
+
+
+def _left_out(chart: Chart) -> tuple[tuple[str, str], ...]:
+    return tuple((f"{m.model}, {m.where}, {m.system}", m.reason) for m in chart.left_out)

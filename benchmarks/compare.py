@@ -1,8 +1,9 @@
 """What got slower between two result files: ``python -m benchmarks.compare before.json after.json``.
 
 Machines differ from hour to hour, so each figure is first set against something measured beside it in the same run:
-decoding against the time that its bytes take at the probe's bandwidth, everything else against Hugging Face eager. What
-is compared is how that ratio of ours changed. Files are of two kinds: speed (``benchmarks.cpu``) and chart.
+decoding against the time that its bytes take at the probe's bandwidth, a kernel against the time that its bytes or
+FLOPs take at the measured peaks, everything else against Hugging Face eager. What is compared is how that ratio of ours
+changed. Files are of three kinds: speed (``benchmarks.cpu``), chart, and the check of a GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from benchmarks import stored
 from benchmarks.chart_results import Chart
+from benchmarks.gpu_results import GpuCheck
 from benchmarks.results import EAGER, OURS, Measure, Results
 from benchmarks.samples import Spread
 from tilewright.cli import readable_errors
@@ -64,21 +66,36 @@ def standings(file: Path) -> dict[tuple[str, str], Standing]:
             speed = stored.from_json(Results, text)
             found = [s for m in speed.measures for s in _of(f"{m.task} {m.size}, {m.precision}", m)]
         elif kind == Chart.KIND:
-            chart = stored.from_json(Chart, text)
-            found = [
-                s
-                for p in chart.points
-                for m in (p.decode, p.first_token)
-                if m is not None
-                for s in _of(f"{p.model} {m.task}, batch {p.batch}, context {p.context}", m)
-            ]
+            found = _of_chart(stored.from_json(Chart, text))
+        elif kind == GpuCheck.KIND:
+            check = stored.from_json(GpuCheck, text)
+            found = [*_of_kernels(check), *(_of_chart(check.found.chart) if check.found.chart else ())]
         else:
-            raise OptionError(f"{file} holds a result of kind {kind}; compare speed or chart results")
+            raise OptionError(
+                f"{file} holds a result of kind {kind}; compare speed, chart or gpu-check results"
+            )
     except OptionError:
         raise
     except (OSError, ValueError, AttributeError) as error:
         raise OptionError(f"{file} is no result file: {error}") from error
     return {(s.what, s.system): s for s in found if s.system.startswith(OURS)}
+
+
+def _of_chart(chart: Chart) -> list[Standing]:
+    return [
+        s
+        for e in (*chart.points, *chart.prompts)
+        for m in e.measures
+        for s in _of(f"{e.model} {m.task}, batch {max(e.key[1], 1)}, {m.size} tokens", m)
+    ]
+
+
+def _of_kernels(check: GpuCheck) -> Iterator[Standing]:
+    """Shares of the floor, a sample per run."""
+    for kernel in check.found.kernels:
+        if (floor := check.floor(kernel)) and all(kernel.seconds):
+            what = f"kernel {kernel.program}{', tuned' if kernel.tuned else ''}: {kernel.kernel}"
+            yield Standing(what, OURS, "floor", Spread.of([floor / s for s in kernel.seconds]))
 
 
 def _of(what: str, measure: Measure) -> Iterator[Standing]:

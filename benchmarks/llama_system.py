@@ -63,6 +63,10 @@ class LlamaCpp:
         """The tensors of the file once, and keys and values of ``context`` positions."""
         return self._context.weight_bytes + context * self._kv_bytes
 
+    def release(self) -> None:
+        """Forget the context. llama.cpp keeps its memory, of a fixed size."""
+        self._forget(0)
+
     def close(self) -> None:
         """Free what llama.cpp holds."""
         self._context.close()

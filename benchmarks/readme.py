@@ -7,8 +7,18 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import chart_results, chart_tables, quality_results, results, stored, tables
+from benchmarks import (
+    chart_results,
+    chart_tables,
+    gpu_results,
+    quality_results,
+    results,
+    stored,
+    tables,
+    targets,
+)
 from benchmarks.chart_results import Chart
+from benchmarks.gpu_results import GpuCheck
 from benchmarks.quality_results import QualityResults
 from benchmarks.results import LLAMA_CPP, Results
 
@@ -26,7 +36,11 @@ def current(folder: Path = stored.FOLDER) -> str:
         parts.append(speed(found[1], found[0].with_suffix(".svg")))
     if quality := quality_results.newest(folder):
         parts.append(closeness(quality[1]))
-    parts += [paper(chart, file.with_suffix(".svg")) for file, chart in chart_results.latest("paper", folder)]
+    charts = chart_results.latest("paper", folder)
+    parts += [paper(chart, file.with_suffix(".svg")) for file, chart in charts]
+    drawn = {chart.machine["device"] for _, chart in charts}
+    checks = [check for _, check in stored.latest(GpuCheck, "paper", folder)]
+    parts += [gpu(check, whole=check.machine["device"] not in drawn) for check in checks]
     return "\n\n".join(parts) or NOTHING
 
 
@@ -68,12 +82,27 @@ def paper(found: Chart, picture: Path) -> str:
     """The chart of one device: its picture, if it is there, its tables, and what they were measured with."""
     parts = [f"![Speedup over Hugging Face eager]({_link(picture)})"] if picture.exists() else []
     parts += [rows.markdown() for rows in chart_tables.tables(found)]
-    named = ("torch", "transformers", "triton")
-    versions = ", ".join(f"{name} {found.versions[name]}" for name in named if name in found.versions)
-    parts.append(
-        f"{found.machine['device']}; random weights; {versions}; {found.date[:10]}; `{found.command}`."
-    )
+    parts += [rows.markdown() for rows in targets.tables(targets.of_chart(found), found.scale)]
+    parts.append(_made_with(found, found.days))
     return "\n\n".join(parts)
+
+
+def gpu(found: GpuCheck, whole: bool) -> str:
+    """The check of one device. whole: with its few points of the chart and what all of it says of the targets, which
+    is of interest where there is no chart of that device."""
+    parts = [rows.markdown() for rows in gpu_results.tables(found)]
+    chart = found.found.chart
+    if whole:
+        parts += [rows.markdown() for rows in (chart_tables.tables(chart) if chart else ())]
+        parts += [rows.markdown() for rows in targets.tables(targets.of_check(found), found.scale)]
+    parts.append(_made_with(found, found.date[:10]))
+    return "\n\n".join(parts)
+
+
+def _made_with(found: Chart | GpuCheck, days: str) -> str:
+    named = ("torch", "transformers", "triton", "commit")
+    versions = ", ".join(f"{name} {found.versions[name]}" for name in named if name in found.versions)
+    return f"{found.machine['device']}; random weights; {versions}; {days}; `{found.command}`."
 
 
 def _machine(found: Results | QualityResults) -> str:

@@ -13,6 +13,7 @@ from tilewright.trials import wait
 
 _PROMPT = 16
 _REPEATS = 3
+_NOISE = 0.02  # as much as the share is meant to stay below
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class StepGap:
     batch: int
     token: float
     model: float
+
+    @property
+    def known(self) -> bool:
+        """Whether the share means something: where a step took less time than its model, noise is larger than it."""
+        return 0 < self.model <= (1 + _NOISE) * self.token
 
     @property
     def share(self) -> float:

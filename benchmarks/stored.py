@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
 
+from tilewright.errors import OptionError
 from tilewright.runtime.files import write_atomically
 
 FOLDER = Path(__file__).parent / "results"
@@ -53,6 +54,14 @@ def from_json(cls: type[R], text: str) -> R:
         raise ValueError(f"not a result of this benchmark: {error}") from error
 
 
+def of_file(cls: type[R], file: Path) -> R:
+    """A run of ``cls`` from a file. Raises OptionError for one that cannot be read or holds something else."""
+    try:
+        return from_json(cls, file.read_text())
+    except (OSError, ValueError, AttributeError) as error:
+        raise OptionError(f"{file} is no {cls.KIND} result: {error}") from error
+
+
 def save(result: Result, file: Path | None = None) -> Path:
     """Write to ``file``, by default ``results/<cpu>/<date>-<kind>.json``; returns where."""
     file = file or place(result)
@@ -76,6 +85,15 @@ def all_of(cls: type[R], folder: Path) -> list[tuple[Path, R]]:
     """Every stored run of ``cls``, and its file."""
     texts = {file: file.read_text() for file in folder.rglob("*.json")}
     return [(file, from_json(cls, t)) for file, t in texts.items() if json.loads(t).get("kind") == cls.KIND]
+
+
+def latest(cls: type[R], scale: str, folder: Path) -> list[tuple[Path, R]]:
+    """The latest stored run of ``cls`` on each device at a scale, and its file, in the order of devices' names."""
+    found: dict[str, tuple[Path, R]] = {}
+    for file, result in sorted(all_of(cls, folder), key=lambda pair: pair[1].date):
+        if cast(Any, result).scale == scale:
+            found[result.machine["device"]] = (file, result)
+    return [found[device] for device in sorted(found)]
 
 
 def records(cls: type[Any], rows: list[dict[str, Any]]) -> tuple[Any, ...]:

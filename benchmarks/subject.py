@@ -73,9 +73,16 @@ class Subject:
         """As the caller of ``__init__`` counted them."""
         return self._bytes_per_step(context)
 
+    def release(self) -> None:
+        """Forget the cached contexts, and memory that a compiled model keeps for later ones."""
+        self._caches.clear()
+        ours = getattr(self.model, "_tilewright", None)
+        if ours is not None:
+            ours.engine.idle.make_room()
+
     def close(self) -> None:
         """Forget the cached contexts."""
-        self._caches.clear()
+        self.release()
 
     def _rows(self, ids: Tensor) -> Tensor:
         return ids.repeat(self.batch, 1)

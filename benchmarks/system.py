@@ -45,6 +45,10 @@ class System(Protocol):
         """Bytes of weights, keys and values that one decode step has to read at this context."""
         ...
 
+    def release(self) -> None:
+        """Let go of the contexts that it holds, and of memory that waits for the next; it can go on all the same."""
+        ...
+
     def close(self) -> None:
         """Release what garbage collection would not."""
         ...

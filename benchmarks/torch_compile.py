@@ -66,6 +66,10 @@ class TorchCompile:
         """Those of the model; that a static cache is read to its end is not asked for."""
         return models.bytes_per_step(self.model, context, self.batch)
 
+    def release(self) -> None:
+        """Forget the caches; compiled code stays, and serves caches of the same size."""
+        self._caches.clear()
+
     def close(self) -> None:
         """Give compiled code back, which dynamo else keeps for the life of the process."""
         self._caches.clear()

@@ -1,8 +1,7 @@
-"""The chart, the comparison of two runs, and the check of a GPU, on tiny models; counting, never by the clock."""
+"""The chart, on tiny models and made-up runs; counting, never by the clock."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,18 @@ import torch
 from typer import Typer
 from typer.testing import CliRunner, Result
 
-from benchmarks import chart, chart_picture, chart_results, compare, gpu_check, peers, readme, stored
-from benchmarks.chart_results import FORMS, Chart, Point
-from benchmarks.compare import changes
-from benchmarks.gpu_check import GpuCheck
-from benchmarks.large_models import with_random_values
-from benchmarks.results import EAGER, OURS, Measure, Series
+from benchmarks import chart, chart_picture, chart_results, chart_run, chart_systems, stored
+from benchmarks.chart_results import FORMS, SYSTEMS, Chart, Gap, Missing
+from benchmarks.chart_scales import SCALES
+from benchmarks.measure import Task
+from benchmarks.results import EAGER, OURS, TORCH_COMPILE
 from benchmarks.step_gaps import StepGap
+from benchmarks.time_limit import TimeUpError
 from tilewright.errors import OptionError
 
-from .sample_results import MACHINE, VERSIONS, made_up
+from .sample_results import BF16, made_up_chart, point, prompt
 
-BF16 = f"{OURS} bf16"
-PROBE = (4e9, 4e9, 4e9)
+TINY = ("--scale", "tiny", "--models", "tiny-llama", "--device", "cpu", "--repeats", "1")
 
 
 def run(main: Any, *arguments: str) -> Result:
@@ -33,189 +31,215 @@ def run(main: Any, *arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
 
 
-def point(model: str = "tiny-llama", batch: int = 1, ours: float = 1.0) -> Point:
-    size = 100_000_000
-    decode = Measure(
-        "decode", "bf16", 16, 10, PROBE,
-        (Series(EAGER, (4.0, 4.0, 4.0), batch, size), Series(BF16, (ours, ours, ours), batch, size)),
-    )  # fmt: skip
-    return Point(model, batch, 16, decode, None, {}, {BF16: 4096}, 65536, "abc")
-
-
-def made(*points: Point, date: str = "2026-01-02T03:04:05+00:00") -> Chart:
-    facts = MACHINE | {"device": "Some GPU"}
-    return Chart(date, "python -m benchmarks.chart", "tiny", facts, VERSIONS, points)
-
-
 def test_a_point_is_speedup_rate_and_share() -> None:
     one = point(batch=2)
     assert one.speedup(BF16).median == 4.0  # type: ignore[union-attr]
     assert one.rate(BF16).median == 20.0  # type: ignore[union-attr]
     assert one.share_of_floor(BF16).median == pytest.approx(0.25)  # type: ignore[union-attr]
-    assert one.speedup("torch.compile") is None
+    assert one.speedup(TORCH_COMPILE) is None
 
 
 def test_a_chart_is_stored_and_read_again(tmp_path: Path) -> None:
-    whole = made(point(), point("tiny-opt"))
+    whole = made_up_chart(
+        point(), point("tiny-opt"), prompts=(prompt(), replace(prompt(size=32), prefill=None))
+    )
+    whole = whole.having(Gap("tiny-opt", BF16, StepGap(1, 2e-3, 1e-3)))
+    whole = whole.lacking(Missing("tiny-opt", 1, 16, EAGER, "out of memory"))
     file = stored.save(whole, tmp_path / "some-gpu" / "c.json")
     assert stored.from_json(Chart, file.read_text()) == whole
     assert chart_results.newest("tiny", "Some GPU", tmp_path) == (file, whole)
     assert chart_results.newest("paper", "Some GPU", tmp_path) is None
     assert chart_results.newest("tiny", "Another", tmp_path) is None
-    again = whole.with_point(point(ours=2.0))
+    again = whole.having(point(ours=2.0))
     assert [p.key for p in again.points] == [("tiny-opt", 1, 16), ("tiny-llama", 1, 16)]
+    assert whole.days == "2026-01-02 to 2026-01-03"
+
+
+def test_the_papers_points_are_all_planned() -> None:
+    """39 points, the first token and prefill of 4k among the prompts, and no more KV state than a batch needs."""
+    paper = SCALES["paper"]
+    assert paper.points == 3 * 13
+    assert {*paper.prompts} == {128, 1024, 4096}
+    assert paper.prefill == (4096,)
+    assert [paper.positions(batch) for batch in paper.contexts] == [
+        8192 + 136,
+        4096 + 136,
+        2048 + 136,
+        4096 + 136,
+    ]
+    some = paper.only("1:1024,prompt:4096")
+    assert (some.contexts, some.prompts) == ({1: (1024,)}, (4096,))
+    with pytest.raises(OptionError, match="1:17"):
+        paper.only("1:17")
 
 
 def test_a_chart_is_drawn(tmp_path: Path) -> None:
+    """With three panels, the paper's range, device and days; and the same results give the same file."""
     pytest.importorskip("matplotlib")
-    file = chart_picture.draw(made(point(), point(batch=2), point("tiny-opt")), tmp_path / "c.svg")
-    text = file.read_text()
-    assert text.startswith("<?xml")
-    assert (
-        file.read_text()
-        == chart_picture.draw(
-            made(point(), point(batch=2), point("tiny-opt")), tmp_path / "d.svg"
-        ).read_text()
-    )
+    names = SCALES["paper"].models
+    whole = made_up_chart(*(point(name, batch) for name in names for batch in (1, 2)), scale="paper")
+    files = [chart_picture.draw(whole, tmp_path / name) for name in ("c.svg", "d.svg")]
+    text = files[0].read_text()
+    assert text == files[1].read_text()
+    for said in (
+        "Llama2-7B",
+        "Llama2-13B",
+        "OPT-6.7B",
+        "Some GPU, 2026-01-02",
+        "FlashDecoding++",
+        "batch 2",
+        "4.00×",
+    ):
+        assert f"<!-- {said}" in text or said in text
 
 
-def test_a_chart_becomes_tables(tmp_path: Path) -> None:
-    """Rates, speedup and share of each point in order; what was not measured is no row or a dash."""
-    whole = point(batch=2)
-    first = Measure("first_token", "bf16", 16, 1, PROBE, (Series(EAGER, (0.004,)), Series(BF16, (0.002,))))
-    one = replace(point(), first_token=first, peak_bytes={EAGER: 4 << 20, BF16: 3 << 20})
-    chart = replace(made(whole, one, point("tiny-opt")), scale="paper")
-    stored.save(chart, tmp_path / "some-gpu" / "c.json")
-    stored.save(replace(chart, scale="tiny", date="2027"), tmp_path / "some-gpu" / "later.json")
-    lines = readme.current(tmp_path).splitlines()
-    rates = [line for line in lines if "<br>" in line]
-    assert rates == [
-        "| tiny-llama, batch 1, context 16 | 2.50 | 10.0<br>4.00×<br>25% |",
-        "| tiny-llama, batch 2, context 16 | 5.00 | 20.0<br>4.00×<br>25% |",
-        "| tiny-opt, batch 1, context 16 | 2.50 | 10.0<br>4.00×<br>25% |",
-    ]
-    assert "| tiny-llama, batch 1, context 16 | 4.00 | 2.00 |" in lines
-    assert "| tiny-llama, batch 1, context 16 | 4.00 MiB | 3.00 MiB | 4.00 KiB | 64.00 KiB |" in lines
-    assert any(line.startswith("Some GPU; random weights; torch ") and "2026-01-02" in line for line in lines)
-
-
-def test_a_point_is_measured_anew_with_all_that_it_has(tmp_path: Path) -> None:
-    """One more system does not take the others away, nor mix two runs in a ratio."""
-    file = tmp_path / "chart.json"
-    common = (
-        "--scale",
-        "tiny",
-        "--models",
-        "tiny-llama",
-        "--device",
-        "cpu",
-        "--repeats",
-        "1",
-        "--output",
-        str(file),
-    )
-    assert run(chart.main, *common, "--systems", "eager").exit_code == 0
-    assert run(chart.main, *common, "--systems", "int8").exit_code == 0
-    for found in stored.from_json(Chart, file.read_text()).points:
-        assert [s.system for s in found.decode.series] == [EAGER, f"{OURS} int8"]
+@pytest.mark.parametrize(
+    ("missing", "covered"),
+    [
+        (Missing("m", 1, 16, EAGER, ""), {(1, 16)}),
+        (Missing("m", 0, 16, EAGER, ""), {(0, 16)}),
+        (Missing("m", 1, 0, EAGER, ""), {(1, 16), (1, 48), (0, 16)}),
+        (Missing("m", 0, 0, EAGER, ""), {(1, 16), (1, 48), (2, 16), (0, 16)}),
+        (Missing("other", 0, 0, EAGER, ""), set()),
+        (Missing("m", 0, 0, BF16, ""), set()),
+    ],
+)
+def test_what_is_left_out_covers_its_points(missing: Missing, covered: set[tuple[int, int]]) -> None:
+    keys = {(1, 16), (1, 48), (2, 16), (0, 16)}
+    assert {key for key in keys if missing.covers(("m", *key), EAGER)} == covered
 
 
 def test_a_run_adds_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Points are written one by one; a second run measures none of them again, another system those that lack it."""
-    file = tmp_path / "chart.json"
-    common = ("--scale", "tiny", "--models", "tiny-llama", "--device", "cpu", "--repeats", "1")
-    first = run(chart.main, *common, "--systems", "eager", "--output", str(file))
+    """Points are written one by one; a second run measures none of them again, another system those that lack it, with
+    all that they have: a ratio is of one run."""
+    common = (*TINY, "--output", str(tmp_path / "chart.json"))
+    first = run(chart.main, *common, "--systems", "eager")
     assert first.exit_code == 0, first.output
-    found = stored.from_json(Chart, file.read_text())
+    found = stored.of_file(Chart, tmp_path / "chart.json")
     assert [p.key[1:] for p in found.points] == [(1, 16), (1, 48), (2, 16)]
-    assert [p.first_token is not None for p in found.points] == [True, False, False]
+    assert [(p.size, p.prefill is not None) for p in found.prompts] == [(16, False), (32, True)]
+    assert all(p.peak_bytes[EAGER] > 0 for p in found.points)
     with monkeypatch.context() as patch:
-        patch.setattr(chart, "measure", lambda *_: pytest.fail("measured again"))
-        assert run(chart.main, *common, "--systems", "eager", "--output", str(file)).exit_code == 0
-    more = run(chart.main, *common, "--systems", "eager,bf16", "--output", str(file))
+        patch.setattr(chart_run, "measured", lambda *_: pytest.fail("measured again"))
+        assert run(chart.main, *common, "--systems", "eager").exit_code == 0
+    more = run(chart.main, *common, "--systems", "int8")
     assert more.exit_code == 0, more.output
-    points = stored.from_json(Chart, file.read_text()).points
-    assert len(points) == 3
-    assert all(p.decode.of(BF16) is not None and p.arena_bytes[BF16] > 0 for p in points)
-    assert [p.decode.of(BF16).batch for p in points] == [1, 1, 2]  # type: ignore[union-attr]
+    points = stored.of_file(Chart, tmp_path / "chart.json").points
+    int8 = f"{OURS} int8"
+    assert [[s.system for s in p.decode.series] for p in points] == [[EAGER, int8]] * 3
+    assert all(p.arena_bytes[int8] > 0 and p.peak_bytes[int8] > 0 for p in points)
+    assert [p.decode.of(int8).batch for p in points] == [1, 1, 2]  # type: ignore[union-attr]
+
+
+def test_a_run_that_is_cut_off_keeps_its_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at the second point; the next run begins there."""
+    file, asked = tmp_path / "chart.json", []
+    measured = chart_run.measured
+
+    def cut_off(task: Task, *others: Any) -> Any:
+        asked.append((task.name, task.size))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return measured(task, *others)
+
+    monkeypatch.setattr(chart_run, "measured", cut_off)
+    common = (*TINY, "--systems", "eager", "--points", "1:16,1:48", "--output", str(file))
+    assert run(chart.main, *common).exit_code != 0
+    assert [p.context for p in stored.of_file(Chart, file).points] == [16]
+    assert run(chart.main, *common).exit_code == 0
+    assert [p.context for p in stored.of_file(Chart, file).points] == [16, 48]
+    assert asked == [("decode", 16), ("decode", 48), ("decode", 48)]
+
+
+class Broken:
+    """A rival that fails in the way it is told to."""
+
+    name, batch = TORCH_COMPILE, 1
+    tasks = frozenset({"decode", "prefill"})
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def decode(self, *_: Any) -> float:
+        raise self.error
+
+    def release(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "where"),
+    [
+        (RuntimeError("no kernel\nat all"), "RuntimeError: no kernel", (1, 16)),
+        (torch.OutOfMemoryError("too much"), "out of memory", (1, 16)),
+        (TimeUpError("not ready after 1 s"), "not ready after 1 s (batch 1, context 16)", (0, 0)),
+    ],
+)
+def test_a_rival_that_fails_takes_no_point_with_it(
+    error: BaseException,
+    reason: str,
+    where: tuple[int, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The others are measured, the reason is stored, and the next run does not try again unless it is told to. One that
+    takes too long does so once per model, not once per point."""
+    build, tried = chart_systems._build, []
+
+    def broken(source: Any, name: str, batch: int, positions: int) -> Any:
+        if name != TORCH_COMPILE:
+            return build(source, name, batch, positions)
+        tried.append(batch)
+        return Broken(error)
+
+    monkeypatch.setattr(chart_systems, "_build", broken)
+    file = tmp_path / "chart.json"
+    common = (
+        *TINY,
+        "--systems",
+        "eager,torch.compile",
+        "--points",
+        "1:16",
+        "--output",
+        str(file),
+    )
+    first = run(chart.main, *common)
+    assert first.exit_code == 0, first.output
+    found = stored.of_file(Chart, file)
+    assert found.left_out == (Missing("tiny-llama", *where, TORCH_COMPILE, reason),)
+    assert [s.system for s in found.points[0].decode.series] == [EAGER]
+    assert run(chart.main, *common).exit_code == 0
+    assert tried == [1]
+    assert run(chart.main, *common, "--retry").exit_code == 0
+    assert tried == [1, 1]
 
 
 def test_no_point_begins_after_the_time(tmp_path: Path) -> None:
     file = tmp_path / "chart.json"
-    run(chart.main, "--scale", "tiny", "--device", "cpu", "--minutes", "0.000001", "--output", str(file))
+    assert run(chart.main, *TINY, "--minutes", "0.000001", "--output", str(file)).exit_code == 0
     assert not file.exists()
 
 
-def test_a_loss_against_the_own_floor_is_found(tmp_path: Path) -> None:
-    """Twice the time at the same bandwidth is a loss; half the speed on half the bandwidth is none."""
-    before = stored.save(made(point()), tmp_path / "before.json")
-    slower = stored.save(made(point(ours=2.0)), tmp_path / "slower.json")
-    halved = point(ours=2.0)
-    halved = replace(halved, decode=replace(halved.decode, probe=tuple(p / 2 for p in PROBE)))
-    same = stored.save(made(halved), tmp_path / "same.json")
-    (loss,) = changes(before, slower)
-    assert (loss.ratio, loss.certain, loss.before.beside) == (0.5, True, "floor")
-    assert [c.ratio for c in changes(before, same)] == [1.0]
-    assert run(compare.main, str(before), str(slower)).exit_code == 1
-    assert run(compare.main, str(before), str(same)).exit_code == 0
-    assert run(compare.main, str(before), str(slower), "--tolerance", "0.6").exit_code == 0
+@pytest.mark.parametrize("change", [{"machine": {"device": "Some GPU"}}, {"versions": {"torch": "1.0"}}])
+def test_a_chart_is_of_one_machine(change: dict[str, Any], tmp_path: Path) -> None:
+    """Points of another device or other versions are not added to a file."""
+    file = stored.save(replace(made_up_chart(point()), **change), tmp_path / "chart.json")
+    before = file.read_text()
+    result = run(chart.main, *TINY, "--output", str(file))
+    assert result.exit_code != 0
+    assert file.read_text() == before
 
 
-def test_speed_results_are_compared_too(tmp_path: Path) -> None:
-    files = [stored.save(made_up(ours=t), tmp_path / f"{t}.json") for t in (1.0, 1.5)]
-    found = changes(*files)
-    assert found[0].before.what == "decode 64, f32"
-    assert found[0].ratio == pytest.approx(1 / 1.5)
-    assert {c.before.system.split(",")[0] for c in found} == {OURS}
-
-
-@pytest.mark.parametrize("text", ["", "[1]", '{"kind": "quality"}', '{"kind": "chart", "schema": 99}'])
-def test_what_is_no_result_is_refused(text: str, tmp_path: Path) -> None:
-    bad, good = tmp_path / "bad.json", stored.save(made(point()), tmp_path / "good.json")
-    bad.write_text(text)
-    with pytest.raises(OptionError, match="bad"):
-        changes(good, bad)
-
-
-def test_a_gpu_check_reports_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part that fails is reported, the others go on; every kernel of every program is timed, twice."""
-    monkeypatch.setattr(gpu_check._Check, "chart", lambda *_: 1 / 0)
-    monkeypatch.setenv("TILEWRIGHT_CACHE", str(tmp_path / "cache"))
-    file = tmp_path / "check.json"
-    result = run(gpu_check.main, "--scale", "tiny", "--device", "cpu", "--output", str(file))
-    assert result.exit_code == 1
-    found = stored.from_json(GpuCheck, file.read_text())
-    assert found.parts["chart"].startswith("failed: ZeroDivisionError")
-    assert not any(said.startswith("failed") for name, said in found.parts.items() if name != "chart")
-    programs = {(k.program.removesuffix("_vendor"), k.tuned) for k in found.kernels}
-    assert programs == {(p, t) for p in ("decode_b1", "decode_b2", "prefill") for t in (False, True)}
-    assert found.bandwidth > 0
-    assert found.half_flops > 0
-    assert [gap.batch for gap in found.gaps] == [1, 2]
-    assert all(gap.model > 0 and 0 <= gap.share < 1 for gap in found.gaps)
-    assert "skipped" in found.parts["tests"]
-    assert json.loads(file.read_text())["kind"] == "gpu-check"
-    assert "of floor" in result.output
-
-
-def test_a_gap_is_what_the_model_does_not_take() -> None:
-    assert StepGap(1, token=2e-3, model=1.5e-3).share == pytest.approx(0.25)
-    assert StepGap(1, token=1e-3, model=1.1e-3).share == 0.0  # noise
-    assert StepGap(1, token=-1e-6, model=1e-3).share == 0.0  # more of it: the longer run was the faster one
-
-
-def test_the_vendor_is_asked_for_the_same_work() -> None:
-    """Products and attention have a peer, other kernels have none."""
-    import tilewright as tw
-
-    fast = tw.compile(
-        with_random_values("tiny-opt", torch.device("cpu"), 64), max_length=64, backend="reference"
-    )
-    program = fast._tilewright.engine.decode_executors[1].program
-    dims = {"B": 1, "S": 1, "L": 1, "T": 16}
-    times = {s.name: peers.of(s, dims, torch.device("cpu")) for s in program.kernels()}
-    assert all((times[name] > 0) == ("matmul" in name or "attention" in name) for name in times)
+def test_a_file_is_shown_without_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chart, "Run", lambda *_: pytest.fail("measured"))
+    file = stored.save(made_up_chart(point("llama2-7b", context=1024), scale="paper"), tmp_path / "c.json")
+    result = run(chart.main, "--show", str(file))
+    assert result.exit_code == 0, result.output
+    assert "Targets" in result.output
+    assert run(chart.main, "--show", str(tmp_path / "none.json")).exit_code != 0
 
 
 def test_ours_is_named_by_the_form_of_its_weights() -> None:
     assert set(FORMS.values()) == {"bf16", "int8", "int4"}
+    assert SYSTEMS[:2] == (EAGER, TORCH_COMPILE)

@@ -10,7 +10,16 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from benchmarks import readme, stored
-from tests.benchmarks.sample_results import made_up, made_up_quality
+from benchmarks.results import EAGER
+from tests.benchmarks.sample_results import (
+    BF16,
+    made_up,
+    made_up_chart,
+    made_up_check,
+    made_up_quality,
+    point,
+    prompt,
+)
 
 TEXT = f"# Title\n\n{readme.BEGIN}\nold\n{readme.END}\n\nEnd.\n"
 NO_PICTURE = Path("none.svg")
@@ -85,6 +94,48 @@ def test_the_newest_stored_runs_are_shown(tmp_path: Path) -> None:
     assert readme.current(tmp_path).startswith("![Tokens per second by precision and system](run.svg)\n")
     stored.save(made_up_quality(), tmp_path / "quality.json")
     assert readme.current(tmp_path).endswith(readme.closeness(made_up_quality()))
+
+
+def test_a_chart_becomes_tables(tmp_path: Path) -> None:
+    """Rates, speedup and share of each point in order, with device and days; what was not measured is no row or a dash.
+    A tiny chart is no figure of interest."""
+    one = replace(point(), peak_bytes={EAGER: 4 << 20, BF16: 3 << 20})
+    chart = made_up_chart(point(batch=2), one, point("tiny-opt"), scale="paper", prompts=(prompt(),))
+    file = stored.save(chart, tmp_path / "some-gpu" / "c.json")
+    stored.save(replace(chart, scale="tiny", date="2027"), tmp_path / "some-gpu" / "later.json")
+    lines = readme.current(tmp_path).splitlines()
+    assert [line for line in lines if "<br>" in line] == [
+        "| tiny-llama, batch 1, context 16 | 2.50 | 10.0<br>4.00×<br>25% |",
+        "| tiny-llama, batch 2, context 16 | 5.00 | 20.0<br>4.00×<br>25% |",
+        "| tiny-opt, batch 1, context 16 | 2.50 | 10.0<br>4.00×<br>25% |",
+    ]
+    assert "| tiny-llama, batch 1, 16 tokens | 4.00 | 2.00 |" in lines
+    assert "| tiny-llama, batch 1, 16 tokens | 4.00 | 3.00 | 2.00 |" in lines
+    assert "| tiny-llama, batch 1, context 16 | 4.00 MiB | 3.00 MiB | 4.00 KiB | 64.00 KiB |" in lines
+    every = "every point: bf16 over Hugging Face eager (3 of 39 measured)"
+    assert f"| {every} | ≥ 2.50× | 4.00× | not known |" in lines
+    (note,) = (line for line in lines if line.startswith("Some GPU; random weights; torch "))
+    assert "2026-01-02 to 2026-01-03; `python -m benchmarks.chart`" in note
+    file.with_suffix(".svg").write_text("<svg/>")
+    assert "![Speedup over Hugging Face eager](c.svg)" in readme.current(tmp_path)
+
+
+def test_a_check_of_a_gpu_has_its_section(tmp_path: Path) -> None:
+    """Its kernels always; its points and the targets where there is no chart of that device. The newest file counts."""
+    stored.save(made_up_check("tiny"), tmp_path / "tiny.json")
+    assert readme.current(tmp_path) == readme.NOTHING
+    stored.save(made_up_check(), tmp_path / "a.json")
+    stored.save(replace(made_up_check(seconds=9.0), date="2025"), tmp_path / "old.json")
+    text = readme.current(tmp_path)
+    assert "| decode_b1: matmul_1 | 2000.0 | 1000.0 | 50% | 2.00 GB/s | – | 3000.0 |" in text.splitlines()
+    assert "| llama2-7b: compiling, untuned | ≤ 30.0 s | 25.0 s | yes |" in text.splitlines()
+    assert "Some GPU; random weights; torch 2.0" in text
+    assert "2026-01-02; `python -m benchmarks.gpu_check`" in text
+    assert text.count("matmul_1") == 1
+    stored.save(made_up_chart(point("llama2-7b"), scale="paper"), tmp_path / "chart.json")
+    both = readme.current(tmp_path)
+    assert both.count("Targets") == 1
+    assert "matmul_1" in both
 
 
 def test_check_says_whether_the_readme_is_current(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
