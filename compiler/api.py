@@ -57,6 +57,7 @@ from .tune_kernels import KernelTuner, changes_of
 from .tune_launches import choose as choose_launches
 from .tune_launches import recall as recall_launches
 from .tune_native import choose, is_busy
+from .unserved import require_plain_outputs
 from .weights import BoundWeights, bind_weights, not_quantizable
 
 _LAST = PassOptions(last_tokens=True)
@@ -103,6 +104,8 @@ def compile(
     """
     model = without_wrapper(model)
     options = check_options(model, batch_sizes, max_length, weights, kv_cache, autotune, backend, dump)
+    if example_inputs is None:
+        require_plain_outputs(model)
     with progress.step(f"Compiling {type(model).__name__}", total=_steps(options)) as advance:
         return _Compilation(model, options, advance).run(example_inputs)
 
