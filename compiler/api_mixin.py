@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from tilewright.ir.errors import DeviceError, InputError, OptionError
-from tilewright.runtime.engine import Engine, require_tensor
+from tilewright.runtime.engine import Engine, require_mask, require_tensor
 from tilewright.runtime.executor import EngineSpec
 from tilewright.runtime.generate import generate
 
@@ -224,9 +224,9 @@ class DecoderMixin(CompiledMixin):
         refuse_cache(kwargs.get("cache_implementation"))
         if ids is not None:
             self._tilewright.engine.check_prompt(ids)
-        for name in ("attention_mask", "position_ids"):
+        for name, require in (("attention_mask", require_mask), ("position_ids", require_tensor)):
             if kwargs.get(name) is not None:
-                require_tensor(name, kwargs[name])
+                require(name, kwargs[name])
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
