@@ -62,6 +62,7 @@ from .tune_kernels import KernelTuner, changes_of
 from .tune_launches import choose as choose_launches
 from .tune_launches import recall as recall_launches
 from .tune_native import choose, is_busy
+from .unserved import require_plain_outputs
 from .weights import BoundWeights, bind_weights, not_quantizable
 
 _LAST = PassOptions(last_tokens=True)
@@ -110,6 +111,8 @@ def compile(
     """
     model = without_wrapper(model)
     options = check_options(model, batch_sizes, max_length, weights, kv_cache, autotune, backend, dump)
+    if example_inputs is None:
+        require_plain_outputs(model)
     adapters = MergedAdapters()
     encoder = None
     if example_inputs is None and isinstance(model, PreTrainedModel) and is_encoder_decoder(model):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from tilewright.ir.errors import DeviceError, InputError, OptionError
-from tilewright.runtime.engine import Engine, require_tensor
+from tilewright.runtime.engine import Engine, require_mask, require_tensor
 from tilewright.runtime.executor import EngineSpec
 from tilewright.runtime.generate import generate
 
@@ -29,6 +29,7 @@ from .capture_layers import flat_names
 from .generate_options import plain_options
 from .report import Report
 from .shown_outputs import ShownOutputs
+from .unserved import EXTRA_OUTPUTS, refuse_cache, refuse_configured_outputs
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ class CompiledMixin:
             given = value is not None and value is not False
             if given and (name in named or name.startswith("output_")):
                 raise InputError(f"a compiled model does not take {name}; use the original model for that")
+        refuse_configured_outputs(self.config, arguments)  # type: ignore[attr-defined]
 
 
 class DecoderMixin(CompiledMixin):
@@ -235,14 +237,15 @@ class DecoderMixin(CompiledMixin):
         """As ``GenerationMixin.generate``, whose preparation of options is used; see ``_sample`` for the loop."""
         ids = kwargs.get("input_ids") if inputs is None else inputs
         self._require_weights()
-        self._refuse({"inputs_embeds": kwargs.get("inputs_embeds")})
-        if kwargs.get("cache_implementation") == "paged":
-            raise InputError("a compiled model keeps its own KV state; leave cache_implementation out")
+        # Transformers' loop hands on no output_...=False, so that the config's has the last word.
+        asked = {flag: kwargs.get(flag) or None for flag in EXTRA_OUTPUTS}
+        self._refuse({"inputs_embeds": kwargs.get("inputs_embeds"), **asked})
+        refuse_cache(kwargs.get("cache_implementation"))
         if ids is not None:
             self._check_prompt(ids)
-        for name in ("attention_mask", "position_ids"):
+        for name, require in (("attention_mask", require_mask), ("position_ids", require_tensor)):
             if kwargs.get(name) is not None:
-                require_tensor(name, kwargs[name])
+                require(name, kwargs[name])
         given = () if inputs is None and not args else (inputs, *args)
         return super().generate(*given, **kwargs)  # type: ignore[misc]
 
@@ -259,6 +262,7 @@ class DecoderMixin(CompiledMixin):
     ) -> None:
         """Called by generate() once lengths and batch are known: check them, and hand out our own cache."""
         engine = self._tilewright.engine
+        refuse_cache(generation_config.cache_implementation)
         engine.check_length(generation_config.max_length)
         engine.bucket(batch_size * max(generation_config.num_beams, generation_config.num_return_sequences))
         if model_kwargs.get("past_key_values") is not None:

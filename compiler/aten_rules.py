@@ -9,8 +9,8 @@ The rules live in ``aten_rules_*.py``, grouped by what they lower to; importing 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import sympy
@@ -27,14 +27,17 @@ Result: TypeAlias = Value | tuple[Value, ...] | None
 Rule = Callable[..., Result]
 
 RULES: dict[str, Rule] = {}
+TAKES_EMPTY: set[str] = set()
+"""Targets whose rules take tensors without elements, which kernels do not have; PyTorch runs other ops on such."""
 
 _HALF = (DType.f16, DType.bf16)
 
 
-def rule(*targets: str) -> Callable[[Rule], Rule]:
+def rule(*targets: str, takes_empty: bool = False) -> Callable[[Rule], Rule]:
     """Register a rule for ATen overloads such as ``add.Tensor`` (without the ``aten.``)."""
 
     def register(function: Rule) -> Rule:
+        TAKES_EMPTY.update(targets if takes_empty else ())
         for target in targets:
             assert target not in RULES, f"two rules for aten.{target}"
             RULES[target] = function
@@ -45,15 +48,21 @@ def rule(*targets: str) -> Callable[[Rule], Rule]:
 
 @dataclass
 class Context:
-    """One ATen node while it is lowered: ``outs`` are the types that the export declares for its results."""
+    """One ATen node while it is lowered: ``outs`` are the types that the export declares for its results, ``highs``
+    the largest sizes of those dim symbols that have a bound."""
 
     builder: Builder
     outs: tuple[TensorType, ...]
     slot: str = ""
+    highs: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def out(self) -> TensorType:
         return self.outs[0]
+
+    def most(self, size: Expr) -> int | None:
+        """The largest value of a size that is a number or a dim symbol, or None where that is not known."""
+        return int(size) if size.is_Integer else self.highs.get(str(size))
 
     # --- values ---------------------------------------------------------------------------------------------------
 

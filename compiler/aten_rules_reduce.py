@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,6 +126,52 @@ def _prod_all(ctx: Context, x: Value, dtype: Any = None) -> Result:
 def _prod(ctx: Context, x: Value, dim: int, keepdim: bool = False, dtype: Any = None) -> Result:
     wide = ctx.cast(x, ctx.wide(ctx.out.dtype))
     return ctx.cast(ctx.reduce("prod", wide, [axis(dim, x.type.rank)], keepdim), ctx.out.dtype)
+
+
+@rule("linalg_vector_norm.default")
+def _vector_norm(
+    ctx: Context, x: Value, ord: float = 2, dim: Dims = None, keepdim: bool = False, dtype: Any = None
+) -> Result:
+    """``(sum |x|^ord)^(1/ord)``, and its limits: the largest, the least, and how many are not zero."""
+    axes, wide = axes_of(dim, x.type.rank), ctx.wide(ctx.out.dtype)
+    size = ctx.apply("abs", ctx.cast(x, wide))
+    if abs(ord) == math.inf:
+        total = ctx.reduce("max" if ord > 0 else "min", size, axes, keepdim)
+    elif ord == 0:
+        total = ctx.reduce("sum", ctx.cast(ctx.apply("ne", size, 0), wide), axes, keepdim)
+    elif ord == 1:
+        total = ctx.reduce("sum", size, axes, keepdim)
+    elif ord == 2:
+        total = ctx.apply("sqrt", ctx.reduce("sum", ctx.apply("mul", size, size), axes, keepdim))
+    else:
+        total = ctx.reduce("sum", ctx.apply("pow", size, float(ord)), axes, keepdim)
+        total = ctx.apply("pow", total, 1 / ord)
+    return ctx.cast(total, ctx.out.dtype)
+
+
+_SCANNED = 1024
+"""The longest row whose running sums are taken one by one, each from the start. PyTorch runs through longer ones."""
+
+
+@rule("cumsum.default")
+def _cumsum(ctx: Context, x: Value, dim: int, dtype: Any = None) -> Result:
+    """Element i of a row is the sum of what is at i or before it: a reduction, that no row depends on another."""
+    wide = ctx.wide(ctx.out.dtype)
+    x, rank = ctx.cast(x, wide), x.type.rank
+    if rank == 0:
+        return ctx.cast(x, ctx.out.dtype)
+    at = axis(dim, rank)
+    size, most = x.shape[at], ctx.most(x.shape[at])
+    if most is None or most > _SCANNED:
+        return None
+    rows = ctx.permute(x, [*(n for n in range(rank) if n != at), at])
+    square = (*rows.shape, size)
+    taken = ctx.expand(ctx.unsqueeze(rows, rank - 1), square)
+    before = ctx.apply("le", ctx.positions(size, square, rank), ctx.positions(size, square, rank - 1))
+    sums = ctx.reduce("sum", ctx.apply("where", before, taken, ctx.const(0, wide)), [rank], False)
+    order = list(range(rank - 1))
+    order.insert(at, rank - 1)
+    return ctx.cast(ctx.permute(sums, order), ctx.out.dtype)
 
 
 # --- softmax ------------------------------------------------------------------------------------------------------

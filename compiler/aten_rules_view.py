@@ -196,10 +196,13 @@ def _roll(ctx: Context, x: Value, shifts: int | Sequence[int], dims: Sequence[in
 # --- joins --------------------------------------------------------------------------------------------------------
 
 
-@rule("cat.default", "concat.default", "concatenate.default")
+@rule("cat.default", "concat.default", "concatenate.default", takes_empty=True)
 def _cat(ctx: Context, tensors: Sequence[Value], dim: int = 0) -> Result:
+    """Parts without elements add nothing, such as what a rotary embedding of all channels leaves as it is."""
+    if 0 in ctx.out.shape:
+        return None
     at = axis(dim, ctx.out.rank)
-    parts = [ctx.cast(t, ctx.out.dtype) for t in tensors if t.type.rank == ctx.out.rank]
+    parts = [ctx.cast(t, ctx.out.dtype) for t in tensors if 0 not in t.shape]
     return parts[0] if len(parts) == 1 else ctx.builder.add("concat", *parts, axis=at)
 
 

@@ -71,7 +71,7 @@ class CompiledGraph:
         with self._stage("lower"):
             self.parts = AtenGraph.of(graph)
             self.options = options = chosen.on(self.parts.device, name)
-            lowered = lower(self.parts.captured)
+            lowered = lower(self.parts.captured, is_bounded=False)  # its symbols go by the first call's sizes
             self._lookups = lookups(lowered)
             self._bounds = index_bounds(lowered)
             self._grows = _grow(lowered)

@@ -12,7 +12,7 @@ from tilewright.codegen.triton.cost_model import floor_seconds
 from tilewright.codegen.triton.device import H100, Device, device_like
 from tilewright.codegen.triton.environment import Environment
 from tilewright.codegen.triton.estimate import estimated_seconds, tiles_text
-from tilewright.codegen.tunables import Tunables
+from tilewright.codegen.tunables import Tunables, text_of
 from tilewright.ir.module import walk
 from tilewright.ir.program import Program, Step
 from tilewright.ir.types import DType
@@ -23,7 +23,8 @@ from .costs import Cost, step_cost
 @dataclass(frozen=True)
 class KernelEstimate:
     """One distinct kernel of a program. runs: per run of the program. floor_seconds: of one run, from its bytes and
-    FLOPs at the rates that the device reaches. seconds: the cost model's time of one run, its launch included."""
+    FLOPs at the rates that the device reaches. seconds: the cost model's time of one run, its launch included. tuned:
+    fields of the tile that a tuner has put in place of the cost model's, "" where it has put none."""
 
     kernel: str
     tile: str
@@ -32,6 +33,7 @@ class KernelEstimate:
     flops: int
     floor_seconds: float
     seconds: float
+    tuned: str = ""
 
 
 def gpu(device: torch.device) -> Device:
@@ -75,6 +77,7 @@ def _estimate(step: Step, runs: int, env: Environment, sizes: Mapping[str, int])
         flops=cost.flops,
         floor_seconds=floor_seconds(cost.bytes, cost.flops, _is_half(step), env.device),
         seconds=seconds,
+        tuned=text_of(changes) if (changes := env.tunables.get(step.name)) else "",
     )
 
 

@@ -34,23 +34,25 @@ from . import (  # noqa: F401 (fill RULES)
     aten_rules_select,
     aten_rules_view,
 )
-from .aten_rules import RULES, Context, Result, Rule
+from .aten_rules import RULES, TAKES_EMPTY, Context, Result, Rule
 from .capture import Captured, CapturedGraph, LayerCall
 from .capture_experts import EXPERTS
 from .capture_ops import ATTENTION, LAYER
 from .shown_outputs import is_functional
 
 
-def lower(captured: Captured) -> Module:
+def lower(captured: Captured, is_bounded: bool = True) -> Module:
     """The IR module of a captured model: ``main`` and one function per distinct layer, verified.
 
+    is_bounded: no size will ever exceed the range that ``captured`` states for it, so that rules may count on that.
     Raises LoweringError, naming the op, the model module and the source line.
     """
     layers: dict[str, _FunctionLowering] = {}
+    highs = {name: high for name, (_, high) in captured.symbols.items()} if is_bounded else {}
     for name, graph in captured.layers.items():
-        layers[name] = _FunctionLowering(graph, captured, {}, keep_inputs=False)
+        layers[name] = _FunctionLowering(graph, captured, {}, keep_inputs=False, highs=highs)
         layers[name].run()
-    main = _FunctionLowering(captured.main, captured, layers, keep_inputs=True)
+    main = _FunctionLowering(captured.main, captured, layers, keep_inputs=True, highs=highs)
     main.run()
     symbols = tuple((name, lo, hi) for name, (lo, hi) in sorted(captured.symbols.items()))
     module = Module((main.function, *(layer.function for layer in layers.values())), symbols)
@@ -66,6 +68,7 @@ class _FunctionLowering:
     captured: Captured
     layers: Mapping[str, _FunctionLowering]
     keep_inputs: bool
+    highs: Mapping[str, int]
     builder: Builder = field(default_factory=Builder)
     values: dict[str, Value | tuple[Value, ...]] = field(default_factory=dict)
     used_inputs: list[int] = field(default_factory=list)
@@ -163,17 +166,19 @@ class _FunctionLowering:
         metas = meta if isinstance(meta, tuple | list) else (meta,)
         outs = tuple(self._type(m) for m in metas)
         args, kwargs = self._resolve(node.args), self._resolve(node.kwargs)
-        context = Context(self.builder, outs)
+        context = Context(self.builder, outs, highs=self.highs)
         if node.target is ATTENTION:
             context.slot = self._slot(causal=args[-1])
             result: Any = aten_rules_matmul.opaque_attention(context, *args)
         elif node.target is EXPERTS:
             result = aten_rules_matmul.opaque_experts(context, *args)
         else:
-            found = RULES.get(str(node.target).removeprefix("aten."))
+            name = str(node.target).removeprefix("aten.")
+            found = RULES.get(name)
             given = [v.type for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Value)]
             empty = any(d == 0 for type_ in (*given, *outs) for d in type_.shape)
-            result = _attempt(found, context, args, kwargs) if found and not empty else None
+            fits = found and (not empty or name in TAKES_EMPTY)
+            result = _attempt(found, context, args, kwargs) if found and fits else None
         if result is None:
             result = self._torch_call(str(node.target), args, kwargs, outs)
             result = result if isinstance(meta, tuple | list) else result[0]

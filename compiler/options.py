@@ -14,13 +14,13 @@ from torch import nn
 from tilewright.errors import DeviceError, OptionError
 from tilewright.ir.ops import STORED_AS
 from tilewright.ir.types import DType
-from tilewright.passes.quantize_weights import FORMATS
+from tilewright.passes.weight_forms import FORMS
 from tilewright.runtime.device import require_device
 
 from .capture_inputs import most_positions
 
 BACKENDS = ("triton", "cpp", "reference")
-WEIGHTS = FORMATS
+WEIGHTS = tuple(FORMS)
 KV_CACHE = {"bf16": DType.bf16, "fp8": DType.f8}
 AUTOTUNE = ("off", "cached", "full")
 DEFAULT_MAX_LENGTH = 2048

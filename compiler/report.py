@@ -230,8 +230,9 @@ def kernel_table(phase: PhaseReport) -> Table:
     title = f"Kernels of {phase.name} at {sizes}, estimated for {phase.device} (not measured)"
     table = _table(title, "kernel", "runs", "moved", "FLOPs", "floor µs", "estimate µs", "tile")
     for e in phase.estimates:
+        tile = f"{e.tile} (tuned: {e.tuned})" if e.tuned else e.tile
         times = (f"{e.floor_seconds * 1e6:.1f}", f"{e.seconds * 1e6:.1f}")
-        table.add_row(e.kernel, str(e.runs), size_text(e.bytes), _count_text(e.flops), *times, e.tile)
+        table.add_row(e.kernel, str(e.runs), size_text(e.bytes), _count_text(e.flops), *times, tile)
     if phase.estimates:
         whole = (f"{phase.floor_seconds * 1e6:.1f}", f"{phase.estimated_seconds * 1e6:.1f}")
         total = (str(phase.launches), size_text(phase.bytes), _count_text(phase.flops))

@@ -54,6 +54,7 @@ from .experts import EXPERTS_ATTRS, infer_experts
 from .index import sym
 from .module import Attr, Loc, Module, Op, make_attrs
 from .pointwise import POINTWISE
+from .quantization import CODES
 from .types import DType, TensorType, Value
 
 Inferred = tuple[TensorType, ...] | None
@@ -198,15 +199,12 @@ def _matmul(op: Op, module: Module | None) -> Inferred:
 def _quantized(op: Op, rows: sympy.Expr, columns: sympy.Expr) -> tuple[TensorType, ...]:
     """The types that codes, scale and minimum of a matrix have."""
     bits, group = op.attr("bits"), op.attr("group")
-    _need(bits in (4, 8), op, f"has forms of 4 and 8 bits, not {bits}")
-    _need(group >= 1 and (bits == 8 or group % 8 == 0), op, f"bad group {group}")
+    _need(bits in CODES, op, f"has forms of {' and '.join(map(str, CODES))} bits, not {bits}")
+    _need(group >= 1 and group % CODES[bits].run == 0, op, f"bad group {group}")
     _need(
         rows.is_Integer and columns.is_Integer and columns % group == 0, op, "K must be a multiple of group"
     )
-    scales = (rows, columns / group)
-    if bits == 8:
-        return TensorType(DType.i8, (rows, columns)), TensorType(DType.f32, scales)
-    return TensorType(DType.u8, (rows, columns / 2)), *(TensorType(DType.f16, scales),) * 2
+    return CODES[bits].types(rows, columns, group)
 
 
 def _quantize(op: Op, module: Module | None) -> Inferred:

@@ -9,8 +9,14 @@ which a kernel meets them when it works on four columns at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
+from sympy import Expr
 from torch import Tensor
+
+from .types import DType, TensorType
 
 INT8_LARGEST = 127
 INT4_LARGEST = 15
@@ -28,8 +34,8 @@ def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, ...]:
     """
     rows, columns = weight.shape
     step = max(1, _CHUNK // columns)
-    quantize_rows = _int8 if bits == 8 else _int4
-    parts = [quantize_rows(weight[n : n + step].float().contiguous(), group) for n in range(0, rows, step)]
+    round_rows = CODES[bits].round_rows
+    parts = [round_rows(weight[n : n + step].float().contiguous(), group) for n in range(0, rows, step)]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -37,8 +43,7 @@ def dequantize(
     codes: Tensor, scale: Tensor, minimum: Tensor | None, bits: int, group: int, dtype: torch.dtype
 ) -> Tensor:
     """The matrix [N, K] that codes stand for, computed in ``dtype``."""
-    if bits == 4:
-        codes = _unpack(codes)
+    codes = CODES[bits].unpack(codes)
     grouped = codes.view(codes.shape[0], -1, group).to(dtype) * scale.to(dtype)[..., None]
     if minimum is not None:
         grouped = grouped + minimum.to(dtype)[..., None]
@@ -124,3 +129,41 @@ def _pack(codes: Tensor) -> Tensor:
 def _unpack(packed: Tensor) -> Tensor:
     quads = packed.view(packed.shape[0], -1, 1, 4)
     return torch.cat([quads & 15, quads >> 4], dim=2).view(packed.shape[0], -1)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Codes of some width: how they are stored, and which factors go with them.
+
+    dtype holds ``per_byte`` codes, those of every ``run // per_byte``-th column of a run of columns, the first in the
+    lowest bits. factors: names of what a group of columns has one of each of, in ``factor_dtype``. round_rows: a float
+    matrix and its group -> codes and factors. unpack: stored codes [N, K / per_byte] -> codes [N, K].
+    """
+
+    bits: int
+    dtype: DType
+    per_byte: int
+    run: int
+    factors: tuple[str, ...]
+    factor_dtype: DType
+    round_rows: Callable[[Tensor, int], tuple[Tensor, ...]]
+    unpack: Callable[[Tensor], Tensor]
+
+    def types(self, rows: Expr, columns: Expr, group: int) -> tuple[TensorType, ...]:
+        """Of the codes and of each factor of a matrix [rows, columns]."""
+        factor = TensorType(self.factor_dtype, (rows, columns / group))
+        return TensorType(self.dtype, (rows, columns / self.per_byte)), *(factor for _ in self.factors)
+
+
+def _as_stored(codes: Tensor) -> Tensor:
+    return codes
+
+
+CODES = {
+    codes.bits: codes
+    for codes in (
+        Codes(4, DType.u8, 2, 8, ("scale", "minimum"), DType.f16, _int4, _unpack),
+        Codes(8, DType.i8, 1, 1, ("scale",), DType.f32, _int8, _as_stored),
+    )
+}
+"""The widths that there are, by their bits."""

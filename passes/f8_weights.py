@@ -17,43 +17,60 @@ becomes the largest f8. (The format and the scaling by row: Micikevicius et al.,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tilewright.ir.index import IndexMap, index_symbols
-from tilewright.ir.module import Op
+from tilewright.ir.module import Loc, Names, Op
 from tilewright.ir.ops import Builder
 from tilewright.ir.types import F8_LARGEST, DType, TensorType, Value
 
-from .base import Rewriter
+from .base import PassOptions, Rewriter
 
 
-def store_f8(builder: Builder, weight: Value, name: str) -> tuple[Value, Value]:
-    """Ops that turn a matrix [N, K] into ``name``.codes, f8[N, K], and ``name``.scale, f32[N, 1], which is 1 for a row
-    of zeros."""
-    wide = builder.add("cast", weight, type=weight.type.with_dtype(DType.f32))
-    size = builder.add("abs", wide)
-    top = builder.add("reduce", size, kind="max", axes=(1,), keepdim=True)
-    scale = builder.add("div", top, builder.const(F8_LARGEST, DType.f32))
-    zero = builder.add("eq", top, builder.const(0.0, DType.f32))
-    scale = builder.add("where", zero, builder.const(1.0, DType.f32), scale, hint=f"{name}.scale")
-    codes = builder.add("div", wide, scale)
-    return builder.add("cast", codes, type=weight.type.with_dtype(DType.f8), hint=f"{name}.codes"), scale
+@dataclass(frozen=True)
+class F8Form:
+    """Codes f8[N, K] and their scale f32[N, 1]."""
 
+    def fits(self, rows: int, columns: int, options: PassOptions) -> bool:
+        """Any sides do."""
+        return True
 
-def multiply_f8(rewriter: Rewriter, op: Op, codes: Value, scale: Value) -> Value:
-    """The result of the product ``op`` with stored weights."""
-    x, weight = op.operands
-    stored = rewriter.add("cast", codes, loc=op.loc, type=weight.type)
-    product = rewriter.add("matmul", x, stored, loc=op.loc, wide=1)
-    (i,) = index_symbols(1)
-    row = rewriter.add(
-        "view", scale, loc=op.loc, type=TensorType(DType.f32, scale.shape[:1]), map=IndexMap(1, (i, 0 * i))
-    )
-    if row.dtype is not product.dtype:
-        row = rewriter.add("cast", row, loc=op.loc, type=row.type.with_dtype(product.dtype))
-    scaled = rewriter.add("mul", product, row, loc=op.loc)
-    return rewriter.add("cast", scaled, loc=op.loc, type=op.result.type)
+    def store(
+        self, weight: Value, stem: str, names: Names, loc: Loc, options: PassOptions
+    ) -> tuple[list[Op], dict[str, Value]]:
+        """The scale is 1 for a row of zeros."""
+        builder = Builder(names, loc)
+        wide = builder.add("cast", weight, type=weight.type.with_dtype(DType.f32))
+        size = builder.add("abs", wide)
+        top = builder.add("reduce", size, kind="max", axes=(1,), keepdim=True)
+        scale = builder.add("div", top, builder.const(F8_LARGEST, DType.f32))
+        zero = builder.add("eq", top, builder.const(0.0, DType.f32))
+        scale = builder.add("where", zero, builder.const(1.0, DType.f32), scale, hint=f"{stem}.f8.scale")
+        codes = builder.add("div", wide, scale)
+        codes = builder.add("cast", codes, type=weight.type.with_dtype(DType.f8), hint=f"{stem}.f8.codes")
+        return builder.ops, {codes.name: codes, scale.name: scale}
 
+    def read(
+        self, rewriter: Rewriter, weight: Value, stored: tuple[Value, ...], options: PassOptions
+    ) -> Value:
+        codes, scale = stored
+        wide = rewriter.add("cast", codes, type=weight.type.with_dtype(DType.f32))
+        return rewriter.add("cast", rewriter.add("mul", wide, scale), type=weight.type)
 
-def read_f8(rewriter: Rewriter, type: TensorType, codes: Value, scale: Value) -> Value:
-    """The matrix that is stored, for a lookup by row."""
-    wide = rewriter.add("cast", codes, type=type.with_dtype(DType.f32))
-    return rewriter.add("cast", rewriter.add("mul", wide, scale), type=type)
+    def multiply(self, rewriter: Rewriter, op: Op, stored: tuple[Value, ...], options: PassOptions) -> None:
+        """The codes as they are, then each channel's sum by its scale."""
+        (x, weight), (codes, scale) = op.operands, stored
+        factor = rewriter.add("cast", codes, loc=op.loc, type=weight.type)
+        product = rewriter.add("matmul", x, factor, loc=op.loc, wide=1)
+        (i,) = index_symbols(1)
+        row = rewriter.add(
+            "view",
+            scale,
+            loc=op.loc,
+            type=TensorType(DType.f32, scale.shape[:1]),
+            map=IndexMap(1, (i, 0 * i)),
+        )
+        if row.dtype is not product.dtype:
+            row = rewriter.add("cast", row, loc=op.loc, type=row.type.with_dtype(product.dtype))
+        scaled = rewriter.add("mul", product, row, loc=op.loc)
+        rewriter.replace(op.result, rewriter.add("cast", scaled, loc=op.loc, type=op.result.type))

@@ -253,9 +253,7 @@ class Engine:
         expected = (state.batch, state.length + ids.shape[1])
         if mask is None:
             return
-        require_tensor("attention_mask", mask)
-        if mask.is_floating_point() or mask.is_complex():
-            raise InputError(f"attention_mask must be of an integer or bool dtype, got {mask.dtype}")
+        require_mask("attention_mask", mask)
         if tuple(mask.shape) != expected:
             raise InputError(
                 f"attention_mask must be of shape {expected}, [batch, past + new tokens], got {tuple(mask.shape)}"
@@ -321,6 +319,8 @@ class Engine:
         if value is None:
             raise InputError(f"input {spec.name!r} is missing")
         require_tensor(spec.name, value)
+        if spec.dtype == torch.bool:
+            require_mask(spec.name, value)
         same_kind = value.is_floating_point() == spec.dtype.is_floating_point
         if not same_kind or (spec.dtype.is_floating_point and value.dtype != spec.dtype):
             raise InputError(f"{spec.name} must be of dtype {spec.dtype}, got {value.dtype}")
@@ -347,6 +347,20 @@ def require_tensor(name: str, value: object) -> None:
     """Raise InputError for anything but a tensor."""
     if not isinstance(value, Tensor):
         raise InputError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def require_mask(name: str, value: object) -> None:
+    """Raise InputError for anything but a tensor of zeros and ones, or of truth values."""
+    require_tensor(name, value)
+    assert isinstance(value, Tensor)
+    remedy = f"pass {name} as 1 or True for what counts and 0 or False for what does not"
+    if value.is_floating_point() or value.is_complex():
+        raise InputError(f"{name} must be of an integer or bool dtype, got {value.dtype}; {remedy}")
+    if value.dtype == torch.bool or value.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(value.to(torch.int64)))
+    if low < 0 or high > 1:
+        raise InputError(f"{name} holds {low if low < 0 else high}; {remedy}")
 
 
 def _check_integers(spec: TensorSpec, value: Tensor) -> None:

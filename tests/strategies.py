@@ -20,7 +20,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.random_function import RandomFunction, Spec
+from tests.random_functions.draft import RandomFunction, Spec
+from tests.random_functions.moves import moves
 from tilewright.ir.index import sym
 from tilewright.ir.module import Function, Module
 from tilewright.ir.reference import Evaluation, evaluate, join_scope
@@ -106,30 +107,30 @@ def modules(
     dtype = draw(st.sampled_from(dtypes))
     width = draw(st.sampled_from((2, 4, 6, 8)))
     stateful = attention and draw(st.booleans())
-    flags = {"attention": attention, "stateful": stateful, "torch_calls": torch_calls, "flips": flips}
-    main = RandomFunction(draw, dtype, RANGES, **flags)
+    drawn_from = moves(attention, torch_calls)
+    main = RandomFunction(draw, dtype, RANGES, drawn_from, stateful, flips)
     x = main.input("x", tensor_type(dtype, ["B", "S", width]), Spec(-1, 1))
     main.input("ids", tensor_type("i64", ["B", "S"]), Spec(0, 5))
     if stateful or draw(st.booleans()):
         main.input("mask", tensor_type("bool", ["B", "T" if stateful else "S"]), Spec(0, 1))
-    moves = st.integers(*ops)
+    count = st.integers(*ops)
     functions: list[Function] = []
     scopes: list[tuple[str, RandomFunction]] = [("", main)]
     if calls and draw(st.booleans()):
         main.grow(draw(st.integers(0, 2)))
-        layer = RandomFunction(draw, dtype, RANGES, **flags)
+        layer = RandomFunction(draw, dtype, RANGES, drawn_from, stateful, flips)
         layer.input("x", x.type, Spec(-4, 4))
         shared = [v for v in main.builder.params if v.dtype is DType.bool]
         for v in shared:
             layer.input(v.name, v.type, Spec(0, 1))
-        layer.grow(draw(moves))
+        layer.grow(draw(count))
         functions.append(layer.finish("layer0", first=x.type))
         hidden = main.bounded(main.shaped(x.type), 4)
         for n in range(draw(st.integers(1, 3))):
             scope = f"layers.{n}"
             scopes.append((scope, layer))
             hidden = main.call(functions, "layer0", (hidden, *shared), scope)
-    main.grow(draw(moves))
+    main.grow(draw(count))
     functions.insert(0, main.finish("main", first=x.type if draw(st.booleans()) else None))
     used = {s.name for f in functions for v in _values(f) for d in v.shape for s in d.free_symbols} | {
         "B",

@@ -13,6 +13,7 @@ from ..errors import VerifyError
 from ..index import FloorDiv, Mod, provably_less, provably_nonnegative, simplify, sym
 from ..module import Op
 from ..pointwise import POINTWISE
+from ..quantization import CODES
 from ..types import DType, Value
 from .nodes import Apply, Axis, Const, Dot, Index, Load, Loops, Node, Reduce, Segment, Store
 from .pieces import NeedSplit, Piece, cut_for, stored_space
@@ -151,15 +152,15 @@ class Scalarizer:
         codes, *factors = op.operands
         row, column = index
         place = (row, FloorDiv(column, Integer(op.attr("group"))))
-        if op.attr("bits") == 8:
+        form = CODES[op.attr("bits")]
+        if form.per_byte == 1:
             code = self.node(codes, index, ranges, depth)
         else:
-            byte = self.node(
-                codes, (row, 4 * FloorDiv(column, Integer(8)) + Mod(column, Integer(4))), ranges, depth
-            )
-            shift = simplify(4 * Mod(FloorDiv(column, Integer(4)), Integer(2)), ranges)
+            run, lanes = Integer(form.run), Integer(form.run // form.per_byte)
+            byte = self.node(codes, (row, lanes * FloorDiv(column, run) + Mod(column, lanes)), ranges, depth)
+            shift = simplify(form.bits * Mod(FloorDiv(column, lanes), Integer(form.per_byte)), ranges)
             low = self.make(Apply, DType.u8, "shr", (byte, self.make(Index, DType.u8, shift)))
-            code = self.make(Apply, DType.u8, "and", (low, self.make(Const, DType.u8, 15)))
+            code = self.make(Apply, DType.u8, "and", (low, self.make(Const, DType.u8, 2**form.bits - 1)))
         wide = DType.f64 if op.result.dtype is DType.f64 else DType.f32
 
         def as_float(node: Node) -> Node:

@@ -18,7 +18,8 @@ from tilewright.ir.types import Value, concrete
 from tilewright.runtime.native import NativeLibrary, pointer_table
 from tilewright.runtime.native_executor import NativeExecutor
 
-from .triton_cases import CAPACITY, CASES, RANGES, Case
+from .kernel_case import CAPACITY, RANGES, Case
+from .triton_cases import CASES
 
 THREADS = 2
 

@@ -7,7 +7,8 @@ import torch
 from tilewright.ir.ops import Builder
 from tilewright.ir.types import DType, tensor_type
 
-from .triton_cases import Case, attend, case, cast, finish, rms_scale, rows_type, view
+from .attention_cases import attend
+from .kernel_case import Case, case, cast, finish, rms_scale, rows_type, view
 
 # Every code, and what lies at, between and around the numbers that f8 has.
 CODES = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(torch.float8_e4m3fn)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from tilewright.ir.ops import Builder
 from tilewright.ir.types import DType, tensor_type
 
-from .triton_cases import Case, biased, case, finish, gated_product, in_parts, rotary
+from .kernel_case import Case, case, finish
+from .product_cases import biased, gated_product, in_parts, rotary
 
 MATRICES = tuple((d, r) for d in (DType.f32, DType.bf16) for r in ("many", "four"))
 

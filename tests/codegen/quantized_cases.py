@@ -13,7 +13,8 @@ from tilewright.ir.ops import Builder
 from tilewright.ir.quantization import quantize
 from tilewright.ir.types import DType, TensorType, Value, tensor_type
 
-from .triton_cases import Case, case, finish, parts_product, rms_scale, rows_type, view
+from .kernel_case import Case, case, finish, rms_scale, rows_type, view
+from .product_cases import parts_product
 
 GROUP = 32
 KINDS = {"int8": (8, 0), "int8_groups": (8, GROUP), "int4": (4, GROUP)}

@@ -22,8 +22,8 @@ from tilewright.passes.plan_memory import plan_memory
 from tilewright.runtime.native import NativeLibrary
 
 from .cpp_run import executor_of, library_of, program_of_cases, run_one_of
+from .kernel_case import Case
 from .random_programs import worst_excess
-from .triton_cases import Case
 
 ALL = tuple(CASES)
 SOME = ("odd sizes", "bf16", "bf16, many tokens", "clamped, all of it")

@@ -23,8 +23,9 @@ from tilewright.ir.pointwise import POINTWISE
 from tilewright.ir.reference import evaluate
 
 from .cpp_run import ALL, case_of, executor_of, program_of_cases, run_case
+from .kernel_case import Case, comparable
 from .random_programs import check_random, worst_excess
-from .triton_cases import CASES, Case, comparable
+from .triton_cases import CASES
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from tilewright.codegen.triton.tiling import Tile
 from tilewright.codegen.triton.work import AttentionWork, ProductWork, StreamWork, Work
 from tilewright.codegen.tunables import tuned
 
-from .triton_cases import CAPACITY, CASES, RANGES
+from .kernel_case import CAPACITY, RANGES
+from .triton_cases import CASES
 
 DOWN = ProductWork(
     rows=16,

@@ -17,7 +17,8 @@ from tilewright.ir.ops import Builder
 from tilewright.ir.pointwise import POINTWISE
 from tilewright.ir.types import tensor_type
 
-from .triton_cases import CAPACITY, CASES, RANGES, finish
+from .kernel_case import CAPACITY, RANGES, finish
+from .triton_cases import CASES
 from .triton_run import source_of
 
 TEMPLATES = {

@@ -20,7 +20,8 @@ from tilewright.ir.program import physical_shape
 from tilewright.ir.reference import evaluate
 from tilewright.ir.types import Value, concrete
 
-from .triton_cases import CAPACITY, CASES, RANGES, Case, comparable
+from .kernel_case import CAPACITY, RANGES, Case, comparable
+from .triton_cases import CASES
 
 AS_BYTES = (torch.bool, torch.float8_e4m3fn)
 

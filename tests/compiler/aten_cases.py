@@ -198,6 +198,19 @@ REDUCE = [
     case("all.dims", lambda n: (b(n, 4, 2), [0, 2])),
     case("prod.default", lambda n: (f(n, 4),)),
     case("prod.dim_int", lambda n: (f(n, 4), 1, True)),
+    *(
+        case("linalg_vector_norm.default", lambda n, order=order: (f(n, 4), order, [-1], True))
+        for order in (2, 1, 0, 3.5, -2, torch.inf, -torch.inf)
+    ),
+    case("linalg_vector_norm.default", lambda n: (f(n, 4).masked_fill(f(n, 4) > 0, 0.0), 0)),
+    case("linalg_vector_norm.default", lambda n: (f(n, 4, 2), 2, [0, 2])),
+    case("linalg_vector_norm.default", lambda n: (f(n, 4), 2, None), dtype=torch.float64),
+    case("cumsum.default", lambda n: (f(n, 6), -1)),
+    case("cumsum.default", lambda n: (f(n, 5, 3), 1)),
+    case("cumsum.default", lambda n: (b(n, 7), 1)),
+    case("cumsum.default", lambda n: (i(n, 7), 1), dtype=torch.float32),
+    case("cumsum.default", lambda n: (f(n, 6) / (f(n, 6) > -1), 1)),
+    case("cumsum.default", lambda n: (torch.tensor(2.5), 0)),
     case("softmax.int", lambda n: (f(n, 4), -1)),
     case("softmax.int", lambda n: (f(n, 4), 1, torch.float32)),
     case("_softmax.default", lambda n: (f(n, 4), 1, False)),
@@ -255,6 +268,8 @@ VIEW = [
     case("roll.default", lambda n: (f(n, 5), [2], [1])),
     case("cat.default", lambda n: ([f(n, 3), f(n, 2)], -1)),
     case("cat.default", lambda n: ([i(n, 3), f(n, 3)],)),
+    case("cat.default", lambda n: ([f(n, 3), f(n, 0), f(n, 2)], -1)),
+    case("cat.default", lambda n: ([f(n, 3), f(n, 0)], -1)),
     case("concat.default", lambda n: ([f(n, 3), f(n, 2)], 1)),
     case("concatenate.default", lambda n: ([f(n, 3)], 1)),
     case("stack.default", lambda n: ([f(n, 3), f(n, 3)], -1)),

@@ -128,6 +128,13 @@ def test_encoder_equals_the_original(engine: str) -> None:
         fast(torch.ones(1, 300, dtype=torch.long))
     with pytest.raises(InputError, match="attention_mask must be of shape"):
         fast(PADDED, attention_mask=MASK[:, 1:])
+    for mask, message in (
+        (MASK - 1, "attention_mask holds -1"),
+        (MASK * 2, "holds 2"),
+        (MASK.float(), "bool dtype"),
+    ):
+        with pytest.raises(InputError, match=f"{message}.*1 or True for what counts"):
+            fast(PADDED, attention_mask=mask)
 
 
 # Generation
@@ -252,7 +259,15 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "negative mask in generate": (
         lambda f: f.generate(PROMPT, attention_mask=torch.full((1, 7), -1), max_new_tokens=3),
-        "position -8 is outside",
+        "attention_mask holds -1; pass attention_mask as 1 or True for what counts",
+    ),
+    "mask of segments": (
+        lambda f: f(PROMPT, attention_mask=torch.tensor([[0, 1, 1, 1, 2, 2, 2]])),
+        "attention_mask holds 2; pass attention_mask as 1 or True for what counts",
+    ),
+    "additive mask": (
+        lambda f: f(PROMPT, attention_mask=torch.zeros(1, 1, 7, 7)),
+        "attention_mask must be of an integer or bool dtype, got torch.float32; pass attention_mask as 1 or True",
     ),
     "mask of four dims": (
         lambda f: f(PROMPT, attention_mask=torch.ones(1, 1, 7, 7, dtype=torch.long)),

@@ -220,7 +220,7 @@ def _run(module: nn.Module, *inputs: Tensor) -> tuple[Module, tuple[Tensor, ...]
 class _Sorted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         values, order = x.sort(-1)
-        return values.cumsum(1, dtype=torch.float64) * order.repeat(
+        return values.cumprod(1, dtype=torch.float64) * order.repeat(
             1, x.shape[0] - x.shape[0] + 1
         ) + x.new_zeros(x.shape[0], 1)
 
@@ -229,8 +229,26 @@ def test_ops_without_a_rule_are_left_to_torch() -> None:
     x = f(3, 4)
     ir, (got,) = _run(_Sorted(), x)
     torches = [op.attr("target") for op in ir.main.ops if op.opcode == "call_torch"]
-    assert torches == ["aten.sort.default", "aten.cumsum.default"]
+    assert torches == ["aten.sort.default", "aten.cumprod.default"]
     torch.testing.assert_close(got, _Sorted()(x))
+
+
+class _RunningSums(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1) + x.cumsum(0)
+
+
+@pytest.mark.parametrize(
+    ("columns", "is_bounded", "torches"), [(1024, True, 1), (1025, True, 2), (4, False, 1)]
+)
+def test_running_sums_of_long_rows_are_left_to_torch(columns: int, is_bounded: bool, torches: int) -> None:
+    """Ours take the square of the row's length: of a batch that may be large, and of one without a known end."""
+    x = f(3, columns)
+    captured = capture(_RunningSums().eval(), (x,))
+    ir = lower(captured, is_bounded)
+    assert sum(op.opcode == "call_torch" for op in ir.main.ops) == torches
+    (got,) = evaluate(ir, [x], captured.tensors, {"B": 3})
+    torch.testing.assert_close(got, _RunningSums()(x), rtol=1e-4, atol=1e-4)
 
 
 class _SizedFallback(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tilewright import api
 from tilewright.backends import build, candidates, no_candidates
 from tilewright.ir.program import Program
 from tilewright.options import check_options
+from tilewright.phases import phase_report, report_dims
+from tilewright.report import Report
 from tilewright.runtime.executor import Executor
 from tilewright.runtime.native_executor import NativeExecutor
 from tilewright.trials import Trial
@@ -67,6 +70,24 @@ def test_each_kernel_takes_its_own_best(compiled: Any, model: Any) -> None:
     assert changes_of(choices) == {first: tuner.ways[first][1]}
     assert "2.00x its default" in str(choices[0])
     assert changes_of(tuner.recall()) == changes_of(choices)
+
+
+def test_a_tile_that_a_tuner_changed_is_in_the_kernels_line(compiled: Any, model: Any) -> None:
+    """Fields that the tile's description has no word for, and those that it has; other kernels' lines stay."""
+    options = replace(check_options(model, (1,), 64, None, None, "full", "cpp", None), backend="triton")
+    program = compiled._tilewright.engine.decode_executors[1].program
+    dims = report_dims(program, options)
+    product = next(s.name for s in program.kernels() if any(o.opcode == "matmul" for o in s.op.body))
+    before = phase_report(program, dims, options, {})
+    after = phase_report(program, dims, options, {product: {"num_warps": 1, "max_registers": 64}})
+    for plain, tuned in zip(before.estimates, after.estimates, strict=True):
+        assert plain.tuned == ""
+        assert tuned.tuned == ("num_warps=1 max_registers=64" if tuned.kernel == product else "")
+        assert (tuned.tile != plain.tile) == (tuned.kernel == product)
+    words = " ".join(str(Report(phases=(after,))).split())
+    assert words.count("(tuned: ") == 1
+    assert "num_warps=1" in words
+    assert "(tuned" not in str(Report(phases=(before,)))
 
 
 def test_nothing_on_record_means_the_default(compiled: Any, model: Any) -> None:

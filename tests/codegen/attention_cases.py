@@ -1,0 +1,141 @@
+"""Hand-built kernels around attention and its parts, for the list in ``triton_cases``."""
+
+from __future__ import annotations
+
+import torch
+
+from tilewright.ir.ops import Builder
+from tilewright.ir.types import DType, tensor_type
+
+from .kernel_case import FLOATS, Case, case, finish, view
+
+
+def attend(opcode: str, dtype: DType, size: int, **attrs: object) -> Case:
+    """Six query heads over two KV heads; ``mask`` hides a left margin, and all of the last row."""
+    b = Builder()
+    queries, keys, groups = attrs.pop("queries", "S"), attrs.pop("keys", "T"), attrs.pop("groups", 2)
+    q = b.param_value("q", tensor_type(dtype, ["B", 6, queries, size]))
+    stored = attrs.pop("stored", dtype)
+    k, v = (b.param_value(n, tensor_type(stored, ["B", groups, keys, size])) for n in "kv")
+    types = {
+        "mask": tensor_type("bool", ["B", keys]), "sinks": tensor_type(dtype, [6]), "slopes": tensor_type("f32", [6]),
+        "distances": tensor_type("f32", [6, 27]),
+    }  # fmt: skip
+    extras = [b.param_value(name, types[name]) for name in attrs.get("extras", ())]
+    full = {"scale": size**-0.5, "causal": True, "window": 0, "softcap": 0.0, **attrs}
+    outs = b.add_multi(opcode, q, k, v, *extras, **full)  # type: ignore[arg-type]
+    if opcode == "attention":
+        flat = view(b, outs[0], ["B", queries, 6 * size], "i0", f"i2 // {size}", "i1", f"i2 % {size}")
+        outs = (flat,)
+    made = finish(b, *outs, B=3, S=19, T=45)
+    valid = torch.ones(3, {"T": 45, "S": 19}.get(keys, keys), dtype=torch.bool)
+    valid[1, :30] = False
+    valid[2] = False
+    return Case(made.module, made.dims, {"mask": valid, "slopes": torch.linspace(-0.2, 0.6, 6)})
+
+
+@case("attention", *FLOATS, (DType.f64,))
+def attention(dtype: DType) -> Case:
+    return attend("attention", dtype, 16, slot="", extras=("mask",))
+
+
+@case("attention_sinks", *((d, q) for d in (DType.f32, DType.bf16) for q in ("S", 1)), (DType.f64, "S"))
+def attention_sinks(dtype: DType, queries: object) -> Case:
+    """A score of each head that has no value; a row that may see no key gives zeros."""
+    return attend("attention", dtype, 16, slot="", extras=("mask", "sinks"), queries=queries)
+
+
+@case(
+    "attention_slopes",
+    *((d, q, 150) for d in (DType.f32, DType.bf16) for q in ("S", 1)),
+    (DType.f64, "S", "T"),
+)
+def attention_slopes(dtype: DType, queries: object, keys: object) -> Case:
+    """A bias by distance, of either sign, added to capped scores and before the mask; keys of one tile, and of more."""
+    extras = ("mask", "slopes")
+    return attend("attention", dtype, 16, slot="", extras=extras, queries=queries, keys=keys, softcap=2.0)
+
+
+@case(
+    "attention_distances",
+    *((d, q, 150) for d in (DType.f32, DType.bf16) for q in ("S", 1)),
+    (DType.f64, "S", "T"),
+)
+def attention_distances(dtype: DType, queries: object, keys: object) -> Case:
+    """A table of biases by distance, shorter than the context at either side; keys that come after their query too."""
+    extras = ("mask", "distances")
+    return attend("attention", dtype, 16, slot="", extras=extras, queries=queries, keys=keys, causal=False)
+
+
+@case("attention_split_distances", *FLOATS)
+def attention_split_distances(dtype: DType) -> Case:
+    """Each chunk measures distances from the query, as with slopes; added to capped scores."""
+    return attend("attention_split", dtype, 16, queries=1, splits=4, extras=("distances",), softcap=2.0)
+
+
+@case("attention_all_extras", ("S",), (1,))
+def attention_all_extras(queries: object) -> Case:
+    extras = ("mask", "sinks", "slopes", "distances")
+    return attend("attention", DType.f32, 20, slot="", extras=extras, queries=queries, window=11)
+
+
+@case("attention_window", (DType.f32,), (DType.f64,))
+def attention_window(dtype: DType) -> Case:
+    return attend("attention", dtype, 20, slot="", window=7, softcap=5.0)
+
+
+@case("attention_encoder", (DType.f32,), (DType.bf16,))
+def attention_encoder(dtype: DType) -> Case:
+    return attend("attention", dtype, 16, slot="", causal=False, keys="S", extras=("mask",))
+
+
+@case("attention_decode")
+def attention_decode() -> Case:
+    return attend("attention", DType.f32, 16, slot="", queries=1, window=9)
+
+
+@case("attention_split", *FLOATS)
+def attention_split(dtype: DType) -> Case:
+    return attend("attention_split", dtype, 16, queries=1, splits=4, extras=("mask",))
+
+
+@case("attention_split_slopes", *FLOATS)
+def attention_split_slopes(dtype: DType) -> Case:
+    """Each chunk measures distances from the query, not within itself. Without a mask: the highest score of a row that
+    sees nothing is so large a number that it would hide what is wrong with the others."""
+    return attend("attention_split", dtype, 16, queries=1, splits=4, extras=("slopes",), softcap=2.0)
+
+
+@case("attention_own_heads", ("attention",), ("attention_split",))
+def attention_own_heads(opcode: str) -> Case:
+    """As many KV heads as query heads and one query: a tile of a single row."""
+    extra = {"slot": ""} if opcode == "attention" else {"splits": 3}
+    return attend(opcode, DType.f32, 16, queries=1, groups=6, **extra)
+
+
+HOSTILE = tuple(
+    (opcode, length, logits)
+    for opcode in ("attention", "attention_split")
+    for length, logits in ((1, "usual"), (13, "huge"), (17, "negative"), (33, "usual"))
+)
+
+
+@case("attention_hostile", *HOSTILE)
+def attention_hostile(opcode: str, length: int, logits: str) -> Case:
+    """One query against a single position, a prime number of them, one past a tile of 16 and of 32; scores in the
+    thousands, and all far below zero."""
+    extra = {"slot": ""} if opcode == "attention" else {"splits": 3}
+    made = attend(opcode, DType.f32, 16, queries=1, **extra)
+    generator = torch.Generator().manual_seed(length)
+    q, k = torch.randn(3, 6, 1, 16, generator=generator), torch.randn(3, 2, length, 16, generator=generator)
+    if logits == "huge":
+        q, k = 40 * q, 40 * k
+    if logits == "negative":
+        q, k = 40 * q.abs(), -40 * k.abs()
+    return Case(made.module, {**made.dims, "S": 1, "T": length}, {"q": q, "k": k})
+
+
+@case("attention_empty_splits")
+def attention_empty_splits() -> Case:
+    """More splits than positions are left by the window, and a chunk size that does not divide the context."""
+    return attend("attention_split", DType.f32, 16, queries=1, splits=7, window=5)

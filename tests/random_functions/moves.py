@@ -1,0 +1,19 @@
+"""The moves that a random function is drawn from, and how often each comes up."""
+
+from __future__ import annotations
+
+from .draft import Move
+from .idioms import attention, gated, norm, rotary, row_scale, softmax, torch
+from .movement import concat, gather, view
+from .pointwise import binary, cast, compare, integer, select, unary
+from .products import batched_matmul, linear, reduce
+
+_ALWAYS: dict[Move, int] = {
+    unary: 3, binary: 4, reduce: 2, view: 4, concat: 2, gather: 1, linear: 3, batched_matmul: 1, softmax: 1, norm: 1,
+    rotary: 1, gated: 1, integer: 1, compare: 1, select: 1, cast: 1, row_scale: 1,
+}  # fmt: skip
+
+
+def moves(has_attention: bool, torch_calls: bool) -> dict[Move, int]:
+    """Each move with its weight; attention and ops that PyTorch runs only where a test can take them."""
+    return _ALWAYS | ({attention: 2} if has_attention else {}) | ({torch: 1} if torch_calls else {})
