@@ -64,6 +64,9 @@ def main(
         _show(stored.of_file(GpuCheck, show))
         return
     deadline = time.monotonic() + 60 * minutes
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that a part ends with us, in its session of its own
     (name,) = known("--scale", scale, tuple(SCALES))[:1]
     plan, target = SCALES[name], torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     facts = machine.describe() | {"device": machine.device_name(target)}

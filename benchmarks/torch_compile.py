@@ -54,11 +54,12 @@ class TorchCompile:
         context = ids.shape[1]
         cache = self._cache(ids, context + tokens)
         _set_length(cache, context - 1)
-        token = self._step(ids[:, -1:], cache)
+        extra = self._positions(ids, context + tokens)
+        token = self._step(ids[:, -1:], cache, extra)
         wait(ids.device)
         start = time.perf_counter()
         for _ in range(tokens):
-            token = self._step(token, cache)
+            token = self._step(token, cache, extra)
         wait(ids.device)
         return time.perf_counter() - start
 
@@ -75,10 +76,26 @@ class TorchCompile:
         self._caches.clear()
         torch._dynamo.reset()
 
-    def _step(self, token: Tensor, cache: StaticCache) -> Tensor:
-        """The greedy token i64[1, 1] after ``token``."""
-        output = self._forward(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def _step(self, token: Tensor, cache: StaticCache, extra: dict[str, Tensor]) -> Tensor:
+        """The greedy token i64[B, 1] after ``token``; moves the position in ``extra`` on."""
+        output = self._forward(
+            input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra
+        )
+        if extra:
+            extra["position_ids"] += 1
         return output.logits[:, -1].argmax(-1, keepdim=True)
+
+    def _positions(self, ids: Tensor, room: int) -> dict[str, Tensor]:
+        """What a step of a model with a table of positions is told of them: where it stands, and a mask of ones.
+
+        Without that such a model counts them on the host, from the cache's length, and is compiled anew at each one.
+        Models without a table find them on the device, and need not read a mask.
+        """
+        tables = [m for m in self.model.modules() if isinstance(m, torch.nn.Embedding)]
+        if len(tables) < 2:
+            return {}
+        mask = torch.ones(len(ids), room, dtype=torch.int64, device=ids.device)
+        return {"attention_mask": mask, "position_ids": torch.full_like(ids[:, -1:], ids.shape[1] - 1)}
 
     def _cache(self, ids: Tensor, room: int) -> StaticCache:
         """A cache with ``room`` positions that holds all of the prompt but its last token, which is run uncompiled."""

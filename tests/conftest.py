@@ -34,6 +34,7 @@ LONGEST_FIRST = (
     "test_architectures.py",
     "test_tune_kernels.py",
     "test_chart.py",
+    "test_gpu_check.py",
     "test_api.py",
     "test_serve.py",
     "test_compile.py",
