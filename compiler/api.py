@@ -34,6 +34,7 @@ from .backends import Built, build, candidates, has_persistent_kernels, measures
 from .capacity import require_memory
 from .capture import Captured, capture
 from .capture_inputs import vocabulary
+from .capture_rope import switch_length
 from .capture_seq2seq import is_encoder_decoder
 from .choices import choice_key, remember, remembered
 from .costs import eager_peak
@@ -212,7 +213,12 @@ class _Compilation:
         dump.report(report)
         engine = self._engine(captured, programs, built)
         compiled = _compiled(captured, shown, engine, report, self.stages)
-        compiled = replace(compiled, copied_from=bound.copied_from, adapters=self.adapters)
+        compiled = replace(
+            compiled,
+            copied_from=bound.copied_from,
+            adapters=self.adapters,
+            switch_length=switch_length(self.model),
+        )
         self.adapters.stay()
         if self.encoder is not None:
             return attach_both(self.model, compiled, self.encoder)

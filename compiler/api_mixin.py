@@ -39,7 +39,8 @@ class Compiled:
     ``output_class`` and ``outputs`` name the ModelOutput and its tensors; ``output_spec`` is the pytree of a plain
     module's result, ``output_constants`` its leaves, by position, that never vary, and ``shown`` what it shows of what
     is computed and of its own ``tensors``; ``copied_from`` are addresses of the storages of weights that kernels read
-    copies of, which ``adapters`` cannot change; ``encoder`` is the compiled encoder of an encoder-decoder. ``stages``
+    copies of, which ``adapters`` cannot change; ``encoder`` is the compiled encoder of an encoder-decoder;
+    ``switch_length`` is the longest sequence that takes the first of two tables of rotary frequencies, or 0. ``stages``
     maps the name of each stage to its text, printed on demand.
     """
 
@@ -53,6 +54,7 @@ class Compiled:
     copied_from: frozenset[int] = frozenset()
     adapters: MergedAdapters = field(default_factory=MergedAdapters)
     encoder: Any = None
+    switch_length: int = 0
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     stages: dict[str, Callable[[], str]] = field(default_factory=dict)
 
@@ -283,7 +285,11 @@ class DecoderMixin(CompiledMixin):
         """Greedy search and sampling: our own loop when nothing else is asked for, else that of transformers."""
         cache = model_kwargs.get("past_key_values")
         options = plain_options(logits_processor, stopping_criteria, generation_config, model_kwargs)
-        if options is None or synced_gpus or not isinstance(cache, EngineCache):
+        # A model may want to begin anew once a sequence outgrows its first table, which is for its own methods to say.
+        outgrows = (
+            options is not None and input_ids.shape[1] <= self._tilewright.switch_length < options.max_length
+        )
+        if options is None or outgrows or synced_gpus or not isinstance(cache, EngineCache):
             return super()._sample(  # type: ignore[misc]
                 input_ids,
                 logits_processor,

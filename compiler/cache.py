@@ -41,6 +41,10 @@ class EngineCache(Cache):
     def __repr__(self) -> str:
         return f"EngineCache(batch={self.batch_size}, length={self.get_seq_length()})"
 
+    def __bool__(self) -> bool:
+        """True, where the base counts layers: models ask so whether there is a cache."""
+        return True
+
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineCache:
         """A cache of the same model with a copy of the request, as for continuing one prefix in several ways."""
         twin = copy.copy(self)

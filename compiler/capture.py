@@ -39,6 +39,7 @@ from .capture_inputs import (
 from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, flat_names, opaque_layers
 from .capture_ops import ATTENTION, attention_forward, opaque_attention
 from .capture_patches import PositionRule, has_own_attention, position_rule, rerouted
+from .capture_rope import CALL_LENGTH, CallLength, pure_rotaries
 from .capture_seq2seq import ENCODER_STATES, PER_REQUEST, is_encoder_decoder, whole_model_arguments
 
 # Example sizes: at least 2, because export specialises on 0 and 1, and all different, so that none passes for another.
@@ -173,8 +174,11 @@ class _Outer(nn.Module):
         super().__init__()
         self.model = model
         self.returned = _Returned()
+        self.length = CallLength()
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        self.length.value = inputs.get(CALL_LENGTH)
+        inputs = {name: value for name, value in inputs.items() if name != CALL_LENGTH}
         whole = is_encoder_decoder(self.model)
         arguments = whole_model_arguments(self.model, inputs) if whole else inputs
         out = self.model(**arguments, return_dict=True, **self._switched_off())
@@ -202,7 +206,12 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
         raise _unsupported_attention(model)
     # An encoder without the common dispatch keeps no state: its attention is captured as the ordinary ops it is.
     opaque = opaque_attention(model) if dispatches else nullcontext()
-    with torch.no_grad(), opaque, opaque_experts(model), rerouted(model, attention_forward):
+    rerouting = (
+        opaque_experts(model),
+        rerouted(model, attention_forward),
+        pure_rotaries(model, outer.length),
+    )
+    with torch.no_grad(), opaque, rerouting[0], rerouting[1], rerouting[2]:
         while True:
             try:
                 main, layers, calls = _capture_layered(model, outer, inputs, ranges, skip)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from tilewright.ir.errors import CaptureError
 
 from .capture_ops import configs_of
+from .capture_rope import CALL_LENGTH, switch_length
 from .capture_seq2seq import ENCODER_MASK, ENCODER_STATES, is_encoder_decoder, numbers_positions, state_width
 
 Kind = Literal["decoder", "encoder", "module"]
@@ -80,6 +81,8 @@ def model_inputs(model: PreTrainedModel, kind: Kind) -> Inputs:
         inputs["pixel_values"] = (model.dtype, ("I" if inputs else "B", *_image_shape(model)))
     if "input_ids" in known:
         inputs["attention_mask"] = (torch.bool, ("B", "T" if kind == "decoder" else "S"))
+    if kind == "decoder" and switch_length(model):
+        inputs[CALL_LENGTH] = (torch.int64, (1,))
     if kind == "encoder" and "token_type_ids" in known:
         inputs["token_type_ids"] = (torch.int64, ("B", "S"))
     return inputs

@@ -78,6 +78,7 @@ class Trial:
             "input_ids": ids.repeat(batch, 1),
             "position_ids": positions.repeat(batch, 1),
             "attention_mask": state.mask,
+            "call_length": state.no_length,
         }
         if spec.per_request is not None:
             state.hold({name: low for name, low, _ in spec.symbols if name not in dims})

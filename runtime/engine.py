@@ -181,6 +181,7 @@ class Engine:
     def _prefill(self, state: RequestState, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
         """Run the prompt in chunks, so that the arena does not grow with it. Returns logits[B, keep, V]."""
         spec, batch, total = self.spec, state.batch, ids.shape[1]
+        reached = positions.max().add(1).view(1) if spec.has_input("call_length") else state.no_length
         name, first_kept = spec.outputs[0].name, total - keep
         parts: list[Tensor] = []
         for start in range(0, total, spec.chunk):
@@ -190,6 +191,7 @@ class Engine:
                 "input_ids": aligned(ids[:, start:stop]),
                 "position_ids": aligned(positions[:, start:stop]),
                 "attention_mask": state.mask,
+                "call_length": reached,
                 **{name: tensor[:batch] for name, tensor in state.held.tensors.items()},
             }
             dims = {"B": batch, "S": stop - start, "T": state.length + stop - start, "L": kept}

@@ -68,6 +68,9 @@ class RequestState:
             self.mask = torch.ones(rows, spec.max_length, dtype=torch.bool, device=spec.device)
             self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=spec.device)
             self.positions = torch.zeros_like(self.ids)
+            self.no_length = torch.zeros(
+                1, dtype=torch.int64, device=spec.device
+            )  # a step's positions say enough
             steps = spec.kind == "decoder"
             self.logits = (
                 spec.outputs[0].empty({"B": rows, "S": 1, "L": 1}, spec.device) if steps else torch.empty(0)
@@ -80,6 +83,7 @@ class RequestState:
             "input_ids": self.ids,
             "position_ids": self.positions,
             "attention_mask": self.mask,
+            "call_length": self.no_length,
             **self.held.tensors,
         }
         self.step_outputs = {output.name: self.logits for output in self.spec.outputs[:1]}
