@@ -37,14 +37,12 @@ class Needs:
             for _, b in p.of_kind(BufferKind.param)
             if b.name not in weights and b.type.dtype.torch not in own
         }
-        slots = {b.name: b.type for _, b in programs[-1].of_kind(BufferKind.state)}
-        per_position = sum(int(t.shape[1] * t.shape[3]) * t.dtype.itemsize for t in slots.values())
         decode = [p.arena_bytes for p in programs if p.phase == "decode"]
         # Of rival programs one stays; measuring the others is given up where memory does not suffice.
         other = [p.arena_bytes for p in programs if p.phase != "decode"]
         return Needs(
             prepared=sum(prepared.values()),
-            kv=per_position * options.max_length * options.max_batch,
+            kv=programs[-1].state_bytes_per_row * options.max_batch,
             arena=max(decode, default=0) + min(other, default=0),
         )
 

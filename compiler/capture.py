@@ -36,7 +36,7 @@ from .capture_inputs import (
     symbol_ranges,
 )
 from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, flat_names, opaque_layers
-from .capture_ops import ATTENTION, attention_forward, opaque_attention
+from .capture_ops import STATEFUL, attention_forward, opaque_attention
 from .capture_patches import PositionRule, has_own_attention, position_rule, rerouted
 
 # Example sizes: at least 2, because export specialises on 0 and 1, and all different, so that none passes for another.
@@ -204,7 +204,7 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
                 skip.append(error.list_name)
                 notes.append(f"layers of {error} (captured as part of the whole model)")
     graphs = [main, *layers.values()]
-    if kind == "decoder" and not any(n.target is ATTENTION for g in graphs for n in g.exported.graph.nodes):
+    if kind == "decoder" and not any(n.target in STATEFUL for g in graphs for n in g.exported.graph.nodes):
         raise _unsupported_attention(model)
     return Captured(
         main=main,

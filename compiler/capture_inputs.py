@@ -23,8 +23,11 @@ _MAX_LENGTH = 1 << 20  # where the config states no limit
 
 
 def model_kind(model: PreTrainedModel) -> Kind:
-    """A decoder keeps KV state: it takes past_key_values and its attention is causal. The rest are encoders."""
+    """A decoder keeps state between calls: it takes past_key_values and its attention is causal, or it takes
+    cache_params, since it is recurrent. The rest are encoders."""
     known = inspect.signature(model.forward).parameters
+    if "cache_params" in known:
+        return "decoder"
     if "past_key_values" not in known:
         if "cache" in known:
             raise CaptureError(
