@@ -31,6 +31,7 @@ from .capture_inputs import (
     Inputs,
     Kind,
     attends_to_an_encoder,
+    is_recurrent,
     model_inputs,
     model_kind,
     symbol_ranges,
@@ -190,7 +191,9 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
     notes: list[str] = []
     skip: list[str] = []
     outer = _Outer(model)
-    dispatches = model._can_set_attn_implementation() or has_own_attention(model)
+    dispatches = has_own_attention(model) or (
+        model._can_set_attn_implementation() and not is_recurrent(model)
+    )
     if kind == "decoder" and not dispatches:
         raise _unsupported_attention(model)
     # An encoder without the common dispatch keeps no state: its attention is captured as the ordinary ops it is.
@@ -292,8 +295,9 @@ def _dim_name(size: Any, symbols: Mapping[sympy.Symbol, str], record: LayerRecor
 
 def _unsupported_attention(model: nn.Module) -> CaptureError:
     return CaptureError(
-        f"unsupported attention: {type(model).__name__} does not dispatch through transformers.AttentionInterface, so "
-        "its KV state cannot be told apart; run this model with Hugging Face instead"
+        f"unsupported attention: {type(model).__name__} neither dispatches through transformers.AttentionInterface nor "
+        "has recurrent layers of a known kind, so the state that it keeps cannot be told apart; run this model with "
+        "Hugging Face instead"
     )
 
 

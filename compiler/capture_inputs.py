@@ -26,7 +26,7 @@ def model_kind(model: PreTrainedModel) -> Kind:
     """A decoder keeps state between calls: it takes past_key_values and its attention is causal, or it takes
     cache_params, since it is recurrent. The rest are encoders."""
     known = inspect.signature(model.forward).parameters
-    if "cache_params" in known:
+    if is_recurrent(model):
         return "decoder"
     if "past_key_values" not in known:
         if "cache" in known:
@@ -38,6 +38,11 @@ def model_kind(model: PreTrainedModel) -> Kind:
     flags = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     causal = any(flags) if flags else model.can_generate()
     return "decoder" if causal else "encoder"
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """True for a model whose state is not (only) keys and values: it takes that as cache_params."""
+    return "cache_params" in inspect.signature(model.forward).parameters
 
 
 def attends_to_an_encoder(model: PreTrainedModel) -> bool:
