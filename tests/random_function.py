@@ -13,6 +13,7 @@ from sympy import Integer
 from tilewright.ir.index import IndexMap, index_symbols, reshape_map, sym
 from tilewright.ir.module import Function, Loc, Module
 from tilewright.ir.ops import Builder, broadcast
+from tilewright.ir.recurrent import wide
 from tilewright.ir.types import DType, TensorType, Value, concrete, tensor_type
 
 LIMIT = 64.0
@@ -64,6 +65,8 @@ class RandomFunction:
         }  # fmt: skip
         if attention:
             moves[self._attention] = 2
+        if stateful:
+            moves[self._recurrent] = 1
         if torch_calls:
             moves[self._torch] = 1
         self.moves = [move for move, weight in moves.items() for _ in range(weight)]
@@ -680,6 +683,31 @@ class RandomFunction:
         )  # fmt: skip
         flat = self.permute(out, (0, 2, 1, 3))
         return self.reshape(flat, (b, s, heads * dv))
+
+    def _recurrent(self) -> Value | None:
+        """A convolution over the last tokens, or a scan whose state decays, of [B, S, C]."""
+        x = self.floats(
+            lambda v: v.type.rank == 3 and v.shape[:2] == (sym("B"), sym("S")) and v.shape[2].is_Integer
+        )
+        if x is None:
+            return None
+        x, slot = self.bounded(x, 4), f"recurrent{len(self.slots)}"
+        if self.number(0, 1):
+            taps = Integer(self.number(2, 4))
+            operands = [x, self.weight(TensorType(x.dtype, (taps, x.shape[2])))]
+            operands += [self.weight(TensorType(x.dtype, x.shape[2:]))] if self.number(0, 1) else []
+            y, state = self.builder.add_multi("causal_conv1d", *operands, slot=slot)
+            size = 4.0 * int(taps) + 1
+        else:
+            states = Integer(self.number(1, 3))
+            dt = self.add("sigmoid", self.bounded(self._project(x, int(x.shape[2]))), spec=Spec(0, 1, False))
+            decay = self.weight(TensorType(wide(x.dtype), (states, x.shape[2])), Spec(-4, -1))
+            ends = [self.bounded(self._project(x, int(states)), 2) for _ in range(2)]
+            y, state = self.builder.add_multi("selective_scan", x, dt, decay, *ends, slot=slot)
+            size = 2.0 * int(states) * (1 + 8 * self.highs["S"])
+        self.slots[slot] = state.type
+        self.specs[y] = Spec(-size, size, False)
+        return y
 
     def _torch(self) -> Value | None:
         """An op without a rule of its own, run by PyTorch."""
