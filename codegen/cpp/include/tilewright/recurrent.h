@@ -57,28 +57,29 @@ static void causal_conv1d(const Worker& worker, long rows, long tokens, long cha
     using F = recurrent_t<T>;
     for_channel_blocks(worker, rows, channels, [&](long row, long first, auto count) {
         const int n = count;
-        F seen[Taps][CHANNELS], taps[Taps][CHANNELS], start[CHANNELS];
-        T* past = state + row * (Taps - 1) * channels + first;
-        for (int k = 0; k < Taps; k++) {
+        F taps[Taps][CHANNELS], start[CHANNELS];
+        for (int k = 0; k < Taps; k++)
             for (int c = 0; c < n; c++) taps[k][c] = as_computed(weight[k * channels + first + c]);
-            if (k == Taps - 1) break;
-            for (int c = 0; c < n; c++) seen[k][c] = as_computed(past[k * channels + c]);
-        }
         for (int c = 0; c < n; c++) start[c] = bias != nullptr ? as_computed(bias[first + c]) : F(0);
+        T* past = state + row * (Taps - 1) * channels + first;
+        const T* own = x + row * tokens * channels + first;
+        // Where token t of this run is; those before the first one are the state's.
+        const auto token = [&](long t) { return t < 0 ? past + (t + Taps - 1) * channels : own + t * channels; };
         for (long s = 0; s < tokens; s++) {
-            const long at = (row * tokens + s) * channels + first;
-            for (int c = 0; c < n; c++) seen[Taps - 1][c] = as_computed(x[at + c]);
+            const T* seen[Taps];
+            for (int k = 0; k < Taps; k++) seen[k] = token(s - (Taps - 1) + k);
+            T* to = out + (row * tokens + s) * channels + first;
 #pragma omp simd
             for (int c = 0; c < n; c++) {
                 F sum = start[c];
-                for (int k = 0; k < Taps; k++) sum += taps[k][c] * seen[k][c];
-                out[at + c] = as_stored<T>(sum);
+                for (int k = 0; k < Taps; k++) sum += taps[k][c] * as_computed(seen[k][c]);
+                to[c] = as_stored<T>(sum);
             }
-            for (int k = 0; k + 1 < Taps; k++)
-                for (int c = 0; c < n; c++) seen[k][c] = seen[k + 1][c];
         }
-        for (int k = 0; k + 1 < Taps; k++)
-            for (int c = 0; c < n; c++) past[k * channels + c] = as_stored<T>(seen[k][c]);
+        for (int k = 0; k + 1 < Taps; k++) {
+            const T* last = token(tokens - (Taps - 1) + k);  // never in front of the place that it goes to
+            for (int c = 0; c < n; c++) past[k * channels + c] = last[c];
+        }
     });
 }
 
