@@ -415,8 +415,6 @@ class _Compilation:
     ) -> Report:
         options = self.options
         kernels = () if built.from_cache is None else (("kernels", built.from_cache),)
-        slots = [b for _, b in programs[-1].of_kind(BufferKind.state)]
-        per_position = sum(int(b.type.shape[1] * b.type.shape[3]) * b.type.dtype.itemsize for b in slots)
         largest = {name: high for name, _, high in programs[-1].symbols}
         largest.update(T=largest.get("S", 1), L=1)
         floats = {
@@ -432,7 +430,7 @@ class _Compilation:
                 shared=bound.shared_bytes,
                 merged=bound.merged_bytes,
                 prepared=bound.copied_bytes,
-                kv_per_sequence=per_position * options.max_length,
+                kv_per_sequence=programs[-1].state_bytes_per_row,
             ),
             eager_peak_bytes=eager_peak(last_tokens(lowered, _LAST), largest),
             fallbacks=tuple(f for p in programs for f in Fallback.of(p)),

@@ -24,7 +24,7 @@ from tilewright.runtime.executor import EngineSpec
 from tilewright.runtime.generate import generate
 
 from .adapters import MergedAdapters
-from .cache import EngineCache
+from .cache import EngineCache, cache_name
 from .capture_layers import flat_names
 from .generate_options import plain_options
 from .report import Report
@@ -189,6 +189,7 @@ class DecoderMixin(CompiledMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: EngineCache | None = None,
+        cache_params: EngineCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -196,7 +197,8 @@ class DecoderMixin(CompiledMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Same arguments and result as the original's forward; ``past_key_values`` is an EngineCache.
+        """Same arguments and result as the original's forward; ``past_key_values``, or ``cache_params`` where the
+        original has that name for it, is an EngineCache.
 
         Raises InputError for input that does not fit, and leaves the cache as it was.
         """
@@ -206,7 +208,7 @@ class DecoderMixin(CompiledMixin):
         if input_ids is None:
             raise InputError("input_ids is missing")
         ids = compiled.engine.check_prompt(input_ids)
-        cache = self._own_cache(past_key_values)
+        cache = self._own_cache(cache_params if past_key_values is None else past_key_values)
         keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
         result = compiled.engine.step(cache.state_for(ids.shape[0]), ids, attention_mask, position_ids, keep)
         if not isinstance(logits_to_keep, int):
@@ -219,7 +221,8 @@ class DecoderMixin(CompiledMixin):
         cache = EngineCache(engine) if given is None else given
         if not isinstance(cache, EngineCache) or cache.engine is not engine:
             raise InputError(
-                f"past_key_values is a {type(cache).__name__} of another model; pass what this model returned, or None"
+                f"{self._cache_name} is a {type(cache).__name__} of another model; pass what this model returned, or "
+                "None"
             )
         return cache
 
@@ -229,10 +232,17 @@ class DecoderMixin(CompiledMixin):
         """The original's output object, of which what there is not is left out."""
         compiled = self._tilewright
         assert compiled.output_class is not None
+        values: dict[str, Any] = {compiled.outputs[0]: result, **more}
+        if cache is not None and (name := cache_name(compiled.output_class)) is not None:
+            values[name] = cache
         known = inspect.signature(compiled.output_class).parameters
-        values: dict[str, Any] = {compiled.outputs[0]: result, "past_key_values": cache, **more}
-        output = compiled.output_class(**{n: v for n, v in values.items() if n in known and v is not None})
+        output = compiled.output_class(**{n: v for n, v in values.items() if n in known})
         return output if return_dict is not False else output.to_tuple()
+
+    @property
+    def _cache_name(self) -> str:
+        """The argument of the original's forward that holds the cache."""
+        return cache_name(self._tilewright_forward) or "past_key_values"
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -267,10 +277,11 @@ class DecoderMixin(CompiledMixin):
         refuse_cache(generation_config.cache_implementation)
         engine.check_length(generation_config.max_length)
         engine.bucket(batch_size * max(generation_config.num_beams, generation_config.num_return_sequences))
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
+        name = self._cache_name
+        if model_kwargs.get(name) is not None:
+            model_kwargs[name]._is_user_defined = True
         elif generation_config.use_cache:
-            model_kwargs["past_key_values"] = EngineCache(engine)
+            model_kwargs[name] = EngineCache(engine)
 
     def _sample(
         self,
@@ -283,7 +294,7 @@ class DecoderMixin(CompiledMixin):
         **model_kwargs: Any,
     ) -> Any:
         """Greedy search and sampling: our own loop when nothing else is asked for, else that of transformers."""
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(self._cache_name)
         options = plain_options(logits_processor, stopping_criteria, generation_config, model_kwargs)
         # A model may want to begin anew once a sequence outgrows its first table, which is for its own methods to say.
         outgrows = (

@@ -240,9 +240,18 @@ def _elu(ctx: Context, x: Value, alpha: float = 1, scale: float = 1, input_scale
 def _softplus(ctx: Context, x: Value, beta: float = 1, threshold: float = 20) -> Result:
     y = ctx.cast(x, ctx.wide(x.dtype))
     scaled = ctx.apply("mul", y, beta)
-    soft = ctx.apply("div", ctx.apply("log", ctx.apply("add", ctx.apply("exp", scaled), 1)), beta)
+    soft = ctx.apply("div", _log_of_one_more(ctx, ctx.apply("exp", scaled)), beta)
     out = ctx.apply("where", ctx.apply("gt", scaled, threshold), y, soft, dtype=y.dtype)
     return ctx.cast(out, x.dtype)
+
+
+def _log_of_one_more(ctx: Context, x: Value) -> Value:
+    """log(1 + x) for finite x >= 0, to full precision where x is small too: 1 + x loses digits of x, and the quotient
+    makes up for that (Goldberg, "What every computer scientist should know about floating-point arithmetic", 1991,
+    theorem 4)."""
+    more = ctx.apply("add", x, 1)
+    quotient = ctx.apply("div", ctx.apply("mul", ctx.apply("log", more), x), ctx.apply("sub", more, 1))
+    return ctx.apply("where", ctx.apply("eq", more, 1), x, quotient, dtype=x.dtype)
 
 
 @rule("hardsigmoid.default")

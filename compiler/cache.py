@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +15,17 @@ from transformers.cache_utils import Cache
 from tilewright.ir.errors import InputError
 from tilewright.runtime.engine import Engine
 from tilewright.runtime.kv_state import RequestState
+
+_NAMES = ("past_key_values", "cache_params")
+
+
+def cache_name(takes: Callable[..., Any]) -> str | None:
+    """The argument by which a function (a model's forward, or the class of what it returns) takes a cache.
+
+    None where it takes none.
+    """
+    known = inspect.signature(takes).parameters
+    return next((name for name in _NAMES if name in known), None)
 
 
 class _Lease:

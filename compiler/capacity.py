@@ -38,15 +38,13 @@ class Needs:
             for _, b in p.of_kind(BufferKind.param)
             if b.name not in weights and b.type.dtype.torch not in own
         }
-        slots = {b.name: b.type for _, b in programs[-1].of_kind(BufferKind.state)}
-        per_position = sum(int(t.shape[1] * t.shape[3]) * t.dtype.itemsize for t in slots.values())
         decode = [p.arena_bytes for p in programs if p.phase == "decode"]
         once = [p for p in programs if p.phase == "per_request"]
         # Of rival programs one stays; measuring the others is given up where memory does not suffice.
         rivals = [p.arena_bytes for p in programs if p.phase not in ("decode", "per_request")]
         return Needs(
             prepared=sum(prepared.values()),
-            kv=per_position * options.max_length * options.max_batch + sum(map(_most_held, once)),
+            kv=programs[-1].state_bytes_per_row * options.max_batch + sum(map(_most_held, once)),
             arena=max(decode, default=0) + sum(p.arena_bytes for p in once) + min(rivals, default=0),
         )
 

@@ -32,12 +32,13 @@ from .capture_inputs import (
     Kind,
     has_known_inputs,
     is_decoder_part,
+    is_recurrent,
     model_inputs,
     model_kind,
     symbol_ranges,
 )
 from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, flat_names, opaque_layers
-from .capture_ops import ATTENTION, attention_forward, opaque_attention
+from .capture_ops import STATEFUL, attention_forward, opaque_attention
 from .capture_patches import PositionRule, has_own_attention, position_rule, rerouted
 from .capture_rope import CALL_LENGTH, CallLength, pure_rotaries
 from .capture_seq2seq import ENCODER_STATES, PER_REQUEST, is_encoder_decoder, whole_model_arguments
@@ -201,7 +202,9 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
     notes: list[str] = []
     skip: list[str] = []
     outer = _Outer(model)
-    dispatches = model._can_set_attn_implementation() or has_own_attention(model)
+    dispatches = has_own_attention(model) or (
+        model._can_set_attn_implementation() and not is_recurrent(model)
+    )
     if kind == "decoder" and not dispatches:
         raise _unsupported_attention(model)
     # An encoder without the common dispatch keeps no state: its attention is captured as the ordinary ops it is.
@@ -220,7 +223,7 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
                 skip.append(error.list_name)
                 notes.append(f"layers of {error} (captured as part of the whole model)")
     graphs = [main, *layers.values()]
-    if kind == "decoder" and not any(n.target is ATTENTION for g in graphs for n in g.exported.graph.nodes):
+    if kind == "decoder" and not any(n.target in STATEFUL for g in graphs for n in g.exported.graph.nodes):
         raise _unsupported_attention(model)
     return Captured(
         main=main,
@@ -309,8 +312,9 @@ def _dim_name(size: Any, symbols: Mapping[sympy.Symbol, str], record: LayerRecor
 
 def _unsupported_attention(model: nn.Module) -> CaptureError:
     return CaptureError(
-        f"unsupported attention: {type(model).__name__} does not dispatch through transformers.AttentionInterface, so "
-        "its KV state cannot be told apart; run this model with Hugging Face instead"
+        f"unsupported attention: {type(model).__name__} neither dispatches through transformers.AttentionInterface nor "
+        "has recurrent layers of a known kind, so the state that it keeps cannot be told apart; run this model with "
+        "Hugging Face instead"
     )
 
 

@@ -27,8 +27,11 @@ _MAX_LENGTH = 1 << 20  # where the config states no limit
 
 
 def model_kind(model: PreTrainedModel) -> Kind:
-    """A decoder keeps KV state: it takes past_key_values and its attention is causal. The rest are encoders."""
+    """A decoder keeps state between calls: it takes past_key_values and its attention is causal, or it takes
+    cache_params, since it is recurrent. The rest are encoders."""
     known = inspect.signature(model.forward).parameters
+    if is_recurrent(model):
+        return "decoder"
     if "past_key_values" not in known:
         if "cache" in known:
             raise CaptureError(
@@ -60,6 +63,11 @@ def decoder_inputs(model: PreTrainedModel) -> Inputs:
     inputs[ENCODER_STATES] = (model.dtype, ("B", "E", state_width(model)))
     inputs[ENCODER_MASK] = (torch.bool, ("B", "E"))
     return inputs
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """True for a model whose state is not (only) keys and values: it takes that as cache_params."""
+    return "cache_params" in inspect.signature(model.forward).parameters
 
 
 def model_inputs(model: PreTrainedModel, kind: Kind) -> Inputs:

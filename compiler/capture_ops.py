@@ -1,7 +1,9 @@
-"""The two opaque ops of a captured graph, and their hooks into transformers' attention registries.
+"""The opaque ops of a captured graph, and their hooks into transformers' attention registries.
 
 ``tilewright::attention`` takes the *new* q, k, v and stands for "append to this layer's KV state, then attend";
-``tilewright::layer`` stands for one whole decoder layer in the outer graph. Neither is ever run: they exist for
+``tilewright::layer`` stands for one whole decoder layer in the outer graph. ``tilewright::causal_conv1d`` and
+``tilewright::selective_scan`` stand for "go on from this layer's recurrent state, and leave the new one", and
+``tilewright::new_tokens`` for the part of a mask that belongs to the new tokens. None is ever run: they exist for
 tracing, and lowering gives them their meaning.
 """
 
@@ -32,9 +34,17 @@ _LIB.define(
     "Tensor? distances, float scale, float softcap, int window, bool causal) -> Tensor"
 )
 _LIB.define("layer(Tensor x, Tensor[] rest, int index) -> Tensor")
+_LIB.define("causal_conv1d(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIB.define("selective_scan(Tensor x, Tensor dt, Tensor decay, Tensor input, Tensor output) -> Tensor")
+_LIB.define("new_tokens(Tensor mask, Tensor x) -> Tensor")
 
 ATTENTION = torch.ops.tilewright.attention.default
 LAYER = torch.ops.tilewright.layer.default
+CAUSAL_CONV1D = torch.ops.tilewright.causal_conv1d.default
+SELECTIVE_SCAN = torch.ops.tilewright.selective_scan.default
+NEW_TOKENS = torch.ops.tilewright.new_tokens.default
+STATEFUL = frozenset({ATTENTION, CAUSAL_CONV1D, SELECTIVE_SCAN})
+"""Ops that read and write what a request keeps between calls."""
 
 
 @torch.library.register_fake("tilewright::attention", lib=_LIB)
@@ -47,6 +57,27 @@ def _attention_shape(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
 def _layer_shape(x: Tensor, rest: list[Tensor], index: int) -> Tensor:
     """A layer maps the residual stream to one of the same shape and dtype."""
     return torch.empty_like(x)
+
+
+@torch.library.register_fake("tilewright::causal_conv1d", lib=_LIB)
+def _causal_conv1d_shape(x: Tensor, *_: object) -> Tensor:
+    """x[B,S,C], weight[K,C], bias[C] -> [B,S,C]; see ``ir/recurrent.py``."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("tilewright::selective_scan", lib=_LIB)
+def _selective_scan_shape(x: Tensor, *_: object) -> Tensor:
+    """x, dt[B,S,C], decay f32[N,C], input, output[B,S,N] -> [B,S,C]; see ``ir/recurrent.py``."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("tilewright::new_tokens", lib=_LIB)
+def _new_tokens_shape(mask: Tensor, x: Tensor) -> Tensor:
+    """mask[B,T], x[B,S,..] -> the last S columns of the mask, [B,S].
+
+    A slice would have export ask whether T is S or more, which the sizes of the example alone decide.
+    """
+    return mask.new_empty(x.shape[:2])
 
 
 def attention_forward(

@@ -12,9 +12,12 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from tilewright.ir.errors import CaptureError
+
+from .capture_ops import CAUSAL_CONV1D, NEW_TOKENS, SELECTIVE_SCAN
 
 PositionRule = Literal["past", "mask"]
 
@@ -245,6 +248,53 @@ def _reroute_falcon(model: PreTrainedModel, attend: Attend) -> Iterator[_Overrid
             yield _Override(module, "forward", route(module))
 
 
+# --- recurrent layers ---------------------------------------------------------------------------------------------
+#
+# A mixer's forward branches by what its cache holds, and loops over the tokens. It is written here anew around the two
+# ops that own the recurrent state, with channels last, as the products before and after have them.
+
+
+def _reroute_mamba(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]:
+    def route(mixer: Any) -> Callable[..., Tensor]:
+        def same(x: Tensor) -> Tensor:
+            return x
+
+        # Some have norms of the time step, and of what goes into the state and comes out of it.
+        names = ("dt_layernorm", "b_layernorm", "c_layernorm")
+        norms = [getattr(mixer, name, same) for name in names]
+        sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
+
+        def forward(hidden_states: Tensor, attention_mask: Tensor, **rest: object) -> Tensor:
+            new = NEW_TOKENS(attention_mask, hidden_states).unsqueeze(-1)
+            x, gate = mixer.in_proj(hidden_states * new.to(hidden_states.dtype)).chunk(2, dim=-1)
+            x = CAUSAL_CONV1D(x, mixer.conv1d.weight.squeeze(1).t(), mixer.conv1d.bias)
+            x = mixer.act(x).masked_fill(~new, 0)
+            parts = mixer.x_proj(x).split(sizes, dim=-1)
+            time, into, out_of = (norm(part) for norm, part in zip(norms, parts, strict=True))
+            decay = -torch.exp(mixer.A_log.float()).t()
+            y = SELECTIVE_SCAN(x, functional.softplus(mixer.dt_proj(time)), decay, into, out_of)
+            y = (y + x * mixer.D) * functional.silu(gate)
+            return cast(Tensor, mixer.out_proj(y))
+
+        return forward
+
+    def widened(embeddings: Any) -> Callable[[Tensor], Tensor]:
+        own = embeddings.forward
+
+        def forward(ids: Tensor) -> Tensor:
+            return cast(Tensor, own(ids).float())
+
+        return forward
+
+    for module in model.modules():
+        if hasattr(module, "A_log") and hasattr(module, "x_proj"):
+            yield _Override(module, "forward", route(module))
+    if model.config.residual_in_fp32 and model.dtype.itemsize < 4:
+        # Its layers take the embeddings in half precision, and each other's results in float32.
+        embeddings = model.get_input_embeddings()
+        yield _Override(embeddings, "forward", widened(embeddings))
+
+
 _REROUTES: dict[str, Callable[[PreTrainedModel, Attend], Iterator[_Override]]] = {
     "gptj": _reroute_attn,
     "codegen": _reroute_attn,
@@ -253,4 +303,6 @@ _REROUTES: dict[str, Callable[[PreTrainedModel, Attend], Iterator[_Override]]] =
     "falcon": _reroute_falcon,
     "t5": _reroute_relative,
     "mt5": _reroute_relative,
+    "mamba": _reroute_mamba,
+    "falcon_mamba": _reroute_mamba,
 }

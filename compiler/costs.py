@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tilewright.ir.module import Function, Module, Op
 from tilewright.ir.pointwise import POINTWISE
 from tilewright.ir.program import Program, Step
+from tilewright.ir.recurrent import RECURRENT
 from tilewright.ir.types import Value, concrete
 
 Dims = Mapping[str, int]
@@ -37,14 +38,15 @@ def program_cost(program: Program, dims: Dims) -> Cost:
 def step_cost(step: Step, dims: Dims) -> Cost:
     """One kernel or PyTorch call; every operand is read once and every result written once.
 
-    Three exceptions: of a table that is only gathered from, what is gathered; of the weights of experts, those that are
-    chosen, at most; of a KV cache that is appended to, the new rows.
+    Exceptions: of a table that is only gathered from, what is gathered; of the weights of experts, those that are
+    chosen, at most; of a KV cache that is appended to, the new rows. The state of a recurrent layer is also read.
     """
     op = step.op
     body = op.body or (op,)
     read = sum(_read_bytes(v, body, dims) for v in op.operands)
     appended = {o.result: o.operands[0] for o in body if o.opcode == "append"}
     written = sum(_nbytes(appended.get(v, v), dims) for v in op.results)
+    written += sum(_nbytes(o.results[1], dims) for o in body if o.opcode in RECURRENT)
     return Cost(read + written, sum(_flops(o, dims) for o in body))
 
 
@@ -98,6 +100,10 @@ def _flops(op: Op, dims: Dims) -> int:
             math.prod(concrete(op.operands[4].shape[1:], dims)),
         )
         return 6 * chosen * down
+    if op.opcode == "causal_conv1d":
+        return 2 * math.prod(concrete((*op.operands[0].shape, op.operands[1].shape[0]), dims))
+    if op.opcode == "selective_scan":
+        return 6 * math.prod(concrete((*op.operands[0].shape, op.operands[2].shape[0]), dims))
     if op.opcode == "reduce":
         return math.prod(concrete(op.operands[0].shape, dims))
     if op.opcode in POINTWISE and op.results[0].dtype.is_float:

@@ -19,7 +19,14 @@ from tilewright.runtime.sampling import GenerateOptions, Sampling
 # In the order in which transformers applies them, and our loop too.
 _MINIMUM = [MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor]
 _WARPERS = [TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper]
-_KNOWN_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_KNOWN_KWARGS = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "cache_params",
+    "use_cache",
+    "logits_to_keep",
+}
 
 
 def plain_options(

@@ -30,6 +30,7 @@ from . import (  # noqa: F401 (fill RULES)
     aten_rules_functional,
     aten_rules_matmul,
     aten_rules_pointwise,
+    aten_rules_recurrent,
     aten_rules_reduce,
     aten_rules_select,
     aten_rules_view,
@@ -37,7 +38,7 @@ from . import (  # noqa: F401 (fill RULES)
 from .aten_rules import RULES, TAKES_EMPTY, Context, Result, Rule
 from .capture import Captured, CapturedGraph, LayerCall
 from .capture_experts import EXPERTS
-from .capture_ops import ATTENTION, LAYER
+from .capture_ops import ATTENTION, CAUSAL_CONV1D, LAYER, NEW_TOKENS, SELECTIVE_SCAN
 from .shown_outputs import is_functional
 
 
@@ -170,6 +171,12 @@ class _FunctionLowering:
         if node.target is ATTENTION:
             context.slot = self._slot(causal=args[-1])
             result: Any = aten_rules_matmul.opaque_attention(context, *args)
+        elif node.target in _RECURRENT:
+            opcode = _RECURRENT[node.target]
+            context.slot = self._slot(part=f".{opcode}")
+            result = aten_rules_recurrent.opaque_recurrent(context, opcode, *args)
+        elif node.target is NEW_TOKENS:
+            result = aten_rules_recurrent.opaque_new_tokens(context, *args)
         elif node.target is EXPERTS:
             result = aten_rules_matmul.opaque_experts(context, *args)
         else:
@@ -185,14 +192,15 @@ class _FunctionLowering:
         _check_types(result, outs)
         self.values[node.name] = result
 
-    def _slot(self, causal: bool) -> str:
-        """The KV slot of the attention op at hand: its module's path, or none where nothing is remembered."""
+    def _slot(self, causal: bool = True, part: str = "") -> str:
+        """The slot of the stateful op at hand, its module's path (and the part of its state), or none where nothing is
+        remembered."""
         if self.captured.kind != "decoder" or not causal:
             return ""
-        slot = self.builder.loc.module or "attention"
+        slot = (self.builder.loc.module or "attention") + part
         if slot in self.slots:
             raise LoweringError(
-                "one attention module runs twice in a forward, so its KV state would be ambiguous"
+                "one module runs twice in a forward, so the state that it keeps would be ambiguous"
             )
         self.slots.add(slot)
         return slot
@@ -276,6 +284,8 @@ class _FunctionLowering:
             raise LoweringError(f"the size {expr} uses {type(expr).__name__}, which the IR does not have")
         return sympy.expand(function(*args))
 
+
+_RECURRENT = {CAUSAL_CONV1D: "causal_conv1d", SELECTIVE_SCAN: "selective_scan"}
 
 _FUNCTIONS: dict[str, Any] = {
     "Add": sympy.Add, "Mul": sympy.Mul, "Pow": sympy.Pow, "Max": sympy.Max, "Min": sympy.Min,

@@ -13,6 +13,7 @@ from torch import Tensor
 from tilewright.ir.index import sym
 from tilewright.ir.module import Module
 from tilewright.ir.program import Buffer, BufferKind, Program, Step
+from tilewright.ir.recurrent import state_of
 from tilewright.ir.reference import Evaluation
 from tilewright.ir.types import TensorType, Value, concrete
 from tilewright.runtime.kv_state import RequestState
@@ -50,7 +51,8 @@ class ReferenceExecutor:
                 size = int(torch.Size(shape).numel()) * type.dtype.itemsize
                 return arena[buffer.offset : buffer.offset + size].view(type.dtype.torch).view(shape)
             whole = memory[buffer.kind][buffer.name]
-            if sym("T") in {s for d in type.shape for s in d.free_symbols}:
+            # A context is laid out at capacity, and a state for as many rows as the request's bucket has.
+            if buffer.kind is BufferKind.state or sym("T") in {s for d in type.shape for s in d.free_symbols}:
                 return whole[tuple(slice(0, n) for n in shape)]
             return whole.view(shape) if whole.shape != shape else whole
 
@@ -62,10 +64,10 @@ class ReferenceExecutor:
     def _step(self, step: Step, views: dict[Value, Tensor], dims: Mapping[str, int]) -> None:
         env = {v: views[v] for v in step.op.operands}
         run = Evaluation(Module(()), {}, dims)
-        appends = {op.attr("slot"): op for op in step.op.body if op.opcode == "append"}
-        for slot, op in appends.items():
-            new = concrete(op.operands[0].shape, dims)[2]
-            run.state[slot] = views[op.result][:, :, : views[op.result].shape[2] - new]
+        for op in step.op.body:
+            if (held := state_of(op)) is not None:
+                new = concrete(op.operands[0].shape, dims)[2] if op.opcode == "append" else 0
+                run.state[op.attr("slot")] = views[held][:, :, : views[held].shape[2] - new]
         run.run(step.op, env, "")
         # A result may be a view of an operand whose memory another result overwrites: read all, then store.
         results = {v: env[v].clone() for v in step.op.results}

@@ -20,6 +20,8 @@
 | call | values -> the callee's returns | callee, scope |
 | call_torch | tensors -> tensors; run by PyTorch at run time | target, template |
 | experts | x[.., K], ids[.., k], scores[.., k], weights and biases of experts -> [.., K] | see ``experts.py`` |
+| causal_conv1d | x[B,S,C], weight[K,C] (, bias[C]) -> [B,S,C], state[B,K-1,C] | slot; see ``recurrent.py`` |
+| selective_scan | x, dt[B,S,C], decay[N,C], input, output[B,S,N] -> [B,S,C], state[B,N,C] | slot; see there |
 | kernel | outer values used -> body values used outside | name |
 
 ``attention`` with a non-empty ``slot`` owns the append of k and v to that slot of the request's KV state;
@@ -55,6 +57,7 @@ from .index import sym
 from .module import Attr, Loc, Module, Op, make_attrs
 from .pointwise import POINTWISE
 from .quantization import CODES
+from .recurrent import infer_causal_conv1d, infer_selective_scan
 from .types import DType, TensorType, Value
 
 Inferred = tuple[TensorType, ...] | None
@@ -321,6 +324,14 @@ def _experts(op: Op, module: Module | None) -> Inferred:
     return infer_experts(op)
 
 
+def _causal_conv1d(op: Op, module: Module | None) -> Inferred:
+    return infer_causal_conv1d(op)
+
+
+def _selective_scan(op: Op, module: Module | None) -> Inferred:
+    return infer_selective_scan(op)
+
+
 def _any(op: Op, module: Module | None) -> Inferred:
     return None
 
@@ -346,6 +357,8 @@ OPS: dict[str, OpSpec] = {
     "append": OpSpec({"slot": "str"}, _append),
     "attention_split": OpSpec({**_ATTENTION, "splits": "int"}, _attention_split, frozenset({"extras"})),
     "experts": OpSpec(EXPERTS_ATTRS, _experts, frozenset(EXPERTS_ATTRS) - {"activation"}),
+    "causal_conv1d": OpSpec({"slot": "str"}, _causal_conv1d),
+    "selective_scan": OpSpec({"slot": "str"}, _selective_scan),
     "call": OpSpec({"callee": "str", "scope": "str"}, _call),
     "call_torch": OpSpec({"target": "str", "template": "str"}, _any),
     "kernel": OpSpec({"name": "str"}, _any),

@@ -41,7 +41,7 @@ class BufferKind(enum.Enum):
     input = "input"  # the caller, this call only
     output = "output"  # the caller, this call only
     param = "param"  # the model; ``name`` is the absolute weight name
-    state = "state"  # the request; ``name`` is the absolute KV slot
+    state = "state"  # the request; ``name`` is the absolute slot, of keys, values or a recurrent layer
     arena = "arena"  # the arena, at ``offset``
 
 
@@ -123,6 +123,13 @@ class Program:
                     tuple(call.buffers[s] for s in step.reads),
                     tuple(call.buffers[s] for s in step.writes),
                 )
+
+    @property
+    def state_bytes_per_row(self) -> int:
+        """Bytes of a request's state that belong to one sequence."""
+        types = (b.type for _, b in self.of_kind(BufferKind.state))
+        rows = (TensorType(t.dtype, physical_shape(t, self.capacity)[1:]) for t in types)
+        return sum(int(row.nbytes) for row in rows)
 
     def kernels(self) -> tuple[Step, ...]:
         """Each distinct kernel step once."""

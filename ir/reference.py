@@ -23,6 +23,7 @@ from .module import Function, Module, Op
 from .ops import attention_extras
 from .pointwise import POINTWISE
 from .quantization import dequantize, quantize, round_activations
+from .recurrent import RECURRENT, causal_conv1d, selective_scan
 from .types import F8_LARGEST, DType, Value, concrete
 
 MASKED = -1e30
@@ -31,7 +32,8 @@ MASKED = -1e30
 
 @dataclass
 class Evaluation:
-    """One run: weights by absolute name, dim sizes, and the KV state (slot -> [B, G, past, D]), updated in place."""
+    """One run: weights by absolute name, dim sizes, and the state by absolute slot name, updated in place: keys and
+    values [B, G, past, D], and what ``recurrent.py`` says of recurrent layers."""
 
     module: Module
     weights: Mapping[str, Tensor]
@@ -79,7 +81,16 @@ class Evaluation:
             return run_torch_call(op.attr("target"), op.attr("template"), args)
         if op.opcode == "quantize":
             return quantize(args[0], op.attr("bits"), op.attr("group"))
+        if op.opcode in RECURRENT:
+            return self._recurrent(op, args, scope)
         return (_RULES[op.opcode](self, op, args, scope),) if op.opcode in _RULES else self._split(op, args)
+
+    def _recurrent(self, op: Op, args: list[Tensor], scope: str) -> tuple[Tensor, ...]:
+        """A recurrent op goes on from its slot's state, and leaves the new one there."""
+        slot = join_scope(scope, op.attr("slot"))
+        step = causal_conv1d if op.opcode == "causal_conv1d" else selective_scan
+        result, self.state[slot] = step(args, self.state.get(slot))
+        return result, self.state[slot]
 
     def _split(self, op: Op, args: list[Tensor]) -> tuple[Tensor, ...]:
         """attention_split: online-softmax partials over ``splits`` equal chunks of the context."""
@@ -116,7 +127,7 @@ def evaluate(
     """Run a module's entry function.
 
     inputs: the entry's parameters, by name or in order. weights: absolute name -> tensor. dims: sizes of the dim
-    symbols (B, S, T, L). state: KV state by absolute slot name; appended to in place. exact: all floats as float64.
+    symbols (B, S, T, L). state: by absolute slot name; updated in place. exact: all floats as float64.
     Raises VerifyError when a shape that is evaluated differs from the declared one.
     """
     main = module.main

@@ -1,4 +1,4 @@
-"""Removes ops whose results nobody uses. ``append`` stays: it changes the request's state.
+"""Removes ops whose results nobody uses. ``append`` and recurrent layers stay: they change the request's state.
 
 %1 = neg %x : f32[4]
 %2 = exp %x : f32[4]          =>          %2 = exp %x : f32[4]
@@ -27,7 +27,7 @@ def eliminate_dead_code(module: Module, options: PassOptions) -> Module:
 def has_effect(op: Op) -> bool:
     """True when the op does more than compute its results."""
     match op.opcode:
-        case "append" | "call":
+        case "append" | "call" | "causal_conv1d" | "selective_scan":
             return True
         case "attention":
             return bool(op.attr("slot"))

@@ -12,7 +12,8 @@
 
 A function ``f.weights`` computes the prepared weights of ``f``; each value that it returns is named after the ``param``
 that stands for it. The compiler runs it once per call scope. Views and casts of weights are not prepared (a kernel
-reads through them for free), except the operand that a matmul streams, whose memory layout decides its speed.
+reads through them for free), except the operand that a matmul streams, whose memory layout decides its speed, and what
+a primitive such as attention reads, which has to lie in memory as it is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from tilewright.ir.loops import PRIMITIVES
 from tilewright.ir.module import Function, Module, Names, Op, make_attrs
 from tilewright.ir.pointwise import POINTWISE
 from tilewright.ir.reference import Evaluation
@@ -89,7 +91,10 @@ def _hoist(function: Function, earlier: Function | None) -> tuple[Function, Func
     users = function.users()
 
     def streams(value: Value) -> bool:
-        return any(u.opcode == "matmul" and u.operands[1] == value for u in users.get(value, []))
+        return any(
+            u.opcode in PRIMITIVES or (u.opcode == "matmul" and u.operands[1] == value)
+            for u in users.get(value, [])
+        )
 
     def worth(value: Value) -> bool:
         op = made[value]

@@ -7,7 +7,8 @@
 
 Four steps, none of which knows a model:
 1. *Epilogues*: from each anchor (matmul, attention) downwards, as long as every segment stays a matrix product (or the
-   attention's results pass through views only) and the bytes that escape do not grow. Experts stay by themselves.
+   attention's results pass through views only) and the bytes that escape do not grow. Experts and recurrent
+   layers stay by themselves.
 2. *Prologues*: upwards from each matmul, ops whose every use lies in such kernels; they are recomputed there, so only
    cheap ones, or those with one value per row.
 3. *Loops*: what is left, bottom-up: an op joins the kernel of its consumers when they are one kernel, and does not

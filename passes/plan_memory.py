@@ -24,6 +24,7 @@ from tilewright.ir.check_plan import check_plan
 from tilewright.ir.loops import PRIMITIVES, elementwise_inputs, scalarize
 from tilewright.ir.module import Function, Module, Op
 from tilewright.ir.program import Buffer, BufferKind, Call, Program, Routine, Step, physical_shape
+from tilewright.ir.recurrent import state_of
 from tilewright.ir.reference import join_scope
 from tilewright.ir.types import Value, concrete
 
@@ -266,7 +267,8 @@ class _Buffers:
 
 def _states(op: Op) -> dict[Value, str]:
     """Results of a kernel that live in the request's state -> slot."""
-    return {o.result: str(o.attr("slot")) for o in op.body if o.opcode == "append"}
+    found = ((state_of(o), str(o.attr("slot"))) for o in op.body)
+    return {value: slot for value, slot in found if value is not None}
 
 
 def _lowest_gap(taken: Iterable[tuple[int, int]], nbytes: int) -> int:

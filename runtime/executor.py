@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 
-from tilewright.ir.program import BufferKind, Program, TensorType, concrete
+from tilewright.ir.program import BufferKind, Program, TensorType, concrete, physical_shape
 
 if TYPE_CHECKING:
     from .kv_state import RequestState
@@ -46,8 +47,9 @@ class Executor(Protocol):
         (``attention_mask``), which is the state's bool[rows, max_length] at capacity. ``dims`` sizes every dim symbol:
         B (``batch`` itself for decode, where trailing rows may be padding), S, T = past + S, and L. The KV buffers
         are ``state.buffers[slot]``, [rows, heads, max_length, head_dim]; the program appends to them at T - S, and
-        the engine advances ``state.length`` afterwards. Decode calls see the same input, output and state tensors
-        at every step of a request until ``state.version`` changes, so their addresses may be cached.
+        the engine advances ``state.length`` afterwards. Those of recurrent slots, [rows, ...], go on by S tokens.
+        Decode calls see the same input, output and state tensors at every step of a request until ``state.version``
+        changes, so their addresses may be cached.
         """
         ...
 
@@ -86,9 +88,26 @@ class StateSlot:
     head_dim: int
     dtype: torch.dtype
 
+    def shape(self, rows: int, max_length: int) -> tuple[int, ...]:
+        """The buffer's shape for that many batch rows."""
+        return rows, self.heads, max_length, self.head_dim
+
     def nbytes(self, rows: int, max_length: int) -> int:
         """Bytes that the buffer holds for that many batch rows."""
-        return rows * self.heads * max_length * self.head_dim * self.dtype.itemsize
+        return math.prod(self.shape(rows, max_length)) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class RecurrentSlot:
+    """What a recurrent layer of a request remembers, [B, *row]: of one size, whatever the length."""
+
+    name: str
+    row: tuple[int, ...]
+    dtype: torch.dtype
+
+    def nbytes(self, rows: int) -> int:
+        """Bytes that the buffer holds for that many batch rows."""
+        return rows * math.prod(self.row) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -150,7 +169,8 @@ class EngineSpec:
 
     symbols: inclusive range of each dim. outputs: a decoder's first one is what its steps return: logits[B, L, V], or
     the hidden states of a model without a head. positions: how position ids default, counted from the past length
-    or over the attended keys of the mask (as OPT does). per_request: of a decoder that attends to an encoder.
+    or over the attended keys of the mask (as OPT does). slots, recurrent: what a request keeps between calls.
+    per_request: what its steps read unchanged, of a decoder that attends to an encoder.
     """
 
     kind: Kind
@@ -159,6 +179,7 @@ class EngineSpec:
     outputs: tuple[TensorSpec, ...]
     symbols: tuple[tuple[str, int, int], ...] = ()
     slots: tuple[StateSlot, ...] = ()
+    recurrent: tuple[RecurrentSlot, ...] = ()
     vocab_size: int = 0
     max_length: int = 0
     chunk: int = 512
@@ -183,9 +204,12 @@ class EngineSpec:
                 TensorSpec(b.name, b.type, (bounds or {}).get(b.name)) for _, b in program.of_kind(of_kind)
             )
 
-        slots = tuple(
-            StateSlot(s.name, int(s.type.shape[1]), int(s.type.shape[3]), s.dtype)
-            for s in specs(BufferKind.state)
+        states = specs(BufferKind.state)
+        # Keys and values have a place for each position; what else is kept has one size.
+        keys = [s for s in states if physical_shape(s.type, program.capacity) != s.type.shape]
+        slots = tuple(StateSlot(s.name, int(s.type.shape[1]), int(s.type.shape[3]), s.dtype) for s in keys)
+        recurrent = tuple(
+            RecurrentSlot(s.name, tuple(map(int, s.type.shape[1:])), s.dtype) for s in states if s not in keys
         )
         return EngineSpec(
             kind=kind,
@@ -194,6 +218,7 @@ class EngineSpec:
             outputs=specs(BufferKind.output),
             symbols=program.symbols,
             slots=slots,
+            recurrent=recurrent,
             vocab_size=vocab_size,
             max_length=program.capacity,
             chunk=chunk,

@@ -50,8 +50,9 @@ def generate(
     does not fit. A streamer is given each step's tokens, i64[B], but not the prompt.
 
     look_every: steps between two looks of the host at which rows are finished; more than one lets a GPU run on
-    meanwhile, and what it computed in vain is taken back. By default 8 on a GPU without a streamer, else 1. recorder:
-    what replays whole steps; by default CUDA graphs on a GPU. With either of them a CPU takes the steps of a GPU.
+    meanwhile, and what it computed in vain is taken back. By default 8 on a GPU without a streamer, else 1; always 1
+    with recurrent layers, which cannot go back. recorder: what replays whole steps; by default CUDA graphs on a GPU.
+    With either of them a CPU takes the steps of a GPU.
     """
     ids = engine.check_prompt(input_ids)
     batch, prompt = ids.shape
@@ -75,6 +76,8 @@ def generate(
     steps: HostSteps | DeviceSteps
     if on_gpu or look_every is not None or recorder is not None:
         every = look_every or (_LOOK_EVERY if on_gpu and streamer is None else 1)
+        if engine.spec.recurrent:  # what such a layer has taken in cannot be taken back
+            every = 1
         recorder = recorder or (_record_step if on_gpu else None)
         steps = DeviceSteps(engine, state, options, ids, every, recorder)
     else:

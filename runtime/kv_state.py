@@ -19,12 +19,14 @@ from tilewright.ir.program import InputError
 from .executor import EngineSpec
 from .held_inputs import HeldInputs
 from .host import stream_number
+from .recurrent_state import RecurrentState
 
 
 class RequestState:
     """KV state of ``batch`` sequences, laid out for ``rows >= batch`` rows, where rows is a batch bucket.
 
     ``buffers[slot]`` is [rows, heads, max_length, head_dim], of which the first ``length`` positions are filled;
+    what recurrent layers remember is there too, and has gone on by ``length`` positions.
     ``mask`` is bool[rows, max_length], one byte each, true where a key may be attended to and from ``length`` on.
     ``held`` are the inputs that stay the same, of a decoder that attends to an encoder.
     ``version`` changes whenever a tensor is replaced, which invalidates the addresses that an executor keeps in
@@ -48,6 +50,7 @@ class RequestState:
         """
         self.batch = batch
         self.length = 0
+        self.recurrent.memory.zero_()
         self.padded = False  # whether some attended-to position is masked out
         self.held.ready = False
         self.mask.fill_(True)
@@ -61,10 +64,12 @@ class RequestState:
             # zeros, so that padding rows, which are computed but never read, hold no NaN that slows the kernels down
             self.buffers: dict[str, Tensor] = {
                 slot.name: torch.zeros(
-                    rows, slot.heads, spec.max_length, slot.head_dim, dtype=slot.dtype, device=spec.device
+                    slot.shape(rows, spec.max_length), dtype=slot.dtype, device=spec.device
                 )
                 for slot in spec.slots
             }
+            self.recurrent = RecurrentState(spec.recurrent, rows, spec.device)
+            self.buffers |= self.recurrent.buffers
             self.mask = torch.ones(rows, spec.max_length, dtype=torch.bool, device=spec.device)
             self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=spec.device)
             self.positions = torch.zeros_like(self.ids)
@@ -94,7 +99,9 @@ class RequestState:
         twin = copy.copy(self)
         memo[id(self)] = twin
         with torch.inference_mode(False):
-            twin.buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+            twin.buffers = {slot.name: self.buffers[slot.name].clone() for slot in self.spec.slots}
+            twin.recurrent = self.recurrent.copy()
+            twin.buffers |= twin.recurrent.buffers
             twin.mask, twin.ids = self.mask.clone(), self.ids.clone()
             twin.positions, twin.logits = self.positions.clone(), self.logits.clone()
             twin.held = self.held.copy()
@@ -122,12 +129,14 @@ class RequestState:
         Keys and values that the block appended stay in their buffers, where nothing reads them.
         """
         past, padded, mask = self.length, self.padded, self.mask[:, : self.length].clone()
+        remembered = self.recurrent.memory.clone()
         try:
             yield
         except BaseException:
             self.mask[:, :past] = mask
             self.mask[:, past:] = True
             self.length, self.padded = past, padded
+            self.recurrent.memory.copy_(remembered)
             raise
 
     @property
@@ -137,15 +146,26 @@ class RequestState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the KV buffers, and by what steps read unchanged."""
+        """Bytes held by the KV buffers, by what recurrent layers remember and by what steps read unchanged."""
         return sum(b.nbytes for b in self.buffers.values()) + self.held.nbytes
 
     def crop(self, length: int) -> None:
-        """Forget every position from ``length`` on. Raises InputError when that many are not there."""
+        """Forget every position from ``length`` on. Raises InputError when that many are not there, and where layers
+        are recurrent, which cannot forget what they have taken in."""
         if not 0 <= length <= self.length:
             raise InputError(f"cannot crop a cache of {self.length} positions to {length}")
+        if length < self.length and self.spec.recurrent:
+            raise InputError(
+                f"cannot crop a cache of {self.length} positions to {length}: the state of a recurrent layer has taken "
+                "them in and cannot go back; keep a copy.deepcopy of the cache to return to"
+            )
         self.mask[:, length : self.length] = True
         self.length = length
+
+    def _filled(self, name: str) -> Tensor:
+        """What of a buffer belongs to the sequences: of keys and values the positions that are filled."""
+        buffer = self.buffers[name][: self.batch]
+        return buffer if name in self.recurrent.buffers else buffer[:, :, : self.length]
 
     def reorder(self, rows: Tensor) -> None:
         """Make batch row i continue row ``rows[i]``, as beam search does; i64[batch]. Addresses stay the same."""
@@ -154,10 +174,9 @@ class RequestState:
             raise InputError(
                 f"reorder needs {self.batch} row numbers, one per sequence, got shape {tuple(rows.shape)}"
             )
-        for buffer in self.buffers.values():
-            buffer[: self.batch, :, : self.length] = buffer[: self.batch, :, : self.length].index_select(
-                0, rows
-            )
+        for name in self.buffers:
+            filled = self._filled(name)
+            filled.copy_(filled.index_select(0, rows))
         self.mask[: self.batch] = self.mask[: self.batch].index_select(0, rows)
         self.held.reorder(rows)
 
@@ -169,9 +188,7 @@ class RequestState:
         rows = rows.to(self.spec.device)
         if rows.ndim != 1 or not 1 <= rows.numel() <= new_rows:
             raise InputError(f"a batch of {rows.numel()} sequences does not fit a state of {new_rows} rows")
-        kept = {
-            name: b[: self.batch, :, : self.length].index_select(0, rows) for name, b in self.buffers.items()
-        }
+        kept = {name: self._filled(name).index_select(0, rows) for name in self.buffers}
         mask = self.mask[: self.batch].index_select(0, rows)
         self.batch = rows.numel()
         self.held.select(rows, new_rows)
@@ -181,6 +198,6 @@ class RequestState:
             self._moved()
         elif self.held.tensors:
             self._moved()
-        for name, buffer in self.buffers.items():
-            buffer[: self.batch, :, : self.length] = kept[name]
+        for name in self.buffers:
+            self._filled(name).copy_(kept[name])
         self.mask[: self.batch] = mask

@@ -68,12 +68,14 @@ def run_program(
     state = KVState({})
     for _, b in program.of_kind(BufferKind.state):
         state.buffers[b.name] = _empty(physical_shape(b.type, CAPACITY), b.type.dtype.torch, case.dims)
+        if sym("T") not in b.type.shape:
+            state.buffers[b.name].zero_()  # of a recurrent layer at the start of a request
         if (past := case.state.get(b.name)) is not None:
-            state.buffers[b.name][:, :, : past.shape[2]] = past
+            state.buffers[b.name][tuple(slice(0, n) for n in past.shape)] = past
     executor.run(inputs, case.dims, state, outputs)  # type: ignore[arg-type]
-    length = case.dims["T"]
     return [outputs[f"output{n}"] for n in range(len(outputs))], {
-        name: buffer[:, :, :length] for name, buffer in state.buffers.items()
+        b.name: state.buffers[b.name][tuple(slice(0, n) for n in concrete(b.type.shape, case.dims))]
+        for _, b in program.of_kind(BufferKind.state)
     }
 
 

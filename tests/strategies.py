@@ -107,7 +107,7 @@ def modules(
     dtype = draw(st.sampled_from(dtypes))
     width = draw(st.sampled_from((2, 4, 6, 8)))
     stateful = attention and draw(st.booleans())
-    drawn_from = moves(attention, torch_calls)
+    drawn_from = moves(attention, stateful, torch_calls)
     main = RandomFunction(draw, dtype, RANGES, drawn_from, stateful, flips)
     x = main.input("x", tensor_type(dtype, ["B", "S", width]), Spec(-1, 1))
     main.input("ids", tensor_type("i64", ["B", "S"]), Spec(0, 5))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tilewright.codegen.tunables import NONE, Changes
-from tilewright.ir.loops import PRIMITIVES, Loops, attention_form, experts_op, scalarize
+from tilewright.ir.loops import PRIMITIVES, Loops, attention_form, scalarize, sole_op
 from tilewright.ir.module import Op
 from tilewright.ir.program import Step
 
@@ -16,7 +16,12 @@ from .kernel_context import KernelContext, Workspace
 from .matmul import group_candidates, print_matmuls
 from .matmul_group import matmul_groups
 from .pointwise import print_loops
+from .recurrent import print_causal_conv1d, print_selective_scan
 from .writer import Writer, identifier
+
+_SOLE = {
+    "experts": print_experts, "causal_conv1d": print_causal_conv1d, "selective_scan": print_selective_scan,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,11 @@ def print_kernel(step: Step, capacity: int, dims: tuple[str, ...], changes: Chan
     ):
         kernel.print_dims()
         kernel.declare()
-        form, experts = attention_form(step.op), experts_op(step.op)
+        form, sole = attention_form(step.op), sole_op(step.op)
         if form is not None:
             print_attention(kernel, form)
-        elif experts is not None:
-            print_experts(kernel, experts)
+        elif sole is not None:
+            _SOLE[sole.opcode](kernel, sole)
         else:
             _print_segments(kernel, scalarize(step.op))
     return PrintedKernel(name, writer.text(), kernel.workspace)

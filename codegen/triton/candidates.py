@@ -8,6 +8,7 @@
   fit at a time walking all tiles, in groups of rows. What that gains is not modelled: such tiles come right after the
   plain one, so that a tuner measures them.
 * Product of few rows because only the last positions' logits are wanted: dim L counts as 1, as in generation.
+* Recurrent layers: few channels a program, since there are only so many, and each walks all tokens.
 * Reductions: whole rows in registers up to 4096 elements, one row per program when it is long.
 """
 
@@ -21,7 +22,7 @@ from .cost_model import INFEASIBLE, product_load, seconds
 from .device import Device
 from .text import next_power_of_two
 from .tiling import Tile, pointwise_tile, reduction_tile
-from .work import AttentionWork, ProductWork, StreamWork, Work
+from .work import AttentionWork, ProductWork, RecurrentWork, StreamWork, Work
 
 _WITHIN = 2.0
 """Tiles that should take longer than so many times the best are not worth a measurement."""
@@ -63,6 +64,8 @@ def interpreter_tile(work: Work) -> Tile:
                 min(128, max(16, next_power_of_two(work.queries))),
                 min(512, max(16, next_power_of_two(work.context))),
             )
+        case RecurrentWork():
+            return Tile(block_n=min(512, max(16, next_power_of_two(work.channels))))
     if work.longest != 0:
         return reduction_tile(work.points, work.longest, True)
     return pointwise_tile(work.points, True)
@@ -74,6 +77,8 @@ def _tiles(work: Work, device: Device) -> Iterable[Tile]:
             return _without_thrift(_product_tiles(work, device), work, device)
         case AttentionWork():
             return _attention_tiles(work)
+        case RecurrentWork():
+            return _recurrent_tiles(work)
     return _stream_tiles(work)
 
 
@@ -175,6 +180,14 @@ def _softmaxes(tile: Tile) -> Iterator[Tile]:
     """Both ways to keep a softmax, the one that always holds first. The other has its second walk's registers too."""
     yield tile
     yield replace(tile, agreed=True, max_registers=255)
+
+
+def _recurrent_tiles(work: RecurrentWork) -> Iterator[Tile]:
+    """From one to eight channels a lane of a warp; a state of many numbers has its warps beside each other."""
+    for block_n, warps in product((32, 16, 64, 128, 256), (1, 2, 4)):
+        lanes = block_n * next_power_of_two(work.states)
+        if block_n <= max(16, next_power_of_two(work.channels)) and lanes <= 64 * 32 * warps:
+            yield Tile(block_n=block_n, num_warps=warps)
 
 
 def _stream_tiles(work: StreamWork) -> Iterator[Tile]:

@@ -19,8 +19,9 @@ import math
 from dataclasses import dataclass
 
 from .device import Device
+from .text import next_power_of_two
 from .tiling import Tile
-from .work import AttentionWork, ProductWork, StreamWork, Work
+from .work import AttentionWork, ProductWork, RecurrentWork, StreamWork, Work
 
 INFEASIBLE = math.inf
 _REGISTERS = 65536  # 32-bit, of a multiprocessor
@@ -66,6 +67,8 @@ def seconds(work: Work, tile: Tile, device: Device) -> float:
             return (_tiles if work.rows else _vectors)(work, tile, device)
         case AttentionWork():
             return _attention(work, tile, device)
+        case RecurrentWork():
+            return _recurrent(work, tile, device)
     return _stream(work, tile, device)
 
 
@@ -213,6 +216,20 @@ def _attention(work: AttentionWork, tile: Tile, device: Device) -> float:
         * (12.0 * tile.block_m + (2.0 * work.depth if widened else 0.0))
         / (device.vector_flops / 2),
     )
+
+
+def _recurrent(work: RecurrentWork, tile: Tile, device: Device) -> float:
+    """Memory, arithmetic, and the walk: a token's numbers come out of the second-level cache at best, one after the
+    other."""
+    threads = 32 * tile.num_warps
+    lanes = tile.block_n * next_power_of_two(work.states)
+    programs = work.rows * _blocks(work.channels, tile.block_n)
+    each = work.bytes / max(1, programs * work.tokens)
+    load = Load(programs, threads, 24 + 3 * lanes // threads, 0, each)
+    walk = work.tokens * _CACHE_LATENCY * device.latency
+    # An exponential takes four slots; the sum over states and the rest some more.
+    plain = 10.0 * programs * max(lanes, threads) * work.tokens / device.vector_flops
+    return walk + _total(load, device, memory=float(work.bytes), plain=plain)
 
 
 def _stream(work: StreamWork, tile: Tile, device: Device) -> float:

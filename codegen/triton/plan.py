@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from sympy import Expr
 
-from tilewright.ir.loops import AttentionForm, Segment, attention_form, scalarize
+from tilewright.ir.loops import AttentionForm, Segment, attention_form, scalarize, sole_op
 from tilewright.ir.module import Op
+from tilewright.ir.recurrent import RECURRENT
 
 from .attention import emit_attention
 from .expression import Context
@@ -16,15 +17,16 @@ from .generic import emit_generic
 from .matmul import emit_matmul
 from .pointwise import emit_pointwise
 from .product import find_product
+from .recurrent import emit_recurrent
 from .reduction import emit_reduction, row_symbols
 from .row_loops import plan_stages
 from .tiling import Tile
-from .work import Sizes, Work, attention_work, product_work, stream_work
+from .work import Sizes, Work, attention_work, product_work, recurrent_work, stream_work
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A segment (None for an attention), its template, and ``emit(tile, context, interpret)``, which prints it into
+    """A segment (None for a primitive), its template, and ``emit(tile, context, interpret)``, which prints it into
     ``context.base`` and gives the number of programs."""
 
     template: str
@@ -38,6 +40,9 @@ def plan_parts(op: Op, sizes: Sizes) -> tuple[Plan, ...]:
     form = attention_form(op)
     if form is not None:
         return (_attention(form, sizes),)
+    sole = sole_op(op)
+    if sole is not None and sole.opcode in RECURRENT:
+        return (_recurrent(sole, sizes),)
     return tuple(_segment(segment, sizes) for segment in scalarize(op).segments)
 
 
@@ -46,6 +51,13 @@ def _attention(form: AttentionForm, sizes: Sizes) -> Plan:
         return emit_attention(form, tile, context, "pid", interpret)
 
     return Plan("attention", attention_work(form, sizes), None, emit)
+
+
+def _recurrent(op: Op, sizes: Sizes) -> Plan:
+    def emit(tile: Tile, context: Context, interpret: bool) -> Expr:
+        return emit_recurrent(op, tile, context, "pid")
+
+    return Plan("recurrent", recurrent_work(op, sizes), None, emit)
 
 
 def _segment(segment: Segment, sizes: Sizes) -> Plan:

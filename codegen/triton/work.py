@@ -10,6 +10,7 @@ from sympy import Expr, Integer
 
 from tilewright.ir.index import sym
 from tilewright.ir.loops import Apply, AttentionForm, Load, Node, Reduce, Segment
+from tilewright.ir.module import Op
 from tilewright.ir.types import DType, Value
 
 from .descriptors import matrix_load
@@ -72,7 +73,19 @@ class StreamWork:
         return replace(self, longest=0)
 
 
-Work = ProductWork | AttentionWork | StreamWork
+@dataclass(frozen=True)
+class RecurrentWork:
+    """``channels`` of ``rows`` sequences, each with ``states`` numbers that go on token by token. bytes: of what every
+    token brings and takes along, and of the states and weights."""
+
+    rows: int
+    channels: int
+    states: int
+    tokens: int
+    bytes: int
+
+
+Work = ProductWork | AttentionWork | RecurrentWork | StreamWork
 
 
 @dataclass(frozen=True)
@@ -136,6 +149,13 @@ def attention_work(form: AttentionForm, sizes: Sizes) -> AttentionWork:
         stored_bytes=form.stores[0][0].dtype.itemsize,
         causal=bool(form.op.attr("causal")) and new > 1,
     )
+
+
+def recurrent_work(op: Op, sizes: Sizes) -> RecurrentWork:
+    rows, tokens, channels = (sizes.of(d) for d in op.operands[0].shape)
+    held = op.results[1]
+    moved = sizes.bytes({*op.operands, *op.results}) + sizes.bytes({held})
+    return RecurrentWork(rows, channels, sizes.of(held.shape[1]), tokens, moved)
 
 
 def stream_work(segment: Segment, sizes: Sizes) -> StreamWork:

@@ -19,10 +19,10 @@ from .forms import (
     MatmulForm,
     attention_form,
     elementwise_inputs,
-    experts_op,
     flops,
     matmul_form,
     product_form,
+    sole_op,
 )
 from .nodes import (
     Apply,
@@ -44,6 +44,7 @@ from .text import print_loops, print_node
 
 __all__ = [
     "PRIMITIVES", "Apply", "AttentionForm", "Axis", "Const", "Dot", "Index", "Load", "Loops", "MatmulForm", "Node",
-    "Reduce", "Segment", "Store", "attention_form", "elementwise_inputs", "experts_op", "flops", "free_symbols",
+    "Reduce", "Segment", "Store", "attention_form", "elementwise_inputs", "flops", "free_symbols",
     "matmul_form", "post_order", "print_loops", "print_node", "product_form", "scalarize",
+    "sole_op",
 ]  # fmt: skip

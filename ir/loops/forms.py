@@ -11,6 +11,7 @@ from sympy import Expr, Integer
 from ..errors import VerifyError
 from ..index import Mod, sym
 from ..module import Op
+from ..recurrent import RECURRENT
 from ..types import Value
 from .nodes import Apply, Axis, Dot, Load, Loops, Node, Reduce, Segment, free_symbols, post_order
 from .pieces import NeedSplit, stored_space
@@ -119,10 +120,10 @@ def attention_form(kernel: Op) -> AttentionForm | None:
     return AttentionForm(anchor, tuple(store for _, store in stores))
 
 
-def experts_op(kernel: Op) -> Op | None:
-    """The one experts op that a kernel is, or None when it is another kernel."""
+def sole_op(kernel: Op) -> Op | None:
+    """The one op that a kernel is, of those that have no views beside them; None when it is another kernel."""
     (first, *rest) = kernel.body
-    return first if first.opcode == "experts" and not rest else None
+    return first if first.opcode in _SOLE and not rest else None
 
 
 def _tiling(index: tuple[Expr, ...]) -> NeedSplit | None:
@@ -133,8 +134,9 @@ def _tiling(index: tuple[Expr, ...]) -> NeedSplit | None:
     return None
 
 
-PRIMITIVES = ("attention", "attention_split", "experts")
-"""Ops without a loop form, each of which is the only one of its kernel but for views."""
+_SOLE = ("experts", *RECURRENT)
+PRIMITIVES = ("attention", "attention_split", *_SOLE)
+"""Ops without a loop form, each of which is the only one of its kernel, but for an attention's views."""
 
 
 def elementwise_inputs(loops: Loops) -> frozenset[tuple[Value, Value]]:

@@ -111,7 +111,7 @@ def run_one_of(
     case, number = cases[name], list(cases).index(name)
     dims = dict.fromkeys(RANGES, 1) | case.dims
     inputs, past = inputs or case.inputs(), case.past()
-    slots = {op.result: op.attr("slot") for op in case.kernel.body if op.opcode == "append"}
+    slots = case.slots
     tensors: dict[Value, Tensor] = {}
     for v in case.kernel.results:
         tensors[v] = _buffer(v, past[slots[v]] if v in slots else None, dims)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tilewright.ir.index import IndexMap, as_expr, parse_expr
 from tilewright.ir.module import Function, Loc, Module, Op, make_attrs
 from tilewright.ir.ops import Builder
+from tilewright.ir.recurrent import state_of
 from tilewright.ir.types import DType, TensorType, Value, concrete, tensor_type
 
 CAPACITY = 48
@@ -48,8 +49,14 @@ class Case:
             found[p.name] = self.given.get(p.name, drawn.to(p.dtype.torch))
         return found
 
+    @property
+    def slots(self) -> dict[Value, str]:
+        """The results that live in the request's state, and their slots."""
+        states = ((state_of(op), str(op.attr("slot"))) for op in self.kernel.body)
+        return {value: slot for value, slot in states if value is not None}
+
     def past(self) -> dict[str, Tensor]:
-        """What the KV state holds before the kernel runs, by slot."""
+        """What the state holds before the kernel runs, by slot."""
         generator = torch.Generator().manual_seed(8)
         past = self.dims.get("T", 0) - self.dims.get("S", 1)
         found = {}
@@ -58,6 +65,9 @@ class Case:
                 b, g, _, d = op.result.shape
                 shape = concrete((b, g, as_expr(past), d), self.dims)
                 found[op.attr("slot")] = torch.randn(shape, generator=generator).to(op.result.dtype.torch)
+            elif (held := state_of(op)) is not None:
+                drawn = torch.randn(concrete(held.shape, self.dims), generator=generator)
+                found[op.attr("slot")] = drawn.to(held.dtype.torch)
         return found
 
     def exact_past(self) -> dict[str, Tensor]:

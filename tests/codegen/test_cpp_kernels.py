@@ -55,6 +55,7 @@ SOME = tuple(
     for kind in (
         "linear-f32", "linear-bf16", "linear-f16", "layer_norm-f32", "attention", "merge",
         "quantized-int8-blocks", "quantized-int4-blocks", "rounded-int8", "rounded-int8_groups", "rounded-int4",
+        "causal_conv1d-bf16", "selective_scan-f32",
     )
 )  # fmt: skip
 WITHOUT_BF16 = ("-mno-avx512bf16",)

@@ -38,14 +38,23 @@ def interpret() -> Iterator[Callable[[str], list[str]]]:
 
 @pytest.mark.parametrize(
     "model",
-    ["llama:float32", "llama:bfloat16", "opt:float32", "gpt2:float32", "bloom:float32", "bert:float32"],
+    [
+        "llama:float32",
+        "llama:bfloat16",
+        "opt:float32",
+        "gpt2:float32",
+        "bloom:float32",
+        "mamba:float32",
+        "mamba:bfloat16",
+        "bert:float32",
+    ],
 )
 def test_tiny_model_matches_reference(model: str, interpret: Callable[[str], list[str]]) -> None:
     """Prefill in two pieces and decode, left-padded batch of three and batch of one."""
     assert interpret(f"model:{model}") == []
 
 
-@pytest.mark.parametrize("model", ["llama:float32", "gpt2:bfloat16"])
+@pytest.mark.parametrize("model", ["llama:float32", "gpt2:bfloat16", "mamba:float32"])
 def test_persistent_kernels_match_reference(model: str, interpret: Callable[[str], list[str]]) -> None:
     """The kernels of a layer in one launch, with barriers between them."""
     assert interpret(f"model:{model}:1") == []
@@ -71,7 +80,18 @@ def test_matches_reference(name: str, interpret: Callable[[str], list[str]]) -> 
 
 
 SMALL = "block_m=16 block_n=16 block_k=16"
-TILED = ("linear", "parts", "norm_linear", "gated", "rope", "quantized", "attention", "classifier")
+TILED = (
+    "linear",
+    "parts",
+    "norm_linear",
+    "gated",
+    "rope",
+    "quantized",
+    "attention",
+    "classifier",
+    "causal_conv1d",
+    "selective_scan",
+)
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith(TILED)])

@@ -13,6 +13,7 @@ from . import (  # noqa: F401 - each adds its cases to the list
     pointwise_cases,
     product_cases,
     quantized_cases,
+    recurrent_cases,
     reduction_cases,
 )
 from .kernel_case import CASES as CASES

@@ -68,7 +68,7 @@ def run(
     _, text = source_of(case, interpret, tuned, gpu(torch.device(device)))
     module = load(edit(text), path)
     inputs, past = case.inputs(), case.past()
-    slots = {op.result: op.attr("slot") for op in case.kernel.body if op.opcode == "append"}
+    slots = case.slots
     reads = [_buffer(v, inputs[v.name], case, device) for v in case.kernel.operands]
     writes = [_buffer(v, past[slots[v]] if v in slots else None, case, device) for v in case.kernel.results]
     pointers = [t.view(torch.uint8) if t.dtype in AS_BYTES else t for t in reads + writes]

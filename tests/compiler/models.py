@@ -14,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PretrainedConfig,
@@ -45,6 +47,10 @@ def tiny(family: str, layers: int = 2) -> PreTrainedModel:
     elif family == "gpt2":
         model = GPT2LMHeadModel(
             GPT2Config(vocab_size=128, n_layer=layers, n_head=4, n_embd=64, n_positions=256)
+        )
+    elif family == "mamba":
+        model = MambaForCausalLM(
+            MambaConfig(vocab_size=128, num_hidden_layers=layers, hidden_size=64, state_size=8)
         )
     elif family == "bloom":
         model = BloomForCausalLM(BloomConfig(vocab_size=128, n_layer=layers, n_head=4, hidden_size=64))

@@ -33,6 +33,7 @@ _LATENT = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
     "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_routed_experts": 4,
 }  # fmt: skip
+_RECURRENT = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, **_IDS}
 _FALCON = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **_IDS}
 
 DECODERS: dict[str, PretrainedConfig] = {
@@ -71,6 +72,8 @@ DECODERS: dict[str, PretrainedConfig] = {
         **_FALCON, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1
     ),
     "falcon_heads": hf.FalconConfig(**_FALCON, multi_query=False, parallel_attn=False, bias=True),
+    "mamba": hf.MambaConfig(**_RECURRENT),
+    "falcon_mamba": hf.FalconMambaConfig(**_RECURRENT),
     "deepseek_v3": hf.DeepseekV3Config(**_PLAIN, **_IDS, **_EXPERTS, **_LATENT, num_key_value_heads=4),
 }
 _T5 = {
@@ -87,6 +90,7 @@ REFUSED: dict[str, PretrainedConfig] = {
         vocab_size=128, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global"], 2]]
     ),
     "falcon_alibi": hf.FalconConfig(**_FALCON, alibi=True),
+    "mamba2": hf.Mamba2Config(**_RECURRENT, num_heads=8, head_dim=16),
 }
 
 
@@ -166,7 +170,7 @@ def check_encoder(model: PreTrainedModel, backend: str) -> tuple[Any, torch.Tens
     return fast, found[kept], expected[kept]
 
 
-@pytest.mark.parametrize("name", ["gptj", "bloom", "mpt", "falcon"])
+@pytest.mark.parametrize("name", ["gptj", "bloom", "mpt", "falcon", "mamba"])
 def test_a_model_is_left_as_it_was(name: str) -> None:
     """Methods that capture replaces for a while are the model's own again."""
     model = random(DECODERS[name], hf.AutoModelForCausalLM)

@@ -7,6 +7,7 @@ from .idioms import attention, gated, norm, rotary, row_scale, softmax, torch
 from .movement import concat, gather, view
 from .pointwise import binary, cast, compare, integer, select, unary
 from .products import batched_matmul, linear, reduce
+from .recurrent import recurrent
 
 _ALWAYS: dict[Move, int] = {
     unary: 3, binary: 4, reduce: 2, view: 4, concat: 2, gather: 1, linear: 3, batched_matmul: 1, softmax: 1, norm: 1,
@@ -14,6 +15,11 @@ _ALWAYS: dict[Move, int] = {
 }  # fmt: skip
 
 
-def moves(has_attention: bool, torch_calls: bool) -> dict[Move, int]:
-    """Each move with its weight; attention and ops that PyTorch runs only where a test can take them."""
-    return _ALWAYS | ({attention: 2} if has_attention else {}) | ({torch: 1} if torch_calls else {})
+def moves(has_attention: bool, is_stateful: bool, torch_calls: bool) -> dict[Move, int]:
+    """Each move with its weight; attention, what remembers and PyTorch's own ops only where a test can take them."""
+    chosen = dict(_ALWAYS)
+    if has_attention:
+        chosen[attention] = 2
+    if is_stateful:
+        chosen[recurrent] = 1
+    return chosen | ({torch: 1} if torch_calls else {})

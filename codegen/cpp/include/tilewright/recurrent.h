@@ -1,0 +1,124 @@
+// Recurrent layers: every channel goes on from its state, token by token, and leaves the new state in its place.
+//
+// Threads share the channels of all sequences, in blocks that a thread takes through the tokens while their state stays
+// in its first cache. Channels lie beside each other everywhere, so the loops over a block are vectors of them.
+#pragma once
+
+#include <type_traits>
+
+#include "math.h"
+#include "parallel.h"
+#include "types.h"
+
+namespace tw {
+
+constexpr int CHANNELS = 64;  // of a block; whole cache lines of any type
+
+// What a recurrence over values of T is computed in.
+template <class T>
+using recurrent_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+TW_MATH recurrent_t<T> as_computed(T x) {
+    if constexpr (std::is_same_v<T, double>) {
+        return x;
+    } else {
+        return to_f32(x);
+    }
+}
+template <class T>
+TW_MATH T as_stored(recurrent_t<T> x) {
+    if constexpr (std::is_same_v<T, double>) {
+        return x;
+    } else {
+        return from_f32<T>(x);
+    }
+}
+
+// Run body(row, first channel, channels) for this thread's blocks; the number of channels is a constant in whole ones.
+template <class Body>
+static inline void for_channel_blocks(const Worker& worker, long rows, long channels, const Body& body) {
+    const long blocks = (channels + CHANNELS - 1) / CHANNELS;
+    const Range own = split(worker, rows * blocks);
+    for (long i = own.begin; i < own.end; i++) {
+        const long first = i % blocks * CHANNELS, left = channels - first;
+        if (left >= CHANNELS) {
+            body(i / blocks, first, std::integral_constant<int, CHANNELS>());
+        } else {
+            body(i / blocks, first, int(left));
+        }
+    }
+}
+
+// x, out[rows, tokens, channels], weight[Taps, channels], bias[channels] or null, state[rows, Taps - 1, channels].
+template <class T, int Taps>
+static void causal_conv1d(const Worker& worker, long rows, long tokens, long channels, const T* x, const T* weight,
+                          const T* bias, T* out, T* state) {
+    using F = recurrent_t<T>;
+    for_channel_blocks(worker, rows, channels, [&](long row, long first, auto count) {
+        const int n = count;
+        F taps[Taps][CHANNELS], start[CHANNELS];
+        for (int k = 0; k < Taps; k++)
+            for (int c = 0; c < n; c++) taps[k][c] = as_computed(weight[k * channels + first + c]);
+        for (int c = 0; c < n; c++) start[c] = bias != nullptr ? as_computed(bias[first + c]) : F(0);
+        T* past = state + row * (Taps - 1) * channels + first;
+        const T* own = x + row * tokens * channels + first;
+        // Where token t of this run is; those before the first one are the state's.
+        const auto token = [&](long t) { return t < 0 ? past + (t + Taps - 1) * channels : own + t * channels; };
+        for (long s = 0; s < tokens; s++) {
+            const T* seen[Taps];
+            for (int k = 0; k < Taps; k++) seen[k] = token(s - (Taps - 1) + k);
+            T* to = out + (row * tokens + s) * channels + first;
+#pragma omp simd
+            for (int c = 0; c < n; c++) {
+                F sum = start[c];
+                for (int k = 0; k < Taps; k++) sum += taps[k][c] * as_computed(seen[k][c]);
+                to[c] = as_stored<T>(sum);
+            }
+        }
+        for (int k = 0; k + 1 < Taps; k++) {
+            const T* last = token(tokens - (Taps - 1) + k);  // never in front of the place that it goes to
+            for (int c = 0; c < n; c++) past[k * channels + c] = last[c];
+        }
+    });
+}
+
+// x, dt, out[rows, tokens, channels], decay[States, channels], into, out_of[rows, tokens, States],
+// state[rows, States, channels].
+template <class T, int States>
+static void selective_scan(const Worker& worker, long rows, long tokens, long channels, const T* x, const T* dt,
+                           const recurrent_t<T>* decay, const T* into, const T* out_of, T* out,
+                           recurrent_t<T>* state) {
+    using F = recurrent_t<T>;
+    for_channel_blocks(worker, rows, channels, [&](long row, long first, auto count) {
+        const int n = count;
+        F h[States][CHANNELS], rate[States][CHANNELS];
+        F* past = state + row * States * channels + first;
+        for (int i = 0; i < States; i++) {
+            for (int c = 0; c < n; c++) h[i][c] = past[i * channels + c];
+            for (int c = 0; c < n; c++) rate[i][c] = decay[i * channels + first + c];
+        }
+        for (long s = 0; s < tokens; s++) {
+            const long token = row * tokens + s, at = token * channels + first;
+            F time[CHANNELS], fed[CHANNELS], sum[CHANNELS];
+            for (int c = 0; c < n; c++) {
+                time[c] = as_computed(dt[at + c]);
+                fed[c] = time[c] * as_computed(x[at + c]);
+                sum[c] = F(0);
+            }
+            for (int i = 0; i < States; i++) {
+                const F in = as_computed(into[token * States + i]), seen = as_computed(out_of[token * States + i]);
+#pragma omp simd
+                for (int c = 0; c < n; c++) {
+                    h[i][c] = tw::exp(time[c] * rate[i][c]) * h[i][c] + fed[c] * in;
+                    sum[c] += seen * h[i][c];
+                }
+            }
+            for (int c = 0; c < n; c++) out[at + c] = as_stored<T>(sum[c]);
+        }
+        for (int i = 0; i < States; i++)
+            for (int c = 0; c < n; c++) past[i * channels + c] = h[i][c];
+    });
+}
+
+}  // namespace tw
