@@ -37,6 +37,17 @@ _RECURRENT = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "sta
 _FALCON = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **_IDS}
 
 DECODERS: dict[str, PretrainedConfig] = {
+    "llama": hf.LlamaConfig(**_GROUPED),
+    "opt": hf.OPTConfig(
+        vocab_size=128,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=96,
+        word_embed_proj_dim=64,
+        **_IDS,
+    ),
+    "gpt2": hf.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, **_IDS),
     "gptj": hf.GPTJConfig(vocab_size=128, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, **_IDS),
     "codegen": hf.CodeGenConfig(vocab_size=128, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, **_IDS),
     "gpt_neox": hf.GPTNeoXConfig(**_PLAIN, **_IDS),
@@ -81,6 +92,7 @@ _T5 = {
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
 }  # fmt: skip
 ENCODERS: dict[str, PretrainedConfig] = {
+    "bert": hf.BertConfig(**_PLAIN),
     "roberta": hf.RobertaConfig(**_PLAIN),
     "distilbert": hf.DistilBertConfig(vocab_size=128, dim=64, n_layers=2, n_heads=4, hidden_dim=96),
 }
