@@ -129,12 +129,13 @@ def quantized_phases(phases: list[Phase], options: Options, keep_wide: tuple[str
 def plan_programs(model: nn.Module, options: Options) -> list[Program]:
     """The programs that ``compile`` would build, from the shapes of a model alone: no weight is read.
 
-    A weight that cannot be quantised (it holds a NaN, say) is taken for one that can. Raises CaptureError,
+    A weight that cannot be quantised (it holds a NaN, say) is taken for one that can, and an encoder for one that gives
+    up to ``max_length`` states; its own programs are not among these. Raises CaptureError,
     LoweringError.
     """
     captured = capture(model)
     lowered = lower(captured)
-    phases = phases_of(captured, lowered, options)
+    phases = phases_of(captured, lowered, options, (1, options.max_length))
     if options.weights:
         phases = quantized_phases(phases, options, ())
     parts = Parts.of(captured, lowered)
