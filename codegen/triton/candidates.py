@@ -65,7 +65,8 @@ def interpreter_tile(work: Work) -> Tile:
                 min(512, max(16, next_power_of_two(work.context))),
             )
         case RecurrentWork():
-            return Tile(block_n=min(512, max(16, next_power_of_two(work.channels))))
+            # Two tokens at a time, as a GPU takes several: an odd number of them ends in the middle of a step.
+            return Tile(min(2, work.tokens), min(512, max(16, next_power_of_two(work.channels))))
     if work.longest != 0:
         return reduction_tile(work.points, work.longest, True)
     return pointwise_tile(work.points, True)
@@ -183,11 +184,12 @@ def _softmaxes(tile: Tile) -> Iterator[Tile]:
 
 
 def _recurrent_tiles(work: RecurrentWork) -> Iterator[Tile]:
-    """From one to eight channels a lane of a warp; a state of many numbers has its warps beside each other."""
+    """Few channels a program and few warps; some tokens of a prompt at a time."""
+    together = min(8, next_power_of_two(work.tokens))
     for block_n, warps in product((32, 16, 64, 128, 256), (1, 2, 4)):
         lanes = block_n * next_power_of_two(work.states)
         if block_n <= max(16, next_power_of_two(work.channels)) and lanes <= 64 * 32 * warps:
-            yield Tile(block_n=block_n, num_warps=warps)
+            yield Tile(together, block_n, num_warps=warps)
 
 
 def _stream_tiles(work: StreamWork) -> Iterator[Tile]:

@@ -219,14 +219,20 @@ def _attention(work: AttentionWork, tile: Tile, device: Device) -> float:
 
 
 def _recurrent(work: RecurrentWork, tile: Tile, device: Device) -> float:
-    """Memory, arithmetic, and the walk: a token's numbers come out of the second-level cache at best, one after the
-    other."""
+    """Memory, arithmetic, and the walk: what some tokens bring comes out of the second-level cache at best, then what
+    the next ones bring."""
     threads = 32 * tile.num_warps
     lanes = tile.block_n * next_power_of_two(work.states)
     programs = work.rows * _blocks(work.channels, tile.block_n)
     each = work.bytes / max(1, programs * work.tokens)
-    load = Load(programs, threads, 24 + 3 * lanes // threads, 0, each)
-    walk = work.tokens * _CACHE_LATENCY * device.latency
+    load = Load(
+        programs,
+        threads,
+        32 + (3 * lanes + 4 * tile.block_m * tile.block_n) // threads,
+        0,
+        each * tile.block_m,
+    )
+    walk = _blocks(work.tokens, tile.block_m) * _CACHE_LATENCY * device.latency
     # An exponential takes four slots; the sum over states and the rest some more.
     plain = 10.0 * programs * max(lanes, threads) * work.tokens / device.vector_flops
     return walk + _total(load, device, memory=float(work.bytes), plain=plain)

@@ -6,7 +6,7 @@ it before any of them writes it: more than one may hold an element.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import sympy
 from sympy import Expr
@@ -26,11 +26,21 @@ def emit_recurrent(op: Op, tile: Tile, context: Context, pid: str) -> Expr:
     return emitter(op, tile, context, pid).emit()
 
 
+@dataclass(frozen=True)
+class _Token:
+    """Texts of a token's number among all sequences', the offsets of its channels, and whether it is there at all ("":
+    always)."""
+
+    at: str
+    place: str
+    there: str
+
+
 class _Recurrence:
     """A walk over the tokens of a block of channels. ``channel`` numbers the block's channels."""
 
     def __init__(self, op: Op, tile: Tile, context: Context, pid: str) -> None:
-        self.op, self.base, self.pointers = op, context.base, context.pointers
+        self.op, self.tile, self.base, self.pointers = op, tile, context.base, context.pointers
         rows, self.tokens, channels = op.operands[0].shape
         self.channels = int(channels)
         self.float = TRITON_TYPES[compute_dtype(op.operands[0].dtype)]
@@ -49,19 +59,34 @@ class _Recurrence:
     def emit(self) -> Expr:
         """Print the kernel; gives the number of programs."""
         self._start()
-        loop = self.base.open(f"for token in range(0, {print_index(self.tokens)}):")
-        at = loop.bind(f"{self.row} * {print_index(self.tokens, tight=True)} + token", "at")
-        self._step(loop, at, loop.bind(f"{at} * {self.channels} + {self.channel}", "place"))
+        count, together = print_index(self.tokens, tight=True), self.tile.block_m
+        loop = self.base.open(f"for first in range(0, {count}, {together}):")
+        # What tokens bring does not depend on the state, so that of several is requested before the first is taken in.
+        tokens = [self._token(loop, n, count) for n in range(together)]
+        brought = [self._bring(loop, token) for token in tokens]
+        for token, values in zip(tokens, brought, strict=True):
+            self._step(loop, token, values)
         self.base.close(loop)
         self.base.line("tl.debug_barrier()")
         self._finish()
         return self.programs
 
+    def _token(self, loop: Scope, n: int, count: str) -> _Token:
+        number = loop.bind(f"first + {n}", "token")
+        there = f"{number} < {count}" if self.tile.block_m > 1 else ""
+        at = loop.bind(f"{self.row} * {count} + {number}", "at")
+        place = loop.bind(f"{at} * {self.channels} + {self.channel}", "place")
+        return _Token(at, place, there)
+
     def _start(self) -> None:
         raise NotImplementedError
 
-    def _step(self, loop: Scope, at: str, place: str) -> None:
-        """Take one token in: ``at`` is its number, ``place`` the offset of its channels."""
+    def _bring(self, loop: Scope, token: _Token) -> list[str]:
+        """Load what a token brings; zeros where there is none."""
+        raise NotImplementedError
+
+    def _step(self, loop: Scope, token: _Token, values: list[str]) -> None:
+        """Take in what :meth:`_bring` gave; where there is no token, the state stays."""
         raise NotImplementedError
 
     def _finish(self) -> None:
@@ -99,13 +124,18 @@ class _Convolution(_Recurrence):
     def _place(self, k: int) -> str:
         return f"({self.row} * {len(self.taps) - 1} + {k}) * {self.channels} + {self.channel}"
 
-    def _step(self, loop: Scope, at: str, place: str) -> None:
-        x = self._load(loop, self.op.operands[0], place, self.inside, "x")
-        tokens = [*self.seen, x]
-        terms = [*self.bias, *(f"{tap} * {token}" for tap, token in zip(self.taps, tokens, strict=True))]
-        self._store(loop, self.op.results[0], place, " + ".join(terms), self.inside)
-        for old, new in zip(self.seen, tokens[1:], strict=True):
-            loop.line(f"{old} = {new}")
+    def _bring(self, loop: Scope, token: _Token) -> list[str]:
+        return [
+            self._load(loop, self.op.operands[0], token.place, _where(token, self.channel, self.inside), "x")
+        ]
+
+    def _step(self, loop: Scope, token: _Token, values: list[str]) -> None:
+        seen = [*self.seen, *values]
+        terms = [*self.bias, *(f"{tap} * {value}" for tap, value in zip(self.taps, seen, strict=True))]
+        mask = _where(token, self.channel, self.inside)
+        self._store(loop, self.op.results[0], token.place, " + ".join(terms), mask)
+        for old, new in zip(self.seen, seen[1:], strict=True):
+            loop.line(f"{old} = " + (f"tl.where({mask}, {new}, {old})" if token.there else new))
 
     def _finish(self) -> None:
         for k, value in enumerate(self.seen):
@@ -121,7 +151,7 @@ class _Scan(_Recurrence):
         padded = next_power_of_two(self.count)
         self.state = base.bind(f"tl.arange(0, {padded})", "n")
         self.real = "" if padded == self.count else base.bind(f"{self.state} < {self.count}", "real")
-        self.mask = " & ".join(_present((_column(self.real), _line(self.inside))))
+        self.mask = _both(_column(self.real), _line(self.inside))
         self.rate = self._load(
             base, decay, f"{_column(self.state)} * {self.channels} + {_line(self.channel)}", self.mask, "rate"
         )
@@ -133,18 +163,23 @@ class _Scan(_Recurrence):
         self.h = base.names.fresh("h")
         base.line(f"{self.h} = {past}")
 
-    def _step(self, loop: Scope, at: str, place: str) -> None:
-        x, dt, _, into, out_of = self.op.operands
-        time = self._load(loop, dt, place, self.inside, "dt")
-        fed = loop.bind(f"{time} * {self._load(loop, x, place, self.inside, 'x')}", "fed")
-        ends = [
-            self._load(loop, v, f"{at} * {self.count} + {self.state}", self.real, v.name)
-            for v in (into, out_of)
+    def _bring(self, loop: Scope, token: _Token) -> list[str]:
+        x, dt, _, *ends = self.op.operands
+        here, state = _where(token, self.channel, self.inside), _where(token, self.state, self.real)
+        return [
+            self._load(loop, dt, token.place, here, "dt"),
+            self._load(loop, x, token.place, here, "x"),
+            *(self._load(loop, v, f"{token.at} * {self.count} + {self.state}", state, v.name) for v in ends),
         ]
+
+    def _step(self, loop: Scope, token: _Token, values: list[str]) -> None:
+        time, x, into, out_of = values
+        fed = loop.bind(f"{time} * {x}", "fed")
+        # A time of zero leaves the state as it is.
         kept = f"tl.exp({_line(time)} * {self.rate}) * {self.h}"
-        loop.line(f"{self.h} = {kept} + {_line(fed)} * {_column(ends[0])}")
-        total = f"tl.sum({_column(ends[1])} * {self.h}, axis=0)"
-        self._store(loop, self.op.results[0], place, total, self.inside)
+        loop.line(f"{self.h} = {kept} + {_line(fed)} * {_column(into)}")
+        total = f"tl.sum({_column(out_of)} * {self.h}, axis=0)"
+        self._store(loop, self.op.results[0], token.place, total, _where(token, self.channel, self.inside))
 
     def _finish(self) -> None:
         self._store(self.base, self.op.results[1], self.place, self.h, self.mask)
@@ -160,5 +195,12 @@ def _line(text: str) -> str:
     return f"{text}[None, :]" if text else ""
 
 
-def _present(texts: Iterable[str]) -> list[str]:
-    return [text for text in texts if text]
+def _both(*masks: str) -> str:
+    """The conjunction of masks, some of which may be none."""
+    return " & ".join(mask for mask in masks if mask)
+
+
+def _where(token: _Token, lanes: str, mask: str) -> str:
+    """The mask of what a token brings to ``lanes``. It is compared as a block of them: Triton's interpreter makes
+    integers of a scalar truth that it spreads over a block."""
+    return _both(mask, f"({lanes} * 0 + {token.there})" if token.there else "")

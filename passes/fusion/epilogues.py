@@ -62,7 +62,9 @@ def _droppable(groups: Groups, members: set[int], core: set[int]) -> set[int] | 
             chain |= {m for m in edge if _at_edge(groups, m, members - chain)}
             if not set(edge) <= chain:
                 break
-            if _escaping_bytes(groups, members - chain) < cost:
+            # What the function returns is stored in any case, by this kernel or by one more.
+            stored = sum(groups.nbytes(m) for m in chain & groups.returned)
+            if _escaping_bytes(groups, members - chain) + stored < cost:
                 return chain
             edge = [p for m in edge for p in groups.producers(m) if p in members - core]
     return None
