@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tilewright.ir.module import Function, Module, Op
+from tilewright.ir.module import Function, Module, Op, walk
 from tilewright.ir.ops import STORED_AS
 from tilewright.ir.types import DType, Value
 
@@ -36,7 +36,8 @@ def kept_wide(module: Module, options: PassOptions) -> tuple[str, ...]:
     """What a person wants to know of keys and values that stay as they were, a line for each type of theirs."""
     if not options.kv_cache:
         return ()
-    stored = Counter(op.result.dtype.value for f in module.functions for op in f.ops if op.opcode == "append")
+    ops = (op for f in module.functions for op in walk(f.ops))
+    stored = Counter(op.result.dtype.value for op in ops if op.opcode == "append")
     return tuple(
         f"keys and values stay {dtype} (distinct layers: {count // 2}): something besides attention reads them"
         for dtype, count in stored.items()
