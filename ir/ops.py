@@ -20,6 +20,8 @@
 | call | values -> the callee's returns | callee, scope |
 | call_torch | tensors -> tensors; run by PyTorch at run time | target, template |
 | experts | x[.., K], ids[.., k], scores[.., k], weights and biases of experts -> [.., K] | see ``experts.py`` |
+| experts_order | ids[..] -> order i32[P], block_expert i32[N] | experts, block; see ``experts_grouped.py`` |
+| grouped_matmul | x[R, K], order, block_expert, w[E, M, K] (, bias) -> [R * divisor, M] | see there |
 | kernel | outer values used -> body values used outside | name |
 
 ``attention`` with a non-empty ``slot`` owns the append of k and v to that slot of the request's KV state;
@@ -51,6 +53,7 @@ import sympy
 
 from .errors import VerifyError
 from .experts import EXPERTS_ATTRS, infer_experts
+from .experts_grouped import GROUPED_ATTRS, ORDER_ATTRS, infer_experts_order, infer_grouped_matmul
 from .index import sym
 from .module import Attr, Loc, Module, Op, make_attrs
 from .pointwise import POINTWISE
@@ -319,8 +322,9 @@ def _call(op: Op, module: Module | None) -> Inferred:
     return tuple(v.type for v in callee.returns)
 
 
-def _experts(op: Op, module: Module | None) -> Inferred:
-    return infer_experts(op)
+def _alone(infer: Callable[[Op], tuple[TensorType, ...]]) -> Callable[[Op, Module | None], Inferred]:
+    """Inference that needs to know nothing but the op."""
+    return lambda op, module: infer(op)
 
 
 def _any(op: Op, module: Module | None) -> Inferred:
@@ -347,7 +351,11 @@ OPS: dict[str, OpSpec] = {
     "attention": OpSpec({**_ATTENTION, "slot": "str"}, _attention, frozenset({"extras"})),
     "append": OpSpec({"slot": "str"}, _append),
     "attention_split": OpSpec({**_ATTENTION, "splits": "int"}, _attention_split, frozenset({"extras"})),
-    "experts": OpSpec(EXPERTS_ATTRS, _experts, frozenset(EXPERTS_ATTRS) - {"activation"}),
+    "experts": OpSpec(EXPERTS_ATTRS, _alone(infer_experts), frozenset(EXPERTS_ATTRS) - {"activation"}),
+    "experts_order": OpSpec(ORDER_ATTRS, _alone(infer_experts_order)),
+    "grouped_matmul": OpSpec(
+        GROUPED_ATTRS, _alone(infer_grouped_matmul), frozenset({"divisor", "transposed"})
+    ),
     "call": OpSpec({"callee": "str", "scope": "str"}, _call),
     "call_torch": OpSpec({"target": "str", "template": "str"}, _any),
     "kernel": OpSpec({"name": "str"}, _any),

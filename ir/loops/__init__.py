@@ -14,6 +14,7 @@ Passes use it to decide whether a fusion is legal; printers and the memory plann
 """
 
 from .forms import (
+    EXPERTS,
     PRIMITIVES,
     AttentionForm,
     MatmulForm,
@@ -43,7 +44,7 @@ from .scalarize import scalarize
 from .text import print_loops, print_node
 
 __all__ = [
-    "PRIMITIVES", "Apply", "AttentionForm", "Axis", "Const", "Dot", "Index", "Load", "Loops", "MatmulForm", "Node",
-    "Reduce", "Segment", "Store", "attention_form", "elementwise_inputs", "experts_op", "flops", "free_symbols",
-    "matmul_form", "post_order", "print_loops", "print_node", "product_form", "scalarize",
+    "EXPERTS", "PRIMITIVES", "Apply", "AttentionForm", "Axis", "Const", "Dot", "Index", "Load", "Loops",
+    "MatmulForm", "Node", "Reduce", "Segment", "Store", "attention_form", "elementwise_inputs", "experts_op", "flops",
+    "free_symbols", "matmul_form", "post_order", "print_loops", "print_node", "product_form", "scalarize",
 ]  # fmt: skip

@@ -120,9 +120,9 @@ def attention_form(kernel: Op) -> AttentionForm | None:
 
 
 def experts_op(kernel: Op) -> Op | None:
-    """The one experts op that a kernel is, or None when it is another kernel."""
+    """The one op of ``EXPERTS`` that a kernel is, or None when it is another kernel."""
     (first, *rest) = kernel.body
-    return first if first.opcode == "experts" and not rest else None
+    return first if first.opcode in EXPERTS and not rest else None
 
 
 def _tiling(index: tuple[Expr, ...]) -> NeedSplit | None:
@@ -133,7 +133,9 @@ def _tiling(index: tuple[Expr, ...]) -> NeedSplit | None:
     return None
 
 
-PRIMITIVES = ("attention", "attention_split", "experts")
+EXPERTS = ("experts", "experts_order", "grouped_matmul")
+"""Ops without a loop form, each of which is the only one of its kernel."""
+PRIMITIVES = ("attention", "attention_split", *EXPERTS)
 """Ops without a loop form, each of which is the only one of its kernel but for views."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tilewright.ir.errors import VerifyError
-from tilewright.ir.loops import PRIMITIVES, attention_form, experts_op, product_form, scalarize
+from tilewright.ir.loops import EXPERTS, PRIMITIVES, attention_form, experts_op, product_form, scalarize
 from tilewright.ir.module import Function, Op, make_attrs
 from tilewright.ir.pointwise import POINTWISE
 from tilewright.ir.types import Value, concrete
@@ -107,7 +107,7 @@ class Groups:
         try:
             if any(self.ops[n].opcode in ATTENTION for n in members):
                 return attention_form(kernel) is not None
-            if any(self.ops[n].opcode == "experts" for n in members):
+            if any(self.ops[n].opcode in EXPERTS for n in members):
                 return experts_op(kernel) is not None
             loops = scalarize(kernel)
         except VerifyError:
