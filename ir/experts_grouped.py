@@ -67,7 +67,7 @@ def infer_grouped_matmul(op: Op) -> tuple[TensorType, ...]:
     x, order, block_expert, weights, *bias = op.operands
     divisor, block = op.attr("divisor", 1), op.attr("block")
     need(x.type.rank == 2 and weights.type.rank == 3, "x needs rank 2 and weights rank 3")
-    need(x.dtype.is_float and x.dtype is not DType.f8, f"cannot compute in {x.dtype.value}")
+    need(x.dtype in (DType.f32, DType.f16, DType.bf16), f"has no form in {x.dtype.value}")
     need(divisor >= 1 and block >= 1, "divisor and block must be positive")
     experts, *matrix = weights.shape
     columns, depth = matrix[::-1] if op.attr("transposed", False) else matrix

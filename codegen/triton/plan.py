@@ -7,24 +7,27 @@ from dataclasses import dataclass
 
 from sympy import Expr
 
-from tilewright.ir.loops import AttentionForm, Segment, attention_form, scalarize
+from tilewright.ir.errors import VerifyError
+from tilewright.ir.loops import AttentionForm, Segment, attention_form, experts_op, scalarize
 from tilewright.ir.module import Op
 
 from .attention import emit_attention
+from .experts_order import emit_experts_order
 from .expression import Context
 from .generic import emit_generic
+from .grouped import emit_grouped
 from .matmul import emit_matmul
 from .pointwise import emit_pointwise
 from .product import find_product
 from .reduction import emit_reduction, row_symbols
 from .row_loops import plan_stages
 from .tiling import Tile
-from .work import Sizes, Work, attention_work, product_work, stream_work
+from .work import Sizes, Work, attention_work, grouped_work, order_work, product_work, stream_work
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A segment (None for an attention), its template, and ``emit(tile, context, interpret)``, which prints it into
+    """A segment (None for a primitive), its template, and ``emit(tile, context, interpret)``, which prints it into
     ``context.base`` and gives the number of programs."""
 
     template: str
@@ -38,6 +41,9 @@ def plan_parts(op: Op, sizes: Sizes) -> tuple[Plan, ...]:
     form = attention_form(op)
     if form is not None:
         return (_attention(form, sizes),)
+    primitive = experts_op(op)
+    if primitive is not None:
+        return (_experts(primitive, sizes),)
     return tuple(_segment(segment, sizes) for segment in scalarize(op).segments)
 
 
@@ -46,6 +52,18 @@ def _attention(form: AttentionForm, sizes: Sizes) -> Plan:
         return emit_attention(form, tile, context, "pid", interpret)
 
     return Plan("attention", attention_work(form, sizes), None, emit)
+
+
+def _experts(op: Op, sizes: Sizes) -> Plan:
+    match op.opcode:
+        case "experts_order":
+            work = order_work(op, sizes)
+            return Plan(op.opcode, work, None, lambda t, c, i: emit_experts_order(op, t, c, "pid"))
+        case "grouped_matmul":
+            return Plan(
+                op.opcode, grouped_work(op, sizes), None, lambda t, c, i: emit_grouped(op, t, c, "pid", i)
+            )
+    raise VerifyError(f"{op.opcode} has no Triton form: see the pass spell_out_experts")
 
 
 def _segment(segment: Segment, sizes: Sizes) -> Plan:

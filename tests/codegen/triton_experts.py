@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,13 +19,19 @@ from tilewright.runtime.triton_executor import TritonExecutor
 from .random_programs import worst_excess
 
 
-def experts_errors(name: str, folder: Path) -> list[str]:
-    """By how much a layer's results are further from float64 than they may be; nothing where they are not."""
+def experts_errors(
+    name: str, folder: Path, block: int = 0, tuned: Mapping[str, int] | None = None
+) -> list[str]:
+    """By how much a layer's results are further from float64 than they may be; nothing where they are not.
+
+    block: rows of the blocks in which tokens are grouped by expert; 0 spells experts out. tuned: fields of every tile.
+    """
     case = CASES[name]
     inputs, dims, module = case.inputs(), {"B": case.tokens}, case.module()
-    fused = run_passes(module, PassOptions(spell_out_experts=True))
+    fused = run_passes(module, PassOptions(spell_out_experts=True, group_experts=block))
     program = plan_memory(fused, "experts", "forward", 0, 16)
-    path = write_module(folder, emit_program(program, True).text)
+    tunables = {step.name: tuned or {} for step in program.kernels()}
+    path = write_module(folder, emit_program(program, True, tunables=tunables).text)
     found = torch.full_like(inputs["x"], float("nan"))
     executor = TritonExecutor(program, {}, path, torch.device("cpu"))
     executor.run(inputs, dims, None, {"output0": found})

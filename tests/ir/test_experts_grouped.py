@@ -109,6 +109,7 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "rank": ({"x": ("f32", ["B", 1, 8])}, {}, "x needs rank 2"),
     "K": ({"x": ("f32", ["B", 7])}, {}, "K differs"),
     "layout": ({}, {"transposed": True}, "K differs"),
+    "float64": ({"x": ("f64", ["B", 8])}, {}, "no form in f64"),
     "dtype": ({"w": ("bf16", [3, 5, 8])}, {}, "weights must be f32"),
     "bias": ({"bias": ("f32", [5])}, {}, "the bias must be"),
     "order of other rows": ({}, {"divisor": 1}, "order must be"),
