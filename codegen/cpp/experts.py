@@ -22,7 +22,10 @@ _ACTIVATIONS = {
 
 
 def print_experts(kernel: KernelContext, op: Op) -> None:
-    """Print the body of an experts kernel. Raises VerifyError for float64, which it does not compute in."""
+    """Print the body of an experts kernel. Raises VerifyError for float64, which it does not compute in, and for the
+    ops of ``group_experts``: the kernel groups tokens itself."""
+    if op.opcode != "experts":
+        raise VerifyError(f"{op.opcode} has no C++ form: experts are one op there")
     x, ids, scores, gate_up, down = op.operands[:5]
     if x.dtype is DType.f64 or scores.dtype is DType.f64:
         raise VerifyError("experts are not computed in float64")

@@ -1,8 +1,8 @@
 """The order of (token, chosen expert) pairs by expert: a program per expert, and one for what nobody needs.
 
 Each program counts what all experts were chosen, which tells where its own run of blocks begins, and then places its
-own pairs there: no program waits for another. That costs a comparison per pair and expert in each of them, little
-beside the products that follow, and keeps pairs of an expert in their own order, as atomic counters would not.
+own pairs there: no program waits for another. Reading all ids twice in each of them is little beside the products that
+follow, and keeps an expert's pairs in their own order, as atomic counters would not.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from .text import Scope, next_power_of_two, print_index
 from .tiling import Tile
 
 PAIR = sym("i0")
-_COMPARED = 8192
-"""Pairs x experts that a program compares at a time, in registers."""
 
 
 def emit_experts_order(op: Op, tile: Tile, context: Context, pid: str) -> Expr:
@@ -35,9 +33,10 @@ class _Order:
         (self.ids,), (self.order, self.block_expert) = op.operands, op.results
         self.experts, self.block = int(op.attr("experts")), int(op.attr("block"))
         self.pairs = sympy.expand(self.ids.type.numel)
-        bins = next_power_of_two(self.experts)
-        self.bins = self.base.constant("BINS", bins)
-        self.lanes = self.base.constant("BLOCK_N", min(tile.block_n, max(16, _COMPARED // bins)))
+        self.nobody = self.experts + 1
+        """What lanes without a pair are said to have chosen: no expert's number, nor that of the last program."""
+        self.bins = self.base.constant("BINS", next_power_of_two(self.nobody + 1))
+        self.lanes = self.base.constant("BLOCK_N", tile.block_n)
 
     def emit(self) -> Expr:
         base, expert, block = self.base, self.expert, self.block
@@ -53,14 +52,13 @@ class _Order:
         return Integer(self.experts + 1)
 
     def _counts(self, bins: str) -> str:
-        """How many pairs chose each expert."""
+        """How many pairs chose each expert, which is what the blocks of others before its own depend on."""
         counts = self.base.names.fresh("counts")
         self.base.line(f"{counts} = tl.zeros([{self.bins}], tl.int32)")
         scope, _, chosen = self._walk()
-        same = f"({chosen}[:, None] == {bins}[None, :]).to(tl.int32)"
-        scope.line(f"{counts} += tl.sum({same}, axis=0)")
+        scope.line(f"{counts} += tl.histogram({chosen}, {self.bins})")
         self.base.close(scope)
-        return counts
+        return self.base.bind(f"tl.where({bins} < {self.experts}, {counts}, 0)", "counts")
 
     def _place(self, first: str) -> str:
         """Store the pairs of this program's expert, and give the place behind the last one."""
@@ -76,7 +74,7 @@ class _Order:
         return place
 
     def _walk(self) -> tuple[Scope, str, str]:
-        """An open loop over all pairs, with blocks of their numbers and of the experts that they chose, or -1."""
+        """An open loop over all pairs, with blocks of their numbers and of the experts that they chose."""
         extent = print_index(self.pairs)
         scope = self.base.open(f"for start in range(0, {extent}, {self.lanes}):")
         pair = scope.bind(f"start + tl.arange(0, {self.lanes})", "pair")
@@ -84,7 +82,7 @@ class _Order:
         known = self.context.extended({}, {PAIR: Block(pair, ok, scope, self.pairs)})
         index = reshape_map(self.ids.shape, (self.pairs,)).exprs
         chosen = known.load(Load(self.ids.dtype, self.ids, index), convert=False).text
-        return scope, pair, scope.bind(f"tl.where({ok}, {chosen}, -1).to(tl.int32)", "chosen")
+        return scope, pair, scope.bind(f"tl.where({ok}, {chosen}, {self.nobody}).to(tl.int32)", "chosen")
 
     def _fill(self, pointer: str, low: str, high: str, value: str) -> None:
         """Store ``value`` at the places [low, high)."""
