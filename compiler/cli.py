@@ -298,7 +298,7 @@ def opt(
         bool, typer.Option("--spell-experts", help="Say experts in ordinary ops.")
     ] = False,
     group_experts: Annotated[
-        int, typer.Option(min=0, help="Rows of blocks in which tokens share an expert; 0 for none.")
+        int, typer.Option(min=0, help="Most rows of the blocks in which tokens share an expert; 0 for none.")
     ] = 0,
     weights: WeightsOption = None,
     kv_cache: CacheOption = None,

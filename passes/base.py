@@ -22,7 +22,7 @@ class PassOptions:
     product with integer weights rounds them to int8; 0 keeps them. keep_wide: full names of weights that cannot be
     quantised. kv_cache: element type in which keys and values are kept where it is narrower than their own; "" for
     that. spell_out_experts: experts become ordinary ops, for a backend that has no kernel for them.
-    group_experts: rows of the blocks in which tokens are multiplied that chose the same expert; 0 groups none.
+    group_experts: most rows of the blocks in which tokens are multiplied that chose the same expert; 0 groups none.
     """
 
     fixed: tuple[tuple[str, int], ...] = ()

@@ -38,7 +38,7 @@ LAYERS = {
 }
 
 
-def planned(layer: str, block: int = 64) -> Program:
+def planned(layer: str, block: int = 128) -> Program:
     module = run_passes(LAYERS[layer].module(), PassOptions(group_experts=block))
     return plan_memory(module, "experts", "prefill", 0, 16)
 
@@ -82,8 +82,8 @@ def test_the_cost_counts_chosen_experts() -> None:
     """Two tokens with two experts each read four of the 8 matrices at most; 512 tokens read them all."""
     first, second = products(planned("mixtral"))
     for tokens, read in ((2, 4), (512, 8)):
-        pairs, blocks = 2 * tokens, (2 * tokens + 8 * 63) // 64
-        indices = 4 * (64 * blocks + blocks)
+        pairs, blocks = 2 * tokens, (2 * tokens + 8 * 127) // 128
+        indices = 4 * (128 * blocks + blocks)
         rows = tokens * 4096 + pairs * 2 * 14336
         cost = step_cost(first, {"B": tokens})
         assert cost.bytes == 2 * (rows + read * 2 * 14336 * 4096) + indices

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.experts_cases import CASES
+from tests.experts_cases import CASES, ExpertsCase
 from tilewright.ir.module import Module, walk
 from tilewright.ir.reference import evaluate
 from tilewright.ir.types import DType, concrete
@@ -39,6 +39,19 @@ def test_grouped_experts_are_five_kernels() -> None:
         "experts_order", "grouped_matmul", "grouped_matmul",
     ]  # fmt: skip
     assert len(module.main.ops) == 5
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chosen", "experts", "block"), [(512, 2, 8, 128), (512, 8, 128, 64), (2, 1, 4, 16)]
+)
+def test_a_block_has_room_for_what_most_experts_get(
+    tokens: int, chosen: int, experts: int, block: int
+) -> None:
+    """Smaller ones read weights again and again; larger ones multiply rows of nobody."""
+    case = ExpertsCase(tokens, chosen, experts, 32, 16)
+    module = run_passes(case.module(), PassOptions(group_experts=128))
+    (order,) = (op for op in walk(module.main.ops) if op.opcode == "experts_order")
+    assert order.attr("block") == block
 
 
 def test_float64_is_not_grouped() -> None:
