@@ -57,7 +57,7 @@ def test_experts_of_models_match_hugging_face(family: str, interpret: Callable[[
     assert interpret(f"moe:{family}") == []
 
 
-SLOW = ("more pairs than a block", "many tokens", "everybody chose one")
+SLOW = ("more pairs than a block", "many experts", "many tokens", "everybody chose one")
 
 
 @pytest.mark.parametrize("name", [n for n in EXPERTS if n not in SLOW])
@@ -70,6 +70,10 @@ def test_experts_match_reference(name: str, interpret: Callable[[str], list[str]
 def test_grouped_experts_match_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
     """Products of blocks that have one expert each: blocks of few rows, of nobody, of experts that all chose."""
     assert interpret(f"experts:{name}:16") == []
+
+
+def test_an_order_of_several_blocks_of_ids_matches_reference(interpret: Callable[[str], list[str]]) -> None:
+    assert interpret("experts:many experts:64 block_n=128") == []
 
 
 @pytest.mark.parametrize("name", ["more pairs than a block", "biases", "transposed", "bf16, many tokens"])

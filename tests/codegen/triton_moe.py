@@ -14,12 +14,12 @@ from tests.compiler.test_architectures import DECODERS
 from .triton_models import left_padded
 
 
-def moe_errors(family: str) -> list[str]:
+def moe_errors(family: str, device: str = "cpu") -> list[str]:
     """Where logits of a left-padded prompt, and tokens generated from it, differ from Hugging Face's; or what is wrong
-    with the form that experts have in either program."""
-    model = random(DECODERS[family], hf.AutoModelForCausalLM)
+    with the form that experts have in either program. device: a GPU, or the CPU for Triton's interpreter."""
+    model = random(DECODERS[family], hf.AutoModelForCausalLM).to(device)
     fast: Any = tw.compile(model, batch_sizes=(3,), max_length=64, backend="triton", autotune="off")
-    ids, mask = left_padded()
+    ids, mask = (t.to(device) for t in left_padded())
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask).logits
     found = fast(input_ids=ids, attention_mask=mask).logits
