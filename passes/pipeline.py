@@ -44,7 +44,7 @@ PIPELINE: tuple[Pass, ...] = (
         split_products,
         "of matrices in their last form; the sum then fuses like any other code",
     ),
-    Pass("group_experts", group_experts, "as spell_out_experts, which takes those that are left"),
+    Pass("group_experts", group_experts, "where spell_out_experts is, before it takes what this one leaves"),
     Pass(
         "spell_out_experts",
         spell_out_experts,

@@ -4,8 +4,8 @@
     =>  h = gate(matmul(x, gather(gate_up, ids)));  reduce(mul(scores, matmul(h, gather(down, ids))), sum)
 
 The gathers fuse into the products, which then read the rows of chosen experts from the stacked weights: nothing is
-copied. A token reads the weights of its experts for itself, which suits a decode step; tokens of a prompt that share an
-expert do not share what they read. float64 is always spelled out.
+copied. A token reads the weights of its experts for itself, which suits a decode step; so that tokens of a prompt which
+share an expert share what they read, there is ``group_experts``. float64 is always spelled out.
 """
 
 from __future__ import annotations
