@@ -39,6 +39,9 @@ ROW_BLOCK = {"cpp": 16, "triton": 1, "reference": 1}
 ACTIVATION_GROUP = {"cpp": 32, "triton": 0, "reference": 0}
 # Where the backend has no kernel for experts, a pass says them in ordinary ops.
 SPELL_OUT_EXPERTS = {"cpp": False, "triton": True, "reference": False}
+# Most rows of the blocks in which many tokens are grouped by the experts that they chose: with more, a tile's sums
+# leave no registers for enough columns. 0: the backend's own kernel of experts groups them.
+GROUP_EXPERTS = {"cpp": 0, "triton": 128, "reference": 0}
 
 
 @dataclass(frozen=True)

@@ -297,6 +297,9 @@ def opt(
     spell_out_experts: Annotated[
         bool, typer.Option("--spell-experts", help="Say experts in ordinary ops.")
     ] = False,
+    group_experts: Annotated[
+        int, typer.Option(min=0, help="Most rows of the blocks in which tokens share an expert; 0 for none.")
+    ] = 0,
     weights: WeightsOption = None,
     kv_cache: CacheOption = None,
     show: Annotated[bool, typer.Option("--list", help="List the passes and stop.")] = False,
@@ -316,6 +319,7 @@ def opt(
         multiprocessors=multiprocessors,
         vendor_matmul=vendor_matmul,
         spell_out_experts=spell_out_experts,
+        group_experts=group_experts,
         weights=weights_form(weights),
         kv_cache=cache_form(kv_cache),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tilewright.ir.module import Function, Module, Op
@@ -58,8 +58,8 @@ def _read_bytes(value: Value, body: tuple[Op, ...], dims: Dims) -> int:
     users = [o for o in body if value in o.operands]
     if users and all(o.opcode == "gather" and o.operands[1] != value for o in users):
         return sum(_nbytes(o.result, dims) for o in users)
-    if users and all(o.opcode == "experts" and value in o.operands[3:] for o in users):
-        chosen = sum(math.prod(concrete(o.operands[1].shape, dims)) for o in users)
+    if users and all(o.opcode in _CHOSEN and value in o.operands[3:] for o in users):
+        chosen = sum(_CHOSEN[o.opcode](o, dims) for o in users)
         experts = concrete(value.shape[:1], dims)[0]
         return _nbytes(value, dims) * min(experts, chosen) // experts
     if users and all(o.opcode in _TABLE_FORMS for o in users) and value.type.numel.is_Integer:
@@ -70,6 +70,12 @@ def _read_bytes(value: Value, body: tuple[Op, ...], dims: Dims) -> int:
             return min(_nbytes(value, dims), math.ceil(_nbytes(value, dims) * share))
     return _nbytes(value, dims)
 
+
+_CHOSEN: dict[str, Callable[[Op, Dims], int]] = {
+    "experts": lambda op, dims: math.prod(concrete(op.operands[1].shape, dims)),
+    "grouped_matmul": lambda op, dims: concrete(op.result.shape[:1], dims)[0],
+}
+"""Pairs of a token and an expert that it chose, of the ops whose operands from the fourth on are weights of experts."""
 
 _TABLE_FORMS = ("view", "dequantize")
 
@@ -87,7 +93,7 @@ def _lookups(value: Value, body: tuple[Op, ...]) -> list[Op | None]:
 
 
 def _flops(op: Op, dims: Dims) -> int:
-    if op.opcode == "matmul":
+    if op.opcode in ("matmul", "grouped_matmul"):
         return 2 * math.prod(concrete(op.result.shape, dims)) * concrete(op.operands[0].shape[-1:], dims)[0]
     if op.opcode in ("attention", "attention_split"):
         q, _, v = op.operands[:3]
@@ -95,11 +101,7 @@ def _flops(op: Op, dims: Dims) -> int:
         context = dims["T"] if op.attr("slot") else concrete(v.shape[2:3], dims)[0]
         return 2 * batch * heads * new * context * (size + concrete(v.shape[3:], dims)[0])
     if op.opcode == "experts":
-        chosen, down = (
-            math.prod(concrete(op.operands[1].shape, dims)),
-            math.prod(concrete(op.operands[4].shape[1:], dims)),
-        )
-        return 6 * chosen * down
+        return 6 * _CHOSEN["experts"](op, dims) * math.prod(concrete(op.operands[4].shape[1:], dims))
     if op.opcode == "causal_conv1d":
         return 2 * math.prod(concrete((*op.operands[0].shape, op.operands[1].shape[0]), dims))
     if op.opcode == "selective_scan":

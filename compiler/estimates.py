@@ -83,5 +83,6 @@ def _estimate(step: Step, runs: int, env: Environment, sizes: Mapping[str, int])
 
 def _is_half(step: Step) -> bool:
     """Whether a kernel's products, if it has any, go to tensor cores at half precision."""
-    products = [o for o in walk(step.op.body) if o.opcode in ("matmul", "attention", "attention_split")]
+    kinds = ("matmul", "grouped_matmul", "attention", "attention_split")
+    products = [o for o in walk(step.op.body) if o.opcode in kinds]
     return all(o.operands[0].dtype in (DType.bf16, DType.f16) for o in products)

@@ -15,7 +15,7 @@ from tilewright.passes.hoist_per_request import hoist_per_request
 from tilewright.passes.pipeline import run_passes
 from tilewright.passes.plan_memory import plan_memory
 
-from .backends import ACTIVATION_GROUP, ROW_BLOCK, SPELL_OUT_EXPERTS, SPLITS, measures
+from .backends import ACTIVATION_GROUP, GROUP_EXPERTS, ROW_BLOCK, SPELL_OUT_EXPERTS, SPLITS, measures
 from .capture import Captured, capture
 from .estimates import estimates, gpu
 from .lower import lower
@@ -69,19 +69,20 @@ def phases_of(
     Prefill comes last, in the ways that may be measured.
     """
     spelled = PassOptions(spell_out_experts=SPELL_OUT_EXPERTS[options.backend])
+    grouped = replace(spelled, group_experts=GROUP_EXPERTS[options.backend])
     known = {name: (low, high) for name, low, high in lowered.symbols}
     if captured.kind != "decoder":
         batches = ("B", "I") if captured.kind == "encoder" else ()
         ranges = {name: (1, options.max_batch) for name in batches if name in known}
         if "S" in known:
             ranges["S"] = (1, min(known["S"][1], options.max_length))
-        return [Phase("forward", "forward", options.max_batch, spelled, ranges)]
+        return [Phase("forward", "forward", options.max_batch, grouped, ranges)]
     context = {"T": (1, options.max_length)}
     once: list[Phase] = []
     if captured.per_request:
         context["E"] = states
         ranges = {"B": (1, options.max_batch), "E": states}
-        once = [Phase(PER_REQUEST, PER_REQUEST, options.max_batch, spelled, ranges)]
+        once = [Phase(PER_REQUEST, PER_REQUEST, options.max_batch, grouped, ranges)]
     decode = [
         Phase(
             f"decode_b{size}",
@@ -100,7 +101,7 @@ def phases_of(
         for size in options.batch_sizes
     ]
     wide = context | {"B": (1, options.max_batch), "S": (1, options.chunk)}
-    passes = replace(spelled, last_tokens=True, kv_cache=options.kv_cache)
+    passes = replace(grouped, last_tokens=True, kv_cache=options.kv_cache)
     ours = Phase("prefill", "prefill", options.max_batch, passes, wide)
     vendor = replace(ours, name="prefill_vendor", passes=replace(ours.passes, vendor_matmul=True))
     # The vendor's library knows no quantised weights.

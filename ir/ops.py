@@ -22,6 +22,8 @@
 | experts | x[.., K], ids[.., k], scores[.., k], weights and biases of experts -> [.., K] | see ``experts.py`` |
 | causal_conv1d | x[B,S,C], weight[K,C] (, bias[C]) -> [B,S,C], state[B,K-1,C] | slot; see ``recurrent.py`` |
 | selective_scan | x, dt[B,S,C], decay[N,C], input, output[B,S,N] -> [B,S,C], state[B,N,C] | slot; see there |
+| experts_order | ids[..] -> order i32[P], block_expert i32[N] | experts, block; see ``experts_grouped.py`` |
+| grouped_matmul | x[R, K], order, block_expert, w[E, M, K] (, bias) -> [R * divisor, M] | see there |
 | kernel | outer values used -> body values used outside | name |
 
 ``attention`` with a non-empty ``slot`` owns the append of k and v to that slot of the request's KV state;
@@ -53,6 +55,7 @@ import sympy
 
 from .errors import VerifyError
 from .experts import EXPERTS_ATTRS, infer_experts
+from .experts_grouped import GROUPED_ATTRS, ORDER_ATTRS, infer_experts_order, infer_grouped_matmul
 from .index import sym
 from .module import Attr, Loc, Module, Op, make_attrs
 from .pointwise import POINTWISE
@@ -320,16 +323,9 @@ def _call(op: Op, module: Module | None) -> Inferred:
     return tuple(v.type for v in callee.returns)
 
 
-def _experts(op: Op, module: Module | None) -> Inferred:
-    return infer_experts(op)
-
-
-def _causal_conv1d(op: Op, module: Module | None) -> Inferred:
-    return infer_causal_conv1d(op)
-
-
-def _selective_scan(op: Op, module: Module | None) -> Inferred:
-    return infer_selective_scan(op)
+def _alone(infer: Callable[[Op], tuple[TensorType, ...]]) -> Callable[[Op, Module | None], Inferred]:
+    """Inference that needs to know nothing but the op."""
+    return lambda op, module: infer(op)
 
 
 def _any(op: Op, module: Module | None) -> Inferred:
@@ -356,9 +352,13 @@ OPS: dict[str, OpSpec] = {
     "attention": OpSpec({**_ATTENTION, "slot": "str"}, _attention, frozenset({"extras"})),
     "append": OpSpec({"slot": "str"}, _append),
     "attention_split": OpSpec({**_ATTENTION, "splits": "int"}, _attention_split, frozenset({"extras"})),
-    "experts": OpSpec(EXPERTS_ATTRS, _experts, frozenset(EXPERTS_ATTRS) - {"activation"}),
-    "causal_conv1d": OpSpec({"slot": "str"}, _causal_conv1d),
-    "selective_scan": OpSpec({"slot": "str"}, _selective_scan),
+    "experts": OpSpec(EXPERTS_ATTRS, _alone(infer_experts), frozenset(EXPERTS_ATTRS) - {"activation"}),
+    "experts_order": OpSpec(ORDER_ATTRS, _alone(infer_experts_order)),
+    "grouped_matmul": OpSpec(
+        GROUPED_ATTRS, _alone(infer_grouped_matmul), frozenset({"divisor", "transposed"})
+    ),
+    "causal_conv1d": OpSpec({"slot": "str"}, _alone(infer_causal_conv1d)),
+    "selective_scan": OpSpec({"slot": "str"}, _alone(infer_selective_scan)),
     "call": OpSpec({"callee": "str", "scope": "str"}, _call),
     "call_torch": OpSpec({"target": "str", "template": "str"}, _any),
     "kernel": OpSpec({"name": "str"}, _any),

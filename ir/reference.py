@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .errors import VerifyError
 from .experts import experts
+from .experts_grouped import experts_order, grouped_matmul
 from .index import IndexMap, extents_of, linear_index, simplify, sym
 from .module import Function, Module, Op
 from .ops import attention_extras
@@ -83,6 +84,8 @@ class Evaluation:
             return quantize(args[0], op.attr("bits"), op.attr("group"))
         if op.opcode in RECURRENT:
             return self._recurrent(op, args, scope)
+        if op.opcode == "experts_order":
+            return experts_order(op, args[0])
         return (_RULES[op.opcode](self, op, args, scope),) if op.opcode in _RULES else self._split(op, args)
 
     def _recurrent(self, op: Op, args: list[Tensor], scope: str) -> tuple[Tensor, ...]:
@@ -322,6 +325,10 @@ def _experts(run: Evaluation, op: Op, args: list[Tensor], scope: str) -> Tensor:
     return experts(op, args)
 
 
+def _grouped_matmul(run: Evaluation, op: Op, args: list[Tensor], scope: str) -> Tensor:
+    return grouped_matmul(op, args)
+
+
 def _scores(op: Op, args: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Scaled, capped, biased and masked scores [B, H, S, T], and v [B, H, T, Dv], both in float32 or wider."""
     wide = torch.promote_types(args[0].dtype, torch.float32)
@@ -354,5 +361,5 @@ def _scores(op: Op, args: list[Tensor]) -> tuple[Tensor, Tensor]:
 _RULES: dict[str, Rule] = {
     "param": _param, "const": _const, "iota": _iota, "dim": _dim, "reduce": _reduce, "view": _view,
     "concat": _concat, "gather": _gather, "matmul": _matmul, "append": _append, "attention": _attention,
-    "dequantize": _dequantize, "experts": _experts,
+    "dequantize": _dequantize, "experts": _experts, "grouped_matmul": _grouped_matmul,
 }  # fmt: skip

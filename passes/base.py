@@ -22,6 +22,7 @@ class PassOptions:
     product with integer weights rounds them to int8; 0 keeps them. keep_wide: full names of weights that cannot be
     quantised. kv_cache: element type in which keys and values are kept where it is narrower than their own; "" for
     that. spell_out_experts: experts become ordinary ops, for a backend that has no kernel for them.
+    group_experts: most rows of the blocks in which tokens are multiplied that chose the same expert; 0 groups none.
     """
 
     fixed: tuple[tuple[str, int], ...] = ()
@@ -35,6 +36,7 @@ class PassOptions:
     keep_wide: tuple[str, ...] = ()
     kv_cache: str = ""
     spell_out_experts: bool = False
+    group_experts: int = 0
 
 
 @dataclass(frozen=True)

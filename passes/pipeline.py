@@ -16,6 +16,7 @@ from .dce import eliminate_dead_code
 from .expose_append import expose_append
 from .fold_constants import fold_constants
 from .fuse import fuse
+from .group_experts import group_experts
 from .last_tokens import last_tokens
 from .merge_matmuls import merge_matmuls
 from .narrow_cache import narrow_cache
@@ -43,6 +44,7 @@ PIPELINE: tuple[Pass, ...] = (
         split_products,
         "of matrices in their last form; the sum then fuses like any other code",
     ),
+    Pass("group_experts", group_experts, "where spell_out_experts is, before it takes what this one leaves"),
     Pass(
         "spell_out_experts",
         spell_out_experts,

@@ -4,8 +4,8 @@
     =>  h = gate(matmul(x, gather(gate_up, ids)));  reduce(mul(scores, matmul(h, gather(down, ids))), sum)
 
 The gathers fuse into the products, which then read the rows of chosen experts from the stacked weights: nothing is
-copied. A token reads the weights of its experts for itself, which suits a decode step; tokens of a prompt that share an
-expert do not share what they read. float64 is always spelled out.
+copied. A token reads the weights of its experts for itself, which suits a decode step; so that tokens of a prompt which
+share an expert share what they read, there is ``group_experts``. float64 is always spelled out.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def _function(function: Function, always: bool) -> Function:
     for op in rewriter:
         wide = any(v.dtype is DType.f64 for v in op.operands)
         if op.opcode == "experts" and (always or wide):
-            rewriter.replace(op.result, _Spelling(rewriter, op).result())
+            rewriter.replace(op.result, Spelling(rewriter, op).result())
         else:
             rewriter.keep(op)
     return rewriter.finish()
 
 
-class _Spelling:
+class Spelling:
     """The ops that one experts op stands for. Each (token, chosen expert) is a product of one row: [.., k, 1, K]."""
 
     def __init__(self, rewriter: Rewriter, op: Op) -> None:
@@ -47,18 +47,23 @@ class _Spelling:
         self.lead = index_symbols(len(self.pairs) + 2)[: len(self.pairs)]
 
     def result(self) -> Value:
-        x = self.x
-        shape = (*self.pairs, Integer(1), x.shape[-1])
-        depth = index_symbols(len(shape))[-1]
-        rows = self.view(x, shape, (*self.lead[:-1], depth))
-        hidden = self.product(rows, self.gate_up, "gate_up_bias")
-        out = self.product(self.gated(hidden), self.down, "down_bias")
-        wide = DType.f64 if x.dtype is DType.f64 else DType.f32
+        """The experts' result in ordinary ops."""
+        hidden = self.product(self.rows(), self.gate_up, "gate_up_bias")
+        return self.weighted(self.product(self.gated(hidden), self.down, "down_bias"))
+
+    def rows(self) -> Value:
+        """What the first product multiplies: [.., k, 1, K]."""
+        shape = (*self.pairs, Integer(1), self.x.shape[-1])
+        return self.view(self.x, shape, (*self.lead[:-1], index_symbols(len(shape))[-1]))
+
+    def weighted(self, out: Value) -> Value:
+        """[.., k, 1, K] -> [.., K], the sum of what the chosen experts say, each times its score."""
+        wide = DType.f64 if self.x.dtype is DType.f64 else DType.f32
         scores = self.cast(self.view(self.scores, (*self.pairs, Integer(1), Integer(1)), self.lead), wide)
         weighted = self.add("mul", self.cast(out, wide), scores)
         axes = (len(self.pairs) - 1, len(self.pairs))
         total = self.add("reduce", weighted, kind="sum", axes=axes, keepdim=False)
-        return self.cast(total, x.dtype)
+        return self.cast(total, self.x.dtype)
 
     def product(self, rows: Value, weights: Value, bias: str) -> Value:
         """[.., k, 1, n] with the chosen experts' matrices, and their bias: [.., k, 1, m]."""
@@ -74,6 +79,7 @@ class _Spelling:
         return self.add("add", out, self.view(chosen, out.shape, (*self.lead, column)))
 
     def gated(self, hidden: Value) -> Value:
+        """[.., 2I] -> [.., I]."""
         gate, up = self.halves(hidden)
         if limit := self.gate.limit:
             gate = self.add("minimum", gate, self.number(limit, gate))

@@ -78,6 +78,7 @@ CASES = {
     "one expert twice": ExpertsCase(2, 2, 3, 32, 32, ids=((1, 1), (2, 0))),
     "everybody chose one": ExpertsCase(70, 1, 3, 40, 24, ids=((2,),) * 70),
     "more pairs than a block": ExpertsCase(190, 3, 7, 33, 17),
+    "many experts": ExpertsCase(70, 8, 128, 20, 12),
     "many tokens": ExpertsCase(70, 4, 4, 96, 80),
     "bf16": ExpertsCase(3, 2, 4, 100, 52, DType.bf16),
     "bf16, many tokens": ExpertsCase(40, 2, 4, 100, 52, DType.bf16, DType.bf16),

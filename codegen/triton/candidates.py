@@ -86,7 +86,10 @@ def _tiles(work: Work, device: Device) -> Iterable[Tile]:
 def _product_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
     if not work.rows:
         return vector_tiles(work)
-    tiles = few_rows_tiles(work, device) if work.rows <= FEW_ROWS else many_rows_tiles(work)
+    few = work.rows <= FEW_ROWS or (work.matrices and work.itemsize > 2)
+    tiles: Iterable[Tile] = few_rows_tiles(work, device) if few else many_rows_tiles(work)
+    if work.matrices:  # a block of rows is one tile
+        tiles = [tile for tile in tiles if tile.block_m >= work.rows]
     return (variant for tile in tiles for variant in _variants(tile, work, device))
 
 

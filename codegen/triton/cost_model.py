@@ -90,9 +90,10 @@ def _tiles(work: ProductWork, tile: Tile, device: Device) -> float:
     load, block = product_load(work, tile, device), _product_block(work, tile)
     flops = 2.0 * load.programs * tile.block_m * tile.block_n * work.dots * work.k
     steps = load.programs * _blocks(work.k, tile.block_k)
-    unique = work.batch * work.k * (
-        work.columns * work.dots * work.weight_bytes + work.rows * work.itemsize
-    ) + float(work.batch * work.rows * work.columns * work.stored_bytes)
+    right = (work.matrices or work.batch) * work.columns * work.dots * work.weight_bytes
+    unique = work.k * (right + work.batch * work.rows * work.itemsize) + float(
+        work.batch * work.rows * work.columns * work.stored_bytes
+    )
     return _total(
         load,
         device,

@@ -13,7 +13,7 @@ from .cost_model import seconds, start_seconds
 from .environment import Environment
 from .plan import plan_parts
 from .tiling import Tile
-from .work import Work, sizes_of
+from .work import ProductWork, Work, sizes_of
 
 
 def candidates(op: Op, env: Environment, most: int = 9) -> tuple[Changes, ...]:
@@ -62,7 +62,7 @@ def tiles_text(op: Op, env: Environment) -> str:
     plans = plan_parts(op, env.sizes)
     pairs = list(zip(plans, env.tiles(op, plans), strict=True))
     plan, tile = max(pairs, key=lambda pair: seconds(pair[0].work, pair[1], env.device))
-    blocks = (tile.block_m, tile.block_n, *((tile.block_k,) if plan.template == "matmul" else ()))
+    blocks = (tile.block_m, tile.block_n, *((tile.block_k,) if isinstance(plan.work, ProductWork) else ()))
     size = "x".join(map(str, blocks))
     turned = " transposed" if tile.transposed else ""
     copied = ", by TMA" if tile.descriptors else ""

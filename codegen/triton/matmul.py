@@ -18,13 +18,12 @@ from sympy import Expr, Symbol
 
 from tilewright.ir.index import linear_index
 from tilewright.ir.loops import Dot, Node, Segment
-from tilewright.ir.types import DType
 
 from .codes import GROUP, PLACE, Codes, GroupLoop, stored_codes
 from .descriptors import LARGEST, advances_by_one, descriptor_of, matrix_load
 from .expression import Block, Context, Operand
 from .matvec import VectorPrinter
-from .product import M, N, Product, ProductPrinter, index_range
+from .product import M, N, Product, ProductPrinter, index_range, multiply_add
 from .row_loops import K, KBlock, RowLoop, Stage
 from .text import Scope, ceil_div, print_index
 from .tiling import Tile
@@ -196,9 +195,4 @@ class _TilePrinter(ProductPrinter):
 
     def _dot(self, a: str, b: str, name: str) -> str:
         left, right = (b, a) if self.tile.transposed else (a, b)
-        # The interpreter keeps bfloat16 as raw bits and would multiply those; a float32 product is the same number.
-        widened = self.interpret and self.operand is DType.bf16
-        if widened:
-            left, right = f"{left}.to(tl.float32)", f"{right}.to(tl.float32)"
-        precise = ', input_precision="ieee"' if widened or self.operand is DType.f32 else ""
-        return f"tl.dot({left}, {right}, {name}{precise})"
+        return multiply_add(left, right, name, self.operand, self.interpret)

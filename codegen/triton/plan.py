@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 from sympy import Expr
 
+from tilewright.ir.errors import VerifyError
 from tilewright.ir.loops import AttentionForm, Segment, attention_form, scalarize, sole_op
 from tilewright.ir.module import Op
 from tilewright.ir.recurrent import RECURRENT
 
 from .attention import emit_attention
+from .experts_order import emit_experts_order
 from .expression import Context
 from .generic import emit_generic
+from .grouped import emit_grouped
 from .matmul import emit_matmul
 from .pointwise import emit_pointwise
 from .product import find_product
@@ -21,7 +24,16 @@ from .recurrent import emit_recurrent
 from .reduction import emit_reduction, row_symbols
 from .row_loops import plan_stages
 from .tiling import Tile
-from .work import Sizes, Work, attention_work, product_work, recurrent_work, stream_work
+from .work import (
+    Sizes,
+    Work,
+    attention_work,
+    grouped_work,
+    order_work,
+    product_work,
+    recurrent_work,
+    stream_work,
+)
 
 
 @dataclass(frozen=True)
@@ -41,8 +53,8 @@ def plan_parts(op: Op, sizes: Sizes) -> tuple[Plan, ...]:
     if form is not None:
         return (_attention(form, sizes),)
     sole = sole_op(op)
-    if sole is not None and sole.opcode in RECURRENT:
-        return (_recurrent(sole, sizes),)
+    if sole is not None:
+        return (_recurrent(sole, sizes) if sole.opcode in RECURRENT else _experts(sole, sizes),)
     return tuple(_segment(segment, sizes) for segment in scalarize(op).segments)
 
 
@@ -58,6 +70,18 @@ def _recurrent(op: Op, sizes: Sizes) -> Plan:
         return emit_recurrent(op, tile, context, "pid")
 
     return Plan("recurrent", recurrent_work(op, sizes), None, emit)
+
+
+def _experts(op: Op, sizes: Sizes) -> Plan:
+    match op.opcode:
+        case "experts_order":
+            work = order_work(op, sizes)
+            return Plan(op.opcode, work, None, lambda t, c, i: emit_experts_order(op, t, c, "pid"))
+        case "grouped_matmul":
+            return Plan(
+                op.opcode, grouped_work(op, sizes), None, lambda t, c, i: emit_grouped(op, t, c, "pid", i)
+            )
+    raise VerifyError(f"{op.opcode} has no Triton form: see the pass spell_out_experts")
 
 
 def _segment(segment: Segment, sizes: Sizes) -> Plan:

@@ -52,6 +52,16 @@ def index_range(
     return Block(text, mask, scope, extent)
 
 
+def multiply_add(left: str, right: str, total: str, operand: DType, interpret: bool) -> str:
+    """Two tiles multiplied, plus ``total``."""
+    # The interpreter keeps bfloat16 as raw bits and would multiply those; a float32 product is the same number.
+    widened = interpret and operand is DType.bf16
+    if widened:
+        left, right = f"{left}.to(tl.float32)", f"{right}.to(tl.float32)"
+    precise = ', input_precision="ieee"' if widened or operand is DType.f32 else ""
+    return f"tl.dot({left}, {right}, {total}{precise})"
+
+
 class ProductPrinter:
     """What both forms share: constants, contexts of the row operand and of the result, and the stages."""
 

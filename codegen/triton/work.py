@@ -25,7 +25,8 @@ class ProductWork:
     rows: 0 for a single row without an axis. itemsize: bytes of an operand as it is multiplied. weight_bytes: of a
     right operand's element in memory, a fraction where several share a byte. weight_ops, row_ops: operations that make
     a factor of an element of the right and of the left operand. stored_bytes: of an element of the result. plain: the
-    right operands are matrices as they are multiplied, which TMA may copy.
+    right operands are matrices as they are multiplied, which TMA may copy. matrices: how many different right operands
+    a batch has; 0 where each of its products has its own.
     """
 
     rows: int
@@ -39,6 +40,7 @@ class ProductWork:
     row_ops: int = 0
     batch: int = 1
     plain: bool = False
+    matrices: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,32 @@ def product_work(product: Product, segment: Segment, sizes: Sizes) -> ProductWor
         batch=batch,
         plain=all(matrix_load(d.b, form.k.symbol) is not None for d in form.dots),
     )
+
+
+def grouped_work(op: Op, sizes: Sizes) -> ProductWork:
+    """A product per block of rows; of blocks, each chosen expert's run ends in the middle of one on average."""
+    x, weights, block = op.operands[0], op.operands[3], int(op.attr("block"))
+    pairs, columns = (sizes.of(d) for d in op.result.shape)
+    chosen = min(pairs, sizes.of(weights.shape[0]))
+    return ProductWork(
+        rows=block,
+        columns=columns,
+        k=sizes.of(x.shape[1]),
+        dots=1,
+        itemsize=x.dtype.itemsize,
+        weight_bytes=float(weights.dtype.itemsize),
+        weight_ops=0,
+        stored_bytes=op.result.dtype.itemsize,
+        batch=-(-(pairs + chosen * block // 2) // block),
+        matrices=chosen,
+    )
+
+
+def order_work(op: Op, sizes: Sizes) -> StreamWork:
+    """Every expert is compared with what every pair chose."""
+    pairs = sizes.of(op.operands[0].type.numel)
+    moved = sizes.bytes({*op.operands, *op.results})
+    return StreamWork(pairs * (int(op.attr("experts")) + 1), 0, moved)
 
 
 def _is_instruction(node: Node) -> bool:

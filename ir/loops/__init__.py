@@ -43,8 +43,8 @@ from .scalarize import scalarize
 from .text import print_loops, print_node
 
 __all__ = [
-    "PRIMITIVES", "Apply", "AttentionForm", "Axis", "Const", "Dot", "Index", "Load", "Loops", "MatmulForm", "Node",
-    "Reduce", "Segment", "Store", "attention_form", "elementwise_inputs", "flops", "free_symbols",
-    "matmul_form", "post_order", "print_loops", "print_node", "product_form", "scalarize",
+    "PRIMITIVES", "Apply", "AttentionForm", "Axis", "Const", "Dot", "Index", "Load", "Loops",
+    "MatmulForm", "Node", "Reduce", "Segment", "Store", "attention_form", "elementwise_inputs", "flops",
+    "free_symbols", "matmul_form", "post_order", "print_loops", "print_node", "product_form", "scalarize",
     "sole_op",
 ]  # fmt: skip

@@ -134,7 +134,8 @@ def _tiling(index: tuple[Expr, ...]) -> NeedSplit | None:
     return None
 
 
-_SOLE = ("experts", *RECURRENT)
+EXPERTS = ("experts", "experts_order", "grouped_matmul")
+_SOLE = (*EXPERTS, *RECURRENT)
 PRIMITIVES = ("attention", "attention_split", *_SOLE)
 """Ops without a loop form, each of which is the only one of its kernel, but for an attention's views."""
 

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from tests.experts_cases import CASES, ExpertsCase
 from tilewright.codegen.cpp import build
+from tilewright.codegen.cpp.program import print_program
 from tilewright.costs import step_cost
+from tilewright.ir.errors import VerifyError
 from tilewright.ir.program import Program
 from tilewright.ir.reference import evaluate
 from tilewright.ir.types import DType
+from tilewright.passes.base import PassOptions
 from tilewright.passes.pipeline import run_passes
 from tilewright.passes.plan_memory import plan_memory
 from tilewright.runtime.native import NativeLibrary
@@ -118,6 +121,12 @@ def test_the_cost_counts_chosen_experts() -> None:
     assert step_cost(step, {"B": 2}).bytes == expected(2, 4)
     assert step_cost(step, {"B": 10}).bytes == expected(10, 6)
     assert step_cost(step, {"B": 2}).flops == 2 * 2 * 2 * 3 * 32 * 16
+
+
+def test_grouped_experts_are_refused_by_name() -> None:
+    module = run_passes(CASES["odd sizes"].module(), PassOptions(group_experts=16))
+    with pytest.raises(VerifyError, match="experts_order has no C\\+\\+ form"):
+        print_program(plan_memory(module, "experts", "forward", 0, 16))
 
 
 def test_float64_takes_ordinary_kernels(folder: Path) -> None:

@@ -60,13 +60,43 @@ def test_persistent_kernels_match_reference(model: str, interpret: Callable[[str
     assert interpret(f"model:{model}:1") == []
 
 
-SLOW = ("more pairs than a block", "many tokens", "everybody chose one")
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_of_models_match_hugging_face(family: str, interpret: Callable[[str], list[str]]) -> None:
+    """Prefill with tokens grouped by expert, decode with experts spelled out."""
+    assert interpret(f"moe:{family}") == []
+
+
+SLOW = ("more pairs than a block", "many experts", "many tokens", "everybody chose one")
 
 
 @pytest.mark.parametrize("name", [n for n in EXPERTS if n not in SLOW])
 def test_experts_match_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
     """Products whose weights are looked up by the chosen experts."""
     assert interpret(f"experts:{name}") == []
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_grouped_experts_match_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
+    """Products of blocks that have one expert each: blocks of few rows, of nobody, of experts that all chose."""
+    assert interpret(f"experts:{name}:16") == []
+
+
+def test_an_order_of_several_blocks_of_ids_matches_reference(interpret: Callable[[str], list[str]]) -> None:
+    assert interpret("experts:many experts:64 block_n=128") == []
+
+
+@pytest.mark.parametrize("name", ["more pairs than a block", "biases", "transposed", "bf16, many tokens"])
+@pytest.mark.parametrize("block", [16, 64])
+def test_small_tiles_of_grouped_experts_match_reference(
+    name: str, block: int, interpret: Callable[[str], list[str]]
+) -> None:
+    """Several tiles of columns and steps along K, some cut short, in either orientation; ids in several blocks."""
+    for fields in (
+        "block_n=16 block_k=16",
+        "block_n=32 block_k=32 transposed=1",
+        "block_n=16 block_k=16 persistent=3",
+    ):
+        assert interpret(f"experts:{name}:{block} {fields}") == []
 
 
 def test_random_modules_keep_their_meaning(interpret: Callable[[str], list[str]]) -> None:

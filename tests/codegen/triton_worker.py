@@ -2,8 +2,9 @@
 
 A name is that of a case, perhaps with fields of its tile changed, as in ``case block_m=16 transposed=1``
 (``never_again=1`` takes the second walk out of an agreed softmax);
-``model:family:dtype`` or, with persistent kernels, ``model:family:dtype:residents``; ``experts:name``, one of
-``experts_cases``; or ``random:count``: so many random modules.
+``model:family:dtype`` or, with persistent kernels, ``model:family:dtype:residents``; ``moe:family``, one of
+``test_architectures``; ``experts:name``, one of ``experts_cases``, or ``experts:name:block``, perhaps with fields as
+above, for tokens in blocks by expert; or ``random:count``: so many random modules.
 
 The interpreter must be chosen before triton is imported, so it cannot share a process with tests that compile.
 """
@@ -26,11 +27,16 @@ def _never_again(text: str) -> str:
     return text.replace("if again != 0:", "if False:")
 
 
+def _numbers(fields: list[str]) -> dict[str, int]:
+    return {key: int(value) for key, value in (f.split("=") for f in fields)}
+
+
 def main() -> None:
     import torch
 
     from .triton_experts import experts_errors
     from .triton_models import model_errors
+    from .triton_moe import moe_errors
     from .triton_random import run_random
     from .triton_run import errors
 
@@ -42,14 +48,17 @@ def main() -> None:
                 if kind == "model":
                     dtype, residents = getattr(torch, rest[1]), int(*rest[2:] or "0")
                     answer = model_errors(rest[0], dtype, Path(folder), "cpu", True, residents)
+                elif kind == "moe":
+                    answer = moe_errors(rest[0])
                 elif kind == "experts":
-                    answer = experts_errors(rest[0], Path(folder))
+                    block, *fields = rest[1].split() if rest[1:] else ["0"]
+                    answer = experts_errors(rest[0], Path(folder), int(block), _numbers(fields))
                 elif kind == "random":
                     run_random(int(rest[0]), Path(folder))
                     answer = []
                 else:
                     name, *fields = kind.split()
-                    tuned = {key: int(value) for key, value in (f.split("=") for f in fields)}
+                    tuned = _numbers(fields)
                     edit = _never_again if tuned.pop("never_again", 0) else str
                     answer = errors(name, True, "cpu", Path(folder) / f"case{number}.py", tuned, edit)
             except Exception:  # noqa: BLE001 - the parent test shows it

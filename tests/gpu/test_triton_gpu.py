@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from tests.codegen.triton_cases import CASES
+from tests.codegen.triton_experts import experts_errors
 from tests.codegen.triton_models import model_errors
+from tests.codegen.triton_moe import moe_errors
 from tests.codegen.triton_run import errors
+from tests.experts_cases import CASES as EXPERTS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,3 +29,15 @@ def test_matches_reference(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tiny_model_matches_reference(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert model_errors(family, dtype, tmp_path, "cuda", False) == []
+
+
+@pytest.mark.parametrize("block", [0, 16, 128])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_match_reference(name: str, block: int, tmp_path: Path) -> None:
+    """Spelled out, and in blocks of tokens that chose the same expert."""
+    assert experts_errors(name, tmp_path, block, device="cuda") == []
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_of_models_match_hugging_face(family: str) -> None:
+    assert moe_errors(family, "cuda") == []
