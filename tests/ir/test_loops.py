@@ -17,6 +17,7 @@ from tests.scalar_loops import Interpreter, evaluate_expr, run_loops
 from tests.strategies import Case, examples, modules
 from tilewright.ir.errors import VerifyError
 from tilewright.ir.loops import (
+    PRIMITIVES,
     Apply,
     Axis,
     Dot,
@@ -35,7 +36,7 @@ from tilewright.ir.parser import parse_module
 from tilewright.ir.reference import Evaluation
 from tilewright.ir.types import Value, concrete
 
-LOOP_FREE = ("attention", "attention_split", "call", "call_torch", "kernel")
+LOOP_FREE = (*PRIMITIVES, "call", "call_torch", "kernel")
 
 
 def kernel_of(ops: Iterable[Op], results: Iterable[Value], name: str = "k") -> Op:
