@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tilewright.codegen.tunables import NONE, Changes
+from tilewright.ir.errors import VerifyError
 from tilewright.ir.loops import PRIMITIVES, Loops, attention_form, scalarize, sole_op
 from tilewright.ir.module import Op
 from tilewright.ir.program import Step
@@ -49,10 +50,16 @@ def print_kernel(step: Step, capacity: int, dims: tuple[str, ...], changes: Chan
         if form is not None:
             print_attention(kernel, form)
         elif sole is not None:
-            _SOLE[sole.opcode](kernel, sole)
+            _print_sole(kernel, sole)
         else:
             _print_segments(kernel, scalarize(step.op))
     return PrintedKernel(name, writer.text(), kernel.workspace)
+
+
+def _print_sole(kernel: KernelContext, op: Op) -> None:
+    if op.opcode not in _SOLE:
+        raise VerifyError(f"{op.opcode} has no C++ form: experts are one op there")
+    _SOLE[op.opcode](kernel, op)
 
 
 def candidates(op: Op) -> tuple[Changes, ...]:

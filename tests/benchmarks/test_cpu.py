@@ -179,8 +179,8 @@ def test_torch_compile_decodes_what_the_model_does(
     chosen: list[int] = []
     step = system._step
 
-    def noted(token: torch.Tensor, cache: Any) -> torch.Tensor:
-        rows = step(token, cache)
+    def noted(token: torch.Tensor, cache: Any, extra: dict[str, torch.Tensor]) -> torch.Tensor:
+        rows = step(token, cache, extra)
         assert rows.shape == (batch, 1)
         assert len(set(rows.flatten().tolist())) == 1
         chosen.append(int(rows[0]))
