@@ -315,7 +315,10 @@ class Engine:
     def _check_sizes(self, dims: Mapping[str, int]) -> None:
         for name, low, high in self.spec.symbols:
             if name in dims and not low <= dims[name] <= high:
-                raise InputError(f"dim {name} is {dims[name]}, but this model takes {low} to {high}")
+                remedy = ""
+                if name in ("S", "E") and high == self.spec.max_length:
+                    remedy = f"; compile with max_length={dims[name]} or more, if the model can, or pass a shorter text"
+                raise InputError(f"dim {name} is {dims[name]}, but this model takes {low} to {high}{remedy}")
 
     def _check_input(self, spec: TensorSpec, value: Tensor | None, dims: dict[str, int]) -> Tensor:
         if value is None:

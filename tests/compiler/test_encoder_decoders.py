@@ -388,8 +388,14 @@ def test_what_does_not_fit_is_refused_and_leaves_the_model_usable(bart: Pair) ->
         ({"input_ids": source, "attention_mask": mask[:, :3], "decoder_input_ids": ids}, "attention_mask"),
         ({"encoder_outputs": (bart.states[:, :, :9],), "decoder_input_ids": ids}, "encoder_hidden_states"),
         ({"encoder_outputs": ([1.0],), "decoder_input_ids": ids}, "must be a tensor"),
-        ({"input_ids": source.repeat(1, 4), "decoder_input_ids": ids}, "dim S is 76"),
-        ({"encoder_outputs": (bart.states.repeat(1, 4, 1),), "decoder_input_ids": ids}, "dim E is 76"),
+        (
+            {"input_ids": source.repeat(1, 4), "decoder_input_ids": ids},
+            "dim S is 76.*compile with max_length=76",
+        ),
+        (
+            {"encoder_outputs": (bart.states.repeat(1, 4, 1),), "decoder_input_ids": ids},
+            "dim E is 76.*compile with max_length=76",
+        ),
         ({**given, "decoder_input_ids": ids, "labels": ids}, "does not take labels"),
         ({**given, "decoder_input_ids": ids, "past_key_values": hf.DynamicCache()}, "of another model"),
     ]
