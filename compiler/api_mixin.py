@@ -22,6 +22,7 @@ from tilewright.ir.errors import DeviceError, InputError, OptionError
 from tilewright.runtime.engine import Engine, require_mask, require_tensor
 from tilewright.runtime.executor import EngineSpec
 from tilewright.runtime.generate import generate
+from tilewright.runtime.kv_state import RequestState
 
 from .adapters import MergedAdapters
 from .cache import EngineCache, cache_name
@@ -294,8 +295,9 @@ class DecoderMixin(CompiledMixin):
         **model_kwargs: Any,
     ) -> Any:
         """Greedy search and sampling: our own loop when nothing else is asked for, else that of transformers."""
-        cache = model_kwargs.get(self._cache_name)
-        options = plain_options(logits_processor, stopping_criteria, generation_config, model_kwargs)
+        own = self._own_arguments(model_kwargs)
+        cache = own.get(self._cache_name)
+        options = plain_options(logits_processor, stopping_criteria, generation_config, own)
         # A model may want to begin anew once a sequence outgrows its first table, which is for its own methods to say.
         outgrows = (
             options is not None and input_ids.shape[1] <= self._tilewright.switch_length < options.max_length
@@ -310,20 +312,28 @@ class DecoderMixin(CompiledMixin):
                 streamer,
                 **model_kwargs,
             )
-        mask = model_kwargs.get("attention_mask")
+        mask = own.get("attention_mask")
         covered = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
         # A mask as long as the ids says that they repeat what the cache holds; otherwise they are all new.
         held = cache.get_seq_length() if covered == input_ids.shape[1] else 0
         return generate(
             cache.engine,
-            cache.state_for(input_ids.shape[0]),
+            self._state(cache, input_ids.shape[0], model_kwargs),
             input_ids,
             options,
             attention_mask=mask,
-            position_ids=model_kwargs.get("position_ids"),
+            position_ids=own.get("position_ids"),
             streamer=streamer,
             held=held,
         )
+
+    def _own_arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Those of generate()'s arguments for forward that our loop takes, by a decoder's names for them."""
+        return model_kwargs
+
+    def _state(self, cache: EngineCache, batch: int, model_kwargs: dict[str, Any]) -> RequestState:
+        """The request's state, ready for our loop."""
+        return cache.state_for(batch)
 
 
 class EncoderMixin(CompiledMixin):

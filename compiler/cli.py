@@ -128,19 +128,18 @@ def generate(
     dump: DumpOption = None,
 ) -> None:
     """Answer one or more prompts; a single answer is streamed. Greedy unless a sampling option is given."""
-    if threads:
-        torch.set_num_threads(threads)
     source, tokenizer = _load_writer(model, dtype)
-    fast = tw.compile(
-        source.to(device),
-        batch_sizes=(len(prompt),),
+    fast = _compiled(
+        source,
+        threads,
+        device,
+        [len(prompt)],
         max_length=max_length,
         weights=weights,
         kv_cache=kv_cache,
         autotune=autotune,
         backend=backend,
         dump=dump,
-        progress=Progress(),
     )
     encode = pretrained.plain if raw else pretrained.chat
     inputs = {name: tensor.to(device) for name, tensor in encode(tokenizer, *prompt).items()}
@@ -205,19 +204,18 @@ def serve(
     require_packages()
     check_log_level(log_level)
     with listen(host, port) as sock:
-        if threads:
-            torch.set_num_threads(threads)
         source, tokenizer = _load_writer(model, dtype)
-        fast = tw.compile(
-            source.to(device),
-            batch_sizes=tuple(batch or (1,)),
+        fast = _compiled(
+            source,
+            threads,
+            device,
+            batch,
             max_length=max_length,
             weights=weights,
             kv_cache=kv_cache,
             autotune=autotune,
             backend=backend,
             dump=dump,
-            progress=Progress(),
         )
         server = make_server(model, fast, tokenizer, enable_cors=enable_cors, log_level=log_level)
         address = url_of(sock, host)
@@ -225,6 +223,13 @@ def serve(
             f"Serving {model} at {address} (Ctrl-C stops)", markup=False, highlight=False, soft_wrap=True
         )
         run_server(server, sock)
+
+
+def _compiled(source: Any, threads: int | None, device: str, batch: list[int] | None, **options: Any) -> Any:
+    """A model compiled as the command line asks, with a bar for the time that it takes."""
+    if threads:
+        torch.set_num_threads(threads)
+    return tw.compile(source.to(device), batch_sizes=tuple(batch or (1,)), progress=Progress(), **options)
 
 
 def _load_writer(model: str, dtype: Dtype) -> pretrained.Loaded:
@@ -254,19 +259,18 @@ def report(
     dump: DumpOption = None,
 ) -> None:
     """Compile a model and tell what came out: kernels, launches, bytes and FLOPs, memory, fallbacks."""
-    if threads:
-        torch.set_num_threads(threads)
     source, _ = pretrained.load(model, dtype.in_torch, Progress())
-    fast = tw.compile(
-        source.to(device),
-        batch_sizes=tuple(batch or (1,)),
+    fast = _compiled(
+        source,
+        threads,
+        device,
+        batch,
         max_length=max_length,
         weights=weights,
         kv_cache=kv_cache,
         autotune=autotune,
         backend=backend,
         dump=dump,
-        progress=Progress(),
     )
     text = str(fast.report()) if ir is None else fast.ir(ir)
     typer.echo(text)

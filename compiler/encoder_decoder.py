@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from tilewright.ir.errors import InputError
 from tilewright.runtime.engine import require_tensor
+from tilewright.runtime.kv_state import RequestState
 
 from .api_mixin import Compiled, DecoderMixin, attach
 from .cache import EngineCache
 from .capture_seq2seq import ENCODER_MASK, ENCODER_STATES
-from .generate_options import plain_options
 
 # The decoder's arguments by the names that the whole model has for them.
 _DECODERS = {"decoder_attention_mask": "attention_mask", "decoder_position_ids": "position_ids"}
@@ -81,8 +81,7 @@ class EncoderDecoderMixin(DecoderMixin):
         encoded = self._encode(given, begun=cache.get_seq_length() > 0)
         encoder_mask = given.pop("attention_mask", None)
         self._refuse(given)
-        state = cache.state_for(ids.shape[0])
-        self._begin(cache, ids.shape[0], encoded, encoder_mask)
+        state = self._begin(cache, ids.shape[0], encoded, encoder_mask)
         result = engine.step(state, ids, mask, positions)
         more = {} if encoded is None else {"encoder_last_hidden_state": encoded}
         return self._output(result, None if use_cache is False else cache, return_dict, **more)
@@ -107,8 +106,10 @@ class EncoderDecoderMixin(DecoderMixin):
             raise InputError(f"{main} is missing; pass it, or encoder_outputs")
         return encoder(**inputs).last_hidden_state
 
-    def _begin(self, cache: EngineCache, batch: int, states: Tensor | None, mask: Tensor | None) -> None:
-        """Have an empty cache attend to ``states``, or one that has begun, by another mask."""
+    def _begin(
+        self, cache: EngineCache, batch: int, states: Tensor | None, mask: Tensor | None
+    ) -> RequestState:
+        """The request's state. Have an empty cache attend to ``states``, or one that has begun, by another mask."""
         engine, state = self._tilewright.engine, cache.state_for(batch)
         if state.length == 0:
             assert states is not None
@@ -117,6 +118,7 @@ class EncoderDecoderMixin(DecoderMixin):
             engine.begin(state, {ENCODER_STATES: states, ENCODER_MASK: mask})
         elif mask is not None:
             engine.change_given(state, {ENCODER_MASK: mask})
+        return state
 
     def _check_prompt(self, prompt: Any) -> None:
         """What generate() is given is for the encoder."""
@@ -125,30 +127,10 @@ class EncoderDecoderMixin(DecoderMixin):
         if encoder.main_input_name == "input_ids":
             encoder._tilewright.engine.check_prompt(prompt)
 
-    def _sample(
-        self,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """As a decoder's, on the decoder's arguments, once the request has begun."""
-        cache = model_kwargs.get("past_key_values")
-        decoders = {_DECODERS.get(n, n): v for n, v in model_kwargs.items() if n not in _ENCODERS}
-        options = plain_options(logits_processor, stopping_criteria, generation_config, decoders)
-        if options is not None and isinstance(cache, EngineCache):
-            states = model_kwargs["encoder_outputs"][0]
-            self._begin(cache, input_ids.shape[0], states, model_kwargs.get("attention_mask"))
-            model_kwargs = decoders
-        return super()._sample(
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            synced_gpus,
-            streamer,
-            **model_kwargs,
+    def _own_arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {_DECODERS.get(n, n): value for n, value in model_kwargs.items() if n not in _ENCODERS}
+
+    def _state(self, cache: EngineCache, batch: int, model_kwargs: dict[str, Any]) -> RequestState:
+        return self._begin(
+            cache, batch, model_kwargs["encoder_outputs"][0], model_kwargs.get("attention_mask")
         )

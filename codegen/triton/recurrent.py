@@ -6,6 +6,7 @@ it before any of them writes it: more than one may hold an element.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import sympy
@@ -36,7 +37,7 @@ class _Token:
     there: str
 
 
-class _Recurrence:
+class _Recurrence(ABC):
     """A walk over the tokens of a block of channels. ``channel`` numbers the block's channels."""
 
     def __init__(self, op: Op, tile: Tile, context: Context, pid: str) -> None:
@@ -78,19 +79,21 @@ class _Recurrence:
         place = loop.bind(f"{at} * {self.channels} + {self.channel}", "place")
         return _Token(at, place, there)
 
+    @abstractmethod
     def _start(self) -> None:
-        raise NotImplementedError
+        """Read what holds for all tokens: weights and the state."""
 
+    @abstractmethod
     def _bring(self, loop: Scope, token: _Token) -> list[str]:
         """Load what a token brings; zeros where there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _step(self, loop: Scope, token: _Token, values: list[str]) -> None:
         """Take in what :meth:`_bring` gave; where there is no token, the state stays."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _finish(self) -> None:
-        raise NotImplementedError
+        """Write the state."""
 
     def _load(self, scope: Scope, value: Value, offset: str, mask: str, hint: str) -> str:
         guard = f", mask={mask}, other=0.0" if mask else ""
