@@ -97,7 +97,7 @@ def compile(
     kv_cache: "bf16" or "fp8" (e4m3, without a scale) keeps keys and values in that form, where it is narrower than the
     model's own dtype, which None keeps.
     autotune: what is chosen by measurement: how prefill computes matrix products, by generated kernels or by the
-    vendor's library (timed on a piece of prompt of up to 128 tokens, best of three runs; not with ``weights``, which it
+    vendor's library (timed on a piece of prompt, best of three runs; not with ``weights``, which it
     cannot read), and on a CPU, for each decode program, how many threads run it and how far ahead weights are
     prefetched. "cached" measures that unless the cache folder has the choice for this model on this machine. "full"
     measures anew, and also tries other tiles for each kernel of each program and, on a GPU, persistent kernels for

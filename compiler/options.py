@@ -24,8 +24,9 @@ WEIGHTS = tuple(FORMS)
 KV_CACHE = {"bf16": DType.bf16, "fp8": DType.f8}
 AUTOTUNE = ("off", "cached", "full")
 DEFAULT_MAX_LENGTH = 2048
-CHUNK = 512
-"""Longest piece of a prompt that one prefill runs; a multiple of every tile size."""
+CHUNK = {"triton": 2048, "cpp": 512, "reference": 512}
+"""Longest piece of a prompt that one prefill runs, by backend; a multiple of every tile size. A GPU reads the weights
+once more for each piece, and is not filled by a short one."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Options:
     @property
     def chunk(self) -> int:
         """Tokens per prefill run."""
-        return min(CHUNK, self.max_length)
+        return min(CHUNK[self.backend], self.max_length)
 
 
 def check_options(

@@ -15,7 +15,15 @@ from tilewright.passes.hoist_per_request import hoist_per_request
 from tilewright.passes.pipeline import run_passes
 from tilewright.passes.plan_memory import plan_memory
 
-from .backends import ACTIVATION_GROUP, GROUP_EXPERTS, ROW_BLOCK, SPELL_OUT_EXPERTS, SPLITS, measures
+from .backends import (
+    ACTIVATION_GROUP,
+    GROUP_EXPERTS,
+    PLAIN_ROWS,
+    ROW_BLOCK,
+    SPELL_OUT_EXPERTS,
+    SPLITS,
+    measures,
+)
 from .capture import Captured, capture
 from .estimates import estimates, gpu
 from .lower import lower
@@ -69,7 +77,9 @@ def phases_of(
     Prefill comes last, in the ways that may be measured.
     """
     spelled = PassOptions(spell_out_experts=SPELL_OUT_EXPERTS[options.backend])
-    grouped = replace(spelled, group_experts=GROUP_EXPERTS[options.backend])
+    grouped = replace(
+        spelled, group_experts=GROUP_EXPERTS[options.backend], plain_rows=PLAIN_ROWS[options.backend]
+    )
     known = {name: (low, high) for name, low, high in lowered.symbols}
     if captured.kind != "decoder":
         batches = ("B", "I") if captured.kind == "encoder" else ()

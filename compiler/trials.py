@@ -13,8 +13,9 @@ from tilewright.ir.program import Program
 from tilewright.runtime.executor import EngineSpec
 from tilewright.runtime.kv_state import RequestState
 
-CONTEXT = 64
-TOKENS = 128  # on a CPU enough that products are bound by arithmetic, as those of a full chunk are
+# On a CPU enough for kernels to be timed, and that products are bound by arithmetic as those of a full chunk are; a GPU
+# is filled by far more.
+CONTEXT, TOKENS = {"cpu": 64, "cuda": 1024}, {"cpu": 128, "cuda": 2048}
 _BEHIND = 1.5
 
 
@@ -29,7 +30,7 @@ class Trial:
 
     @staticmethod
     def of(program: Program, spec: EngineSpec) -> Trial:
-        """A request for a program of any phase: where it has no KV state, one sequence of up to 128 tokens, or the
+        """A request for a program of any phase: where it has no KV state, one sequence of up to ``TOKENS``, or the
         least of every other dim."""
         if program.phase == "decode":
             return Trial.decode(spec, program.batch)
@@ -37,22 +38,23 @@ class Trial:
             return Trial.prefill(spec)
         if program.phase == "per_request":
             return Trial.per_request(program, spec)
-        sizes = {name: min(high, TOKENS) if name == "S" else low for name, low, high in program.symbols}
+        tokens = TOKENS[spec.device.type]
+        sizes = {name: min(high, tokens) if name == "S" else low for name, low, high in program.symbols}
         return Trial.forward(spec, sizes)
 
     @staticmethod
     def decode(spec: EngineSpec, rows: int) -> Trial:
-        """A step of ``rows`` sequences at a context of 64.
+        """A step of ``rows`` sequences at a context of up to ``CONTEXT``.
 
         Weights that do not fit the caches come from memory, as in use: a step reads each of them once.
         """
-        context = min(CONTEXT, spec.max_length)
+        context = min(CONTEXT[spec.device.type], spec.max_length)
         return Trial._of(spec, {"B": rows, "S": 1, "T": context, "L": 1}, rows)
 
     @staticmethod
     def prefill(spec: EngineSpec) -> Trial:
-        """A piece of prompt, of up to 128 tokens."""
-        tokens = min(spec.chunk, spec.max_length, TOKENS)
+        """A piece of prompt, of up to ``TOKENS``."""
+        tokens = min(spec.chunk, spec.max_length, TOKENS[spec.device.type])
         rows = next((high for name, _, high in spec.symbols if name == "B"), 1)
         return Trial._of(spec, {"B": 1, "S": tokens, "T": tokens, "L": 1}, max(1, rows))
 
@@ -90,7 +92,8 @@ class Trial:
     @staticmethod
     def per_request(program: Program, spec: EngineSpec) -> Trial:
         """What a request of one sequence computes at its start, of as many states as a piece of prompt has tokens."""
-        dims = {n: 1 if n == "B" else max(low, min(high, TOKENS)) for n, low, high in program.symbols}
+        tokens = TOKENS[spec.device.type]
+        dims = {n: 1 if n == "B" else max(low, min(high, tokens)) for n, low, high in program.symbols}
         assert spec.per_request is not None
         inputs = {s.name: s.empty(dims, spec.device).fill_(1) for s in spec.per_request.inputs}
         results = enumerate(spec.per_request.results)

@@ -3,15 +3,16 @@ on its maximum beforehand (``softmax``).
 
 One program handles one KV head: its tile holds BLOCK_M (position, query head) pairs, all heads of the group together,
 so that K and V are read once per group. Causality, the window and the key mask are conditions on indices, and a bias by
-distance is arithmetic on them; positions that no query of the tile may see are skipped. The split form walks one chunk
-of the context and stores its partial result. Scores are masked with a large negative finite number and their weights
-set to zero, so that a row that sees nothing gives zero. The method is the online softmax of Milakov and Gimelshein, in
-the tiling of FlashAttention.
+distance is arithmetic on them; positions that no query of the tile may see are skipped, and those that all may see are
+walked first, without conditions on indices. The split form walks one chunk of the context and stores its partial
+result. Scores are masked with a negative number far below what a softmax starts from, so that their weights are zero,
+and a row that sees nothing gives zero. The method is the online softmax of Milakov and Gimelshein, in the tiling of
+FlashAttention.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from tilewright.ir.types import DType, Value
 
 from .expression import Block, Context, Operand
 from .pointwise_ops import TRITON, TRITON_TYPES, compute_dtype
-from .softmax import MASKED, AgreedSoftmax, Multiply, Sums, online_step
+from .softmax import LOWEST, MASKED, AgreedSoftmax, Multiply, Sums, online_step
 from .text import Scope, ceil_div, next_power_of_two, print_index
 from .tiling import Tile
 
@@ -75,9 +76,11 @@ def emit_attention(form: AttentionForm, tile: Tile, context: Context, pid: str, 
 
 @dataclass(frozen=True)
 class _Walk:
-    """Texts that a loop over keys needs: its range, the queries and their positions, slopes or ""."""
+    """Texts that a loop over keys needs: its range, of which all queries see whole blocks up to ``inner`` ("" where
+    that is not looked for), the queries and their positions, slopes or ""."""
 
     low: str
+    inner: str
     high: str
     q: str
     query: str
@@ -87,7 +90,7 @@ class _Walk:
 class Step(Protocol):
     """Takes a block's scores into account."""
 
-    def __call__(self, scope: Scope, *, scores: str, seen: str, multiply: Multiply) -> None: ...
+    def __call__(self, scope: Scope, *, scores: str, multiply: Multiply) -> None: ...
 
 
 class _Attention:
@@ -114,7 +117,8 @@ class _Attention:
         query = base.bind(
             self._text(sizes.context - sizes.queries + FloorDiv(ROW, sizes.share), {ROW: down}), "position"
         )
-        low, high = self._range(tile_index, query)
+        low, high = self._range(query)
+        inner = self._inner(low, high, query)
         q = self._load_query()
         slopes = self._per_head("slopes") if "slopes" in self.extras else ""
         acc, top, total = (base.names.fresh(n) for n in ("acc", "top", "total"))
@@ -122,7 +126,7 @@ class _Attention:
         self._start(base, sums)
 
         def walk(scope: Scope, step: Step) -> None:
-            self._walk(scope, _Walk(low, high, q, query, slopes), step)
+            self._walk(scope, _Walk(low, inner, high, q, query, slopes), step)
 
         if not (tile.agreed and self.dtype in AGREEABLE):
             walk(base, partial(online_step, sums=sums))
@@ -163,7 +167,7 @@ class _Attention:
         zeros = {s: Integer(0) for s in (BATCH, GROUP, PART) if s not in names}
         return print_index(sympy.expand(expr.xreplace(zeros)), lambda s: names.get(s, str(s)))
 
-    def _range(self, tile_index: str, query: str) -> tuple[str, str]:
+    def _range(self, query: str) -> tuple[str, str]:
         """The context positions that some query of the tile may see, as [low, high)."""
         base, sizes = self.base, self.sizes
         low, high = "0", print_index(sizes.context)
@@ -178,6 +182,15 @@ class _Attention:
             first = base.bind(f"tl.min({query}) - {int(window) - 1}", "first")
             low = base.bind(f"tl.maximum({low}, {first})", "low")
         return low, high
+
+    def _inner(self, low: str, high: str, query: str) -> str:
+        """Where the blocks end that every query of the tile sees whole. A single query has one loop: a second one would
+        wait for its first block once more."""
+        if self.sizes.queries == 1 or self.op.attr("window"):
+            return ""
+        end = f"tl.minimum({high}, tl.min({query}) + 1)" if self.op.attr("causal") else high
+        length = self.base.bind(f"tl.maximum({end} - {low}, 0)", "length")
+        return self.base.bind(f"{low} + {length} // {self.block_n} * {self.block_n}", "inner")
 
     def _address(self, value: Value, index: tuple[Expr, ...], table: dict[sympy.Symbol, str]) -> str:
         """Pointer text of an element; in 64 bits where the tensor may be that large."""
@@ -209,7 +222,7 @@ class _Attention:
         """The softmax before any key: nothing, or the head's sink."""
         scope.line(f"{sums.acc} = tl.zeros([{self.block_m}, {self.block_v}], {self.float})")
         if "sinks" not in self.extras:
-            scope.line(f"{sums.top} = tl.full([{self.block_m}, 1], {MASKED}, {self.float})")
+            scope.line(f"{sums.top} = tl.full([{self.block_m}, 1], {LOWEST}, {self.float})")
             scope.line(f"{sums.total} = tl.zeros([{self.block_m}, 1], {self.float})")
             return
         scope.line(f"{sums.top} = {self._per_head('sinks')}")
@@ -235,14 +248,20 @@ class _Attention:
 
     def _walk(self, base: Scope, over: _Walk, step: Step) -> None:
         """Loop over blocks of keys; ``step`` takes each block's scores."""
+        if over.inner:
+            self._blocks(base, replace(over, high=over.inner), step, edge=False)
+        self._blocks(base, replace(over, low=over.inner or over.low), step, edge=True)
+
+    def _blocks(self, base: Scope, over: _Walk, step: Step, edge: bool) -> None:
+        """One loop. edge: whether a block may hold keys that do not exist, or that come after some query."""
         op, high, query = self.op, over.high, over.query
         scope = base.open(f"for start in range({over.low}, {high}, {self.block_n}):")
         row = scope.bind(f"start + tl.arange(0, {self.block_n})[None, :]", "key")
         column = scope.bind(f"start + tl.arange(0, {self.block_n})[:, None]", "key_down")
         d, d_ok = self._depth(self.block_d, self.sizes.depth, "[:, None]", "d_down")
         e, e_ok = self._depth(self.block_v, self.sizes.depth_v, "[None, :]", "e")
-        k_mask = " & ".join(m for m in (f"({row} < {high})", d_ok) if m)
-        v_mask = " & ".join(m for m in (f"({column} < {high})", e_ok) if m)
+        k_mask = " & ".join(m for m in (f"({row} < {high})" if edge else "", d_ok) if m)
+        v_mask = " & ".join(m for m in (f"({column} < {high})" if edge else "", e_ok) if m)
         address = self._address(self.k, (BATCH, GROUP, KEY, COLUMN), {KEY: row, COLUMN: d})
         k = self._cached(scope, address, k_mask, "k")
         scores = scope.bind(f"{self._dot(over.q, k)} * {float(op.attr('scale'))!r}", "scores")
@@ -253,8 +272,8 @@ class _Attention:
             scores = scope.bind(f"{scores} + {over.slopes} * ({row} - {query}).to({self.float})", "scores")
         if "distances" in self.extras:
             scores = scope.bind(f"{scores} + {self._by_distance(scope, row, query)}", "scores")
-        seen = self._condition(scope, row, query, high)
-        scores = scope.bind(f"tl.where({seen}, {scores}, {MASKED})", "scores")
+        if seen := self._condition(scope, row, query, high, edge):
+            scores = scope.bind(f"tl.where({seen}, {scores}, {MASKED})", "scores")
 
         def multiply(p: str) -> str:
             address = self._address(self.v, (BATCH, GROUP, KEY, COLUMN), {KEY: column, COLUMN: e})
@@ -264,40 +283,43 @@ class _Attention:
             )
             return self._dot(weights, v)
 
-        step(scope, scores=scores, seen=seen, multiply=multiply)
+        step(scope, scores=scores, multiply=multiply)
         base.close(scope)
 
     def _cached(self, scope: Scope, address: str, mask: str, hint: str) -> str:
         """A block of keys or values in the type of the queries."""
         stored = self.k.dtype
         zero = "0" if stored is DType.f8 else "0.0"
-        text = scope.bind(f"tl.load({address}, mask={mask}, other={zero})", hint)
+        guard = f", mask={mask}, other={zero}" if mask else ""
+        text = scope.bind(f"tl.load({address}{guard})", hint)
         if stored is self.dtype:
             return text
         value = f"f8_to_float({text})" if stored is DType.f8 else text
         return scope.bind(f"{value}.to({TRITON_TYPES[self.dtype]})", hint)
 
-    def _condition(self, scope: Scope, key: str, query: str, high: str) -> str:
-        """Which keys each query may see."""
-        parts = [f"({key} < {high})", self.rows.mask]
-        if self.op.attr("causal") and self.sizes.queries != 1:
+    def _condition(self, scope: Scope, key: str, query: str, high: str, edge: bool) -> str:
+        """Which keys each query may see; "" for all. Rows beyond the last are not stored, whatever they see."""
+        inside = f"{key} < {high}"
+        parts = [f"({inside})"] if edge else []
+        if edge and self.op.attr("causal") and self.sizes.queries != 1:
             parts.append(f"({key} <= {query})")
         if window := self.op.attr("window"):
             parts.append(f"({query} - {key} < {int(window)})")
         if "mask" in self.extras:
             address = self._address(self.extras["mask"], (BATCH, KEY), {KEY: key})
-            valid = scope.bind(f"tl.load({address}, mask={key} < {high}, other=0)", "valid")
+            guard = f", mask={inside}, other=0" if edge else ""
+            valid = scope.bind(f"tl.load({address}{guard})", "valid")
             parts.append(f"({valid} != 0)")
-        return scope.bind(" & ".join(parts), "seen")
+        return scope.bind(" & ".join(parts), "seen") if parts else ""
 
     def _dot(self, a: str, b: str) -> str:
         if self.dtype is DType.bf16 and self.interpret:
             # The interpreter keeps bfloat16 as raw bits and would multiply those; a float32 product is the same number.
             return f'tl.dot({a}.to(tl.float32), {b}.to(tl.float32), input_precision="ieee")'
-        more = {DType.f32: ', input_precision="ieee"', DType.f64: ", out_dtype=tl.float64"}.get(
-            self.dtype, ""
-        )
-        return f"tl.dot({a}, {b}{more})"
+        if self.dtype is DType.f64:  # whose products on tensor cores not every version of Triton can compile
+            return f"tl.sum(({a})[:, :, None] * ({b})[None, :, :], axis=1)"
+        precise = ', input_precision="ieee"' if self.dtype is DType.f32 else ""
+        return f"tl.dot({a}, {b}{precise})"
 
     def _store(self, sums: Sums) -> None:
         """Store the result, or the partial one, through the views that follow the op."""

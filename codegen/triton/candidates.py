@@ -5,7 +5,7 @@
 * Product of many rows (prefill): large tiles on tensor cores. In float32 products run on the plain units, and their
   operands need the registers of eight warps.
 * On Hopper, each tile of a product on tensor cores also with its factors copied by TMA, and with as many programs as
-  fit at a time walking all tiles, in groups of rows. What that gains is not modelled: such tiles come right after the
+  fit at a time walking all tiles, in groups of rows. What that gains is not modelled: such tiles come right beside the
   plain one, so that a tuner measures them.
 * Product of few rows because only the last positions' logits are wanted: dim L counts as 1, as in generation.
 * Recurrent layers: few channels a program, since there are only so many, and each walks all tokens.
@@ -99,13 +99,17 @@ square, the shape with the fewest rows and columns."""
 
 
 def _variants(tile: Tile, work: ProductWork, device: Device) -> Iterator[Tile]:
-    """The tile, and other ways to bring its factors and to walk all tiles, plainest first."""
-    yield tile
-    if not device.has_descriptors or work.itemsize != 2:
+    """The tile, and other ways to bring its factors and to walk all tiles.
+
+    What TMA copies comes first where several factors are copied per tile of rows, or many rows: there it was the faster
+    one (by up to a quarter), and elsewhere the same.
+    """
+    able = device.has_descriptors and work.itemsize == 2
+    copied = replace(tile, descriptors=able and work.plain)
+    several = work.dots > 1 or work.rows > FEW_ROWS
+    yield from dict.fromkeys((copied, tile) if several else (tile, copied))
+    if not able:
         return
-    copied = replace(tile, descriptors=work.plain)
-    if copied.descriptors:
-        yield copied
     group = _GROUP if work.rows > _GROUP * tile.block_m else 0
     walked = replace(copied, persistent=device.multiprocessors, group=group)
     load = product_load(work, walked, device)
@@ -138,8 +142,8 @@ def few_rows_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
             if block_n * work.dots <= 64:
                 yield Tile(max(16, rows), block_n, _block_k(work.k, block_k), num_warps=4, num_stages=3)
         return
-    for block_n, block_k, stages in product((16, 32, 64, 128), (64, 128, 256), (3, 4, 5)):
-        if block_n * work.dots > 256:
+    for block_n, block_k, stages in product((16, 32, 64, 128), (64, 128, 256), (3, 4, 6)):
+        if block_n * work.dots > 256 or (block_k > 128 and work.row_ops):  # rows that are made fill registers
             continue
         size = _block_k(work.k, block_k)
         yield Tile(max(16, rows), block_n, size, num_warps=4, num_stages=stages)
@@ -165,13 +169,16 @@ def many_rows_tiles(work: ProductWork) -> Iterator[Tile]:
 
 def _attention_tiles(work: AttentionWork) -> Iterator[Tile]:
     rows, wide = next_power_of_two(work.queries), work.depth > 256
+    if work.itemsize == 8:  # sums of products in registers
+        yield Tile(16, 16, num_warps=8, num_stages=1)
+        return
     if work.itemsize > 2:
         block_m = min(64, max(16, rows))
         for block_n, warps in ((16 if block_m > 16 else 32, 4), (16, 8)):
             yield from _softmaxes(Tile(block_m, block_n, num_warps=warps, num_stages=2))
         return
     heights = [n for n in (16, 32, 64, 128) if n <= max(16, rows) and (n >= 64 or n >= min(rows, 64))]
-    for block_m, block_n, stages in product(heights, (32, 64, 128), (2, 3)):
+    for block_m, block_n, stages in product(heights, (64, 32, 128), (2, 3)):
         if wide and block_n > 32:
             continue
         # Keys and values that are converted in registers may need more threads to hold them.

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from .text import Scope
 
-MASKED = "-1.0e30"
+MASKED, LOWEST = "-1.0e31", "-1.0e30"
+"""The score of a key that may not be seen, and what a softmax starts from: so far above that the weight is zero."""
 LOG2_E = 1.4426950408889634
 FARTHEST = 40.0
 """The agreed form holds where all rows have their highest score within this of 0: weights stay between e^-40 and e^40,
@@ -38,10 +39,10 @@ Multiply = Callable[[str], str]
 """The product of a block of weights with the block's values."""
 
 
-def online_step(scope: Scope, sums: Sums, scores: str, seen: str, multiply: Multiply) -> None:
-    """Add a block; ``scores`` are MASKED where not ``seen``."""
+def online_step(scope: Scope, sums: Sums, scores: str, multiply: Multiply) -> None:
+    """Add a block."""
     top = scope.bind(f"tl.maximum({sums.top}, tl.max({scores}, axis=1, keep_dims=True))", "new_top")
-    p = scope.bind(f"tl.where({seen}, tl.exp2(({scores} - {top}) * {LOG2_E}), 0.0)", "p")
+    p = scope.bind(f"tl.exp2({scores} * {LOG2_E} - {top} * {LOG2_E})", "p")  # one multiply-add per score
     decay = scope.bind(f"tl.exp2(({sums.top} - {top}) * {LOG2_E})", "decay")
     values = multiply(p)
     scope.line(f"{sums.total} = {sums.total} * {decay} + tl.sum({p}, axis=1, keep_dims=True)")
@@ -62,13 +63,13 @@ class AgreedSoftmax:
         """Start from ``sums`` as they are before any key: a total relative to ``top``."""
         highest, weights = scope.names.fresh("highest"), scope.names.fresh("weights")
         scope.line(f"{sums.total} = {sums.total} * tl.exp2({sums.top} * {LOG2_E})")
-        scope.line(f"{highest} = tl.full({shape}, {MASKED}, {sums.float})")
+        scope.line(f"{highest} = tl.full({shape}, {LOWEST}, {sums.float})")
         scope.line(f"{weights} = tl.zeros({shape}, {sums.float})")
         return AgreedSoftmax(sums, highest, weights)
 
-    def step(self, scope: Scope, scores: str, seen: str, multiply: Multiply) -> None:
-        """Add a block; ``scores`` are MASKED where not ``seen``."""
-        p = scope.bind(f"tl.where({seen}, tl.exp2({scores} * {LOG2_E}), 0.0)", "p")
+    def step(self, scope: Scope, scores: str, multiply: Multiply) -> None:
+        """Add a block."""
+        p = scope.bind(f"tl.exp2({scores} * {LOG2_E})", "p")
         values = multiply(p)
         scope.line(f"{self.highest} = tl.maximum({self.highest}, {scores})")
         scope.line(f"{self.weights} += {p}")
@@ -79,7 +80,7 @@ class AgreedSoftmax:
         is not 0 where that form has to do it again."""
         sums = self.sums
         scope.line(f"{sums.top} = tl.maximum({sums.top}, tl.max({self.highest}, axis=1, keep_dims=True))")
-        seen = scope.bind(f"{sums.top} > 0.5 * {MASKED}", "seen_any")
+        seen = scope.bind(f"{sums.top} > 0.5 * {LOWEST}", "seen_any")
         factor = scope.bind(f"tl.where({seen}, tl.exp2({sums.top} * {-LOG2_E}), 0.0)", "factor")
         scope.line(
             f"{sums.total} = ({sums.total} + tl.sum({self.weights}, axis=1, keep_dims=True)) * {factor}"

@@ -10,20 +10,36 @@ from tilewright.ir.types import concrete
 from .groups import COSTLY, SOURCES, Groups, is_loop
 
 
-def grow_prologue(groups: Groups, group: int) -> None:
-    """Add the ops above a product that are used in it alone, and keep those that save bytes between kernels."""
+def grow_prologue(groups: Groups, group: int, plain_rows: bool) -> None:
+    """Add the ops above a product that are used in it alone, and keep those that save bytes between kernels.
+
+    plain_rows: of the rows only views, since every tile of columns would compute its rows again."""
     core = groups.groups[group]
     if any(groups.ops[n].opcode in PRIMITIVES for n in core):
         return
     members = set(core)
     for n in range(max(members), -1, -1):
-        if n not in groups.owner and _recomputable(groups, n, members) and groups.is_legal(members | {n}):
+        if n in groups.owner or not _recomputable(groups, n, members):
+            continue
+        if plain_rows and groups.ops[n].opcode != "view" and _makes_rows(groups, n, members):
+            continue
+        if groups.is_legal(members | {n}):
             members.add(n)
     for n in sorted(members - core, reverse=True):
         without = _without(groups, n, members, core)
         if _frontier_bytes(groups, without) < _frontier_bytes(groups, members) and groups.is_legal(without):
             members = without
     groups.adopt(group, members)
+
+
+def _makes_rows(groups: Groups, n: int, members: set[int]) -> bool:
+    """True when the product's rows are made of op n's result, through views at most."""
+    rows = next(groups.ops[m].operands[0] for m in members if groups.ops[m].opcode == "matmul")
+    while (at := groups.at.get(rows)) is not None and at != n:
+        if groups.ops[at].opcode != "view":
+            return False
+        (rows,) = groups.ops[at].operands
+    return at == n
 
 
 def _without(groups: Groups, n: int, members: set[int], core: set[int]) -> set[int]:
