@@ -45,9 +45,9 @@ class Device:
 
 # Bandwidths and tensor rate of the H100 as measured: of reading memory, of the tiles of a product of 1024 rows on their
 # way to its programs, of a bfloat16 product of 8192 cubed. Latency after Luo et al., "Benchmarking and Dissecting the
-# Nvidia Hopper GPU Architecture", 2024.
+# Nvidia Hopper GPU Architecture", 2024. Nothing of the A100 was measured.
 H100 = Device("H100 80 GB", 90, 132, 3.06e12, 9.5e12, 0.65e-6, 798e12, 60e12, 227 * 1024, 1.3e-6)
-A100 = Device("A100 80 GB", 80, 108, 1.75e12, 4.0e12, 0.6e-6, 270e12, 19e12, 163 * 1024, 1.5e-6)
+A100 = Device("A100 80 GB", 80, 108, 1.75e12, 6.5e12, 0.6e-6, 270e12, 19e12, 163 * 1024, 1.5e-6)
 
 
 def device_like(
