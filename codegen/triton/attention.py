@@ -32,6 +32,7 @@ from .softmax import LOWEST, MASKED, AgreedSoftmax, Multiply, Sums, online_step
 from .text import Scope, ceil_div, next_power_of_two, print_index
 from .tiling import Tile
 
+_LOOK = 1024  # keys whose mask is looked at together
 AGREEABLE = (DType.f32, DType.bf16)
 """Types whose range holds weights that are far from 1."""
 ROW, COLUMN, KEY, BATCH, GROUP, PART = (sym(n) for n in ("row", "column", "key", "batch", "group", "part"))
@@ -122,18 +123,23 @@ class _Attention:
         q = self._load_query()
         slopes = self._per_head("slopes") if "slopes" in self.extras else ""
         acc, top, total = (base.names.fresh(n) for n in ("acc", "top", "total"))
-        sums = Sums(acc, top, total, self.float)
+        agreed = tile.agreed and self.dtype in AGREEABLE
+        # Only the plain form lets the scale wait for the exponential: what else is done to scores needs it before.
+        plain = not (agreed or sizes.splits or self.op.attr("softcap") or set(self.extras) - {"mask"})
+        self.scale = float(self.op.attr("scale"))
+        self.waits = plain and self.scale > 0
+        sums = Sums(acc, top, total, self.float, self.scale if self.waits else 1.0)
         self._start(base, sums)
 
         def walk(scope: Scope, step: Step) -> None:
             self._walk(scope, _Walk(low, inner, high, q, query, slopes), step)
 
-        if not (tile.agreed and self.dtype in AGREEABLE):
+        if not agreed:
             walk(base, partial(online_step, sums=sums))
         else:
-            agreed = AgreedSoftmax.begin(base, sums, f"[{self.block_m}, {self.block_n}]")
-            walk(base, agreed.step)
-            again = base.open(f"if {agreed.finish(base)} != 0:")
+            softmax = AgreedSoftmax.begin(base, sums, f"[{self.block_m}, {self.block_n}]")
+            walk(base, softmax.step)
+            again = base.open(f"if {softmax.finish(base)} != 0:")
             self._start(again, sums)
             walk(again, partial(online_step, sums=sums))
             base.close(again)
@@ -184,13 +190,25 @@ class _Attention:
         return low, high
 
     def _inner(self, low: str, high: str, query: str) -> str:
-        """Where the blocks end that every query of the tile sees whole. A single query has one loop: a second one would
-        wait for its first block once more."""
+        """Where the blocks end that every query of the tile sees whole: nowhere, if the mask hides some of them. A
+        single query has one loop: a second one would wait for its first block once more."""
         if self.sizes.queries == 1 or self.op.attr("window"):
             return ""
+        base = self.base
         end = f"tl.minimum({high}, tl.min({query}) + 1)" if self.op.attr("causal") else high
-        length = self.base.bind(f"tl.maximum({end} - {low}, 0)", "length")
-        return self.base.bind(f"{low} + {length} // {self.block_n} * {self.block_n}", "inner")
+        length = base.bind(f"tl.maximum({end} - {low}, 0)", "length")
+        inner = base.bind(f"{low} + {length} // {self.block_n} * {self.block_n}", "inner")
+        if "mask" not in self.extras:
+            return inner
+        hidden = base.names.fresh("hidden")
+        base.line(f"{hidden} = tl.zeros([{_LOOK}], tl.int32)")
+        scope = base.open(f"for start in range({low}, {inner}, {_LOOK}):")
+        key = scope.bind(f"start + tl.arange(0, {_LOOK})", "key")
+        address = self._address(self.extras["mask"], (BATCH, KEY), {KEY: key})
+        valid = scope.bind(f"tl.load({address}, mask={key} < {inner}, other=1)", "valid")
+        scope.line(f"{hidden} += ({valid} == 0).to(tl.int32)")
+        base.close(scope)
+        return base.bind(f"tl.where(tl.sum({hidden}, axis=0) == 0, {inner}, {low})", "inner")
 
     def _address(self, value: Value, index: tuple[Expr, ...], table: dict[sympy.Symbol, str]) -> str:
         """Pointer text of an element; in 64 bits where the tensor may be that large."""
@@ -264,7 +282,7 @@ class _Attention:
         v_mask = " & ".join(m for m in (f"({column} < {high})" if edge else "", e_ok) if m)
         address = self._address(self.k, (BATCH, GROUP, KEY, COLUMN), {KEY: row, COLUMN: d})
         k = self._cached(scope, address, k_mask, "k")
-        scores = scope.bind(f"{self._dot(over.q, k)} * {float(op.attr('scale'))!r}", "scores")
+        scores = scope.bind(self._dot(over.q, k) + ("" if self.waits else f" * {self.scale!r}"), "scores")
         if cap := op.attr("softcap"):
             bounded = TRITON["tanh"]((f"{scores} * {1.0 / float(cap)!r}",), compute_dtype(self.dtype))
             scores = scope.bind(f"{bounded} * {float(cap)!r}", "scores")
@@ -305,10 +323,9 @@ class _Attention:
             parts.append(f"({key} <= {query})")
         if window := self.op.attr("window"):
             parts.append(f"({query} - {key} < {int(window)})")
-        if "mask" in self.extras:
+        if edge and "mask" in self.extras:
             address = self._address(self.extras["mask"], (BATCH, KEY), {KEY: key})
-            guard = f", mask={inside}, other=0" if edge else ""
-            valid = scope.bind(f"tl.load({address}{guard})", "valid")
+            valid = scope.bind(f"tl.load({address}, mask={inside}, other=0)", "valid")
             parts.append(f"({valid} != 0)")
         return scope.bind(" & ".join(parts), "seen") if parts else ""
 

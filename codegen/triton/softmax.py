@@ -27,12 +27,14 @@ and 2^31 of them, times values of up to 10^12, far inside float32."""
 @dataclass(frozen=True)
 class Sums:
     """Variables of the kernel: the weighted values [BLOCK_M, BLOCK_DV], the reference of the weights and their total,
-    both [BLOCK_M, 1], in a float type."""
+    both [BLOCK_M, 1], in the float type ``element``. unit: what scores and their reference are to be multiplied by, which the online
+    form does on the way to an exponential."""
 
     acc: str
     top: str
     total: str
-    float: str
+    element: str
+    unit: float = 1.0
 
 
 Multiply = Callable[[str], str]
@@ -42,8 +44,9 @@ Multiply = Callable[[str], str]
 def online_step(scope: Scope, sums: Sums, scores: str, multiply: Multiply) -> None:
     """Add a block."""
     top = scope.bind(f"tl.maximum({sums.top}, tl.max({scores}, axis=1, keep_dims=True))", "new_top")
-    p = scope.bind(f"tl.exp2({scores} * {LOG2_E} - {top} * {LOG2_E})", "p")  # one multiply-add per score
-    decay = scope.bind(f"tl.exp2(({sums.top} - {top}) * {LOG2_E})", "decay")
+    factor = repr(LOG2_E * sums.unit)
+    p = scope.bind(f"tl.exp2({scores} * {factor} - {top} * {factor})", "p")  # one multiply-add per score
+    decay = scope.bind(f"tl.exp2(({sums.top} - {top}) * {factor})", "decay")
     values = multiply(p)
     scope.line(f"{sums.total} = {sums.total} * {decay} + tl.sum({p}, axis=1, keep_dims=True)")
     scope.line(f"{sums.acc} = {sums.acc} * {decay} + {values}")
@@ -63,8 +66,8 @@ class AgreedSoftmax:
         """Start from ``sums`` as they are before any key: a total relative to ``top``."""
         highest, weights = scope.names.fresh("highest"), scope.names.fresh("weights")
         scope.line(f"{sums.total} = {sums.total} * tl.exp2({sums.top} * {LOG2_E})")
-        scope.line(f"{highest} = tl.full({shape}, {LOWEST}, {sums.float})")
-        scope.line(f"{weights} = tl.zeros({shape}, {sums.float})")
+        scope.line(f"{highest} = tl.full({shape}, {LOWEST}, {sums.element})")
+        scope.line(f"{weights} = tl.zeros({shape}, {sums.element})")
         return AgreedSoftmax(sums, highest, weights)
 
     def step(self, scope: Scope, scores: str, multiply: Multiply) -> None:

@@ -122,7 +122,9 @@ def _plain(tile: Tile) -> Tile:
 
 @examples(100)
 @given(work=PRODUCTS, device=st.sampled_from([H100, A100]))
-def test_what_promises_no_gain_is_tried_right_beside_the_plain_tile(work: ProductWork, device: Device) -> None:
+def test_what_promises_no_gain_is_tried_right_beside_the_plain_tile(
+    work: ProductWork, device: Device
+) -> None:
     """Before it only where TMA copies several factors, or for many rows."""
     tiles = ranked(work, device)
     several = work.dots > 1 or work.rows > FEW_ROWS
