@@ -29,7 +29,7 @@ def compile_kernel(function: Any, kernel: KernelSource, arch: int) -> Any:
 
 
 def compile_ahead(wanted: Iterable[tuple[Any, KernelSource]], arch: int) -> None:
-    """Have the first launches of kernels, given with their functions, on this process's GPU find all compiled.
+    """Compile kernels, given with their functions, for ``sm_<arch>``, the GPU that they will be launched on.
 
     A thread per processor compiles: Triton's passes, LLVM and the assembler all run without Python's lock. What does
     not compile is left to its launch, which can replace it.
