@@ -367,7 +367,7 @@ class _Compilation:
                 self.notes += (choose(executor, spec, key, cached),)
 
     def _run_once(self, captured: Captured, programs: list[Program], built: Built) -> None:
-        """Launch every kernel that is compiled at its first launch, so that no call has to wait for that."""
+        """Launch every kernel that is loaded, or even compiled, at its first launch: no call has to wait for that."""
         pairs = zip(programs, built.executors, strict=True)
         waiting = [(p, e) for p, e in pairs if isinstance(e, Compiling) and measures(self.options)]
         if not waiting:

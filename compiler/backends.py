@@ -11,6 +11,7 @@ from tilewright.codegen.cpp import kernel as cpp_kernel
 from tilewright.codegen.cpp.build import build_libraries
 from tilewright.codegen.cpp.program import print_program
 from tilewright.codegen.triton import estimate
+from tilewright.codegen.triton.compiling import compile_ahead
 from tilewright.codegen.triton.environment import Environment
 from tilewright.codegen.triton.program import emit_program
 from tilewright.codegen.tunables import NONE, Changes, Tunables
@@ -127,21 +128,26 @@ def _triton(
 ) -> Built:
     require_device(options.device)
     device = gpu(options.device)
-    texts = [
-        emit_program(p, is_interpreting(), t, device, n).text
+    sources = [
+        emit_program(p, is_interpreting(), t, device, n)
         for p, t, n in zip(programs, tunables, residents, strict=True)
     ]
     executors = tuple(
         TritonExecutor(
             p,
             weights,
-            write_module(cache_dir() / "triton", text),
+            write_module(cache_dir() / "triton", source.text),
             options.device,
             TileFallback(p, t, options, measures(options)),
         )
-        for p, text, t in zip(programs, texts, tunables, strict=True)
+        for p, source, t in zip(programs, sources, tunables, strict=True)
     )
-    return Built(executors, {f"{p.name}.py": text for p, text in zip(programs, texts, strict=True)})
+    if not is_interpreting():
+        launched = ((e.functions, s.kernels) for e, s in zip(executors, sources, strict=True))
+        compile_ahead(
+            ((f[k.name], k) for f, kernels in launched for k in kernels if k.name in f), device.arch
+        )
+    return Built(executors, {f"{p.name}.py": s.text for p, s in zip(programs, sources, strict=True)})
 
 
 def _cpp(

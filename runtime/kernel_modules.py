@@ -65,12 +65,13 @@ def _write(path: Path, text: str) -> Path:
 
 @dataclass(frozen=True)
 class Launchers:
-    """What a generated module holds: a function per kernel, the dims that kernels read from memory, and of each
-    persistent kernel the names of those that it stands for."""
+    """What a generated module holds: a function per kernel that launches it, the dims that kernels read from memory, of
+    each persistent kernel the names of those that it stands for, and the kernels themselves, under ``triton.jit``."""
 
     of: Mapping[str, Launch]
     stored_dims: tuple[str, ...]
     persistent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    functions: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_launchers(path: Path) -> Launchers:
@@ -81,6 +82,7 @@ def load_launchers(path: Path) -> Launchers:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return Launchers(module.LAUNCH, module.STORED_DIMS, getattr(module, "PERSISTENT", {}))
+        functions = {name: found for name, found in vars(module).items() if name in module.LAUNCH}
+        return Launchers(module.LAUNCH, module.STORED_DIMS, getattr(module, "PERSISTENT", {}), functions)
     except Exception as error:
         raise KernelBuildError(f"generated Triton module {path} cannot be loaded: {error}") from error

@@ -77,14 +77,14 @@ def _fact(dim: int | Tensor) -> bool:
 class Kernels:
     """Launches the kernels of the module at ``path``; safe for several threads.
 
-    ``names``, ``stored_dims`` and ``persistent`` are those of the module. Raises KernelBuildError when it cannot be
-    loaded.
+    ``names``, ``stored_dims``, ``persistent`` and ``functions`` are those of the module. Raises KernelBuildError when
+    it cannot be loaded.
     """
 
     def __init__(self, path: Path, replacement: Replacement | None = None) -> None:
         launchers = load_launchers(path)
         self.names, self.stored_dims = frozenset(launchers.of), launchers.stored_dims
-        self.persistent = launchers.persistent
+        self.persistent, self.functions = launchers.persistent, launchers.functions
         self._launchers = {name: Launcher(launch) for name, launch in launchers.of.items()}
         self._replacement = replacement
         self._replaced = 0

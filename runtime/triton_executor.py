@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +100,14 @@ class TritonExecutor:
     def compiled(self) -> int:
         """See ``runtime.executor.Compiling``."""
         return self._kernels.compiled
+
+    @property
+    def functions(self) -> Mapping[str, Any]:
+        """The kernels that a run launches, by name, as functions under ``triton.jit``: persistent kernels where there
+        are some, without those that they stand for."""
+        persistent = self._kernels.persistent
+        spared = {n for names in persistent.values() for n in names} if self._static else set(persistent)
+        return {name: f for name, f in self._kernels.functions.items() if name not in spared}
 
     def run(
         self,

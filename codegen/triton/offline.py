@@ -14,6 +14,7 @@ from typing import Any
 
 from tilewright.ir.errors import KernelBuildError
 
+from .compiling import compile_kernel
 from .kernel import KernelSource
 from .program import TritonSource
 
@@ -52,7 +53,7 @@ def compile_program(source: TritonSource, arch: int, only: str = "") -> tuple[Re
         path.write_text(source.text)
         module = _load(path)
         kernels = [k for k in source.kernels if only in ("", k.name)]
-        return tuple(_compile(getattr(module, k.name), k, arch, Path(folder)) for k in kernels)
+        return tuple(_resources(getattr(module, k.name), k, arch, Path(folder)) for k in kernels)
 
 
 def _load(path: Path) -> ModuleType:
@@ -68,32 +69,8 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-def _compile(function: Any, kernel: KernelSource, arch: int, folder: Path) -> Resources:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    if not isinstance(function, triton.runtime.jit.JITFunction):
-        raise KernelBuildError(
-            "Triton runs as interpreter (TRITON_INTERPRET is set); unset it to compile kernels"
-        )
-    dims = {
-        f"p_dim_{d}" if d in kernel.stored else d: "*i32" if d in kernel.stored else "i32"
-        for d in kernel.dims
-    }
-    signature = {name: f"*{dtype}" for name, dtype in kernel.pointers} | dims
-    signature |= {d.name: d.type for d in kernel.descriptors}
-    aligned = {
-        (n,): [["tt.divisibility", 16]] for n, kind in enumerate(signature.values()) if kind.startswith("*")
-    }
-    try:
-        compiled = triton.compile(
-            ASTSource(function, signature, {}, aligned),
-            target=GPUTarget("cuda", arch, 32),
-            options=dict(kernel.options),
-        )
-    except Exception as error:
-        raise KernelBuildError(f"kernel {kernel.name} does not compile for sm_{arch}: {error}") from error
+def _resources(function: Any, kernel: KernelSource, arch: int, folder: Path) -> Resources:
+    compiled = compile_kernel(function, kernel, arch)
     cubin = folder / f"{kernel.name}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     registers, spills = _usage(cubin)

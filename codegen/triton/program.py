@@ -1,9 +1,10 @@
 """A whole Program as one Python module: every kernel, and a function that launches it.
 
-The module imports Triton alone. ``LAUNCH[name](pointers, dims)`` launches a kernel and gives what Triton compiled for
-it; handed in as ``compiled``, that is launched as it is. Of the dims, those in ``STORED_DIMS`` are given as tensors of
-one i32. ``PERSISTENT``, where there is one, says which kernels, in order, one more of ``LAUNCH`` does all at once; its
-pointers are theirs, and then that of an i64 counter. The runtime needs to know nothing else of it.
+The module imports Triton alone. ``LAUNCH[name](pointers, dims)`` launches the kernel that is the function ``name``, and
+gives what Triton compiled for it; handed in as ``compiled``, that is launched as it is. Of the dims, those in
+``STORED_DIMS`` are given as tensors of one i32. ``PERSISTENT``, where there is one, says which kernels, in order, one
+more of ``LAUNCH`` does all at once; its pointers are theirs, and then that of an i64 counter. The runtime needs to know
+nothing else of it.
 """
 
 from __future__ import annotations

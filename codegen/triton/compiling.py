@@ -1,0 +1,93 @@
+"""Compile generated kernels without launching them: one, or many side by side.
+
+Triton compiles a kernel when it is first launched, and so one after the other. What is compiled here has the key under
+which that launch looks in Triton's cache on disk, as long as it gets what generated programs are given: pointers that
+are divisible by 16, dims of 32 bits, and no options from the environment. A launch with anything else compiles for
+itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from tilewright.ir.errors import KernelBuildError
+
+from .kernel import KernelSource
+
+
+def compile_kernel(function: Any, kernel: KernelSource, arch: int) -> Any:
+    """Triton's CompiledKernel for ``sm_<arch>``, from its cache on disk where that has it.
+
+    function: the kernel's function under ``triton.jit``. Raises KernelBuildError, naming the kernel, when Triton
+    rejects it or runs as interpreter.
+    """
+    return _compile(_source(function, kernel), kernel, arch)
+
+
+def compile_ahead(wanted: Iterable[tuple[Any, KernelSource]], arch: int) -> None:
+    """Compile kernels, given with their functions, for ``sm_<arch>``, the GPU that they will be launched on.
+
+    A thread per processor compiles: Triton's passes, LLVM and the assembler all run without Python's lock. What does
+    not compile is left to its launch, which can replace it.
+    """
+    distinct = {}
+    for function, kernel in wanted:
+        with suppress(Exception):
+            source = _source(function, kernel)
+            distinct[source.hash(), kernel.options] = source, kernel
+    if not distinct:
+        return
+    with suppress(Exception):
+        _driver()  # before several threads ask for it: they would make several
+    # The longest first, so that none of them is what all others wait for in the end.
+    longest_first = sorted(distinct.values(), key=lambda pair: len(pair[1].text), reverse=True)
+
+    def prepare(pair: tuple[Any, KernelSource]) -> None:
+        with suppress(Exception):
+            compiled = _compile(*pair, arch)
+            # Triton 3.6 builds a C function per signature, which launches kernels of it, in its cache too.
+            _driver().launcher_cls(compiled.src, compiled.metadata)
+
+    with ThreadPoolExecutor(min(len(distinct), os.cpu_count() or 1)) as pool:
+        list(pool.map(prepare, longest_first))
+
+
+def _driver() -> Any:
+    from triton.runtime import driver
+
+    return driver.active
+
+
+def _source(function: Any, kernel: KernelSource) -> Any:
+    """What Triton compiles: a function, the types of its arguments, and which of them are divisible by 16."""
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    if not isinstance(function, JITFunction):
+        raise KernelBuildError(
+            "Triton runs as interpreter (TRITON_INTERPRET is set); unset it to compile kernels"
+        )
+    dims = {
+        f"p_dim_{d}" if d in kernel.stored else d: "*i32" if d in kernel.stored else "i32"
+        for d in kernel.dims
+    }
+    signature = {name: f"*{dtype}" for name, dtype in kernel.pointers} | dims
+    signature |= {d.name: d.type for d in kernel.descriptors}
+    aligned = {
+        (n,): [["tt.divisibility", 16]] for n, kind in enumerate(signature.values()) if kind.startswith("*")
+    }
+    return ASTSource(function, signature, {}, aligned)
+
+
+def _compile(source: Any, kernel: KernelSource, arch: int) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    try:
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(kernel.options))
+    except Exception as error:
+        raise KernelBuildError(f"kernel {kernel.name} does not compile for sm_{arch}: {error}") from error
