@@ -27,8 +27,8 @@ and 2^31 of them, times values of up to 10^12, far inside float32."""
 @dataclass(frozen=True)
 class Sums:
     """Variables of the kernel: the weighted values [BLOCK_M, BLOCK_DV], the reference of the weights and their total,
-    both [BLOCK_M, 1], in the float type ``element``. unit: what scores and their reference are to be multiplied by, which the online
-    form does on the way to an exponential."""
+    both [BLOCK_M, 1], in the float type ``element``. unit: what scores and their reference are to be multiplied by,
+    which the online form does on the way to an exponential."""
 
     acc: str
     top: str
