@@ -282,6 +282,9 @@ class _Attention:
         v_mask = " & ".join(m for m in (f"({column} < {high})" if edge else "", e_ok) if m)
         address = self._address(self.k, (BATCH, GROUP, KEY, COLUMN), {KEY: row, COLUMN: d})
         k = self._cached(scope, address, k_mask, "k")
+        # Values are asked for at once: a walk of few blocks has nothing else under way while it looks at its keys.
+        address = self._address(self.v, (BATCH, GROUP, KEY, COLUMN), {KEY: column, COLUMN: e})
+        v = self._cached(scope, address, v_mask, "v")
         scores = scope.bind(self._dot(over.q, k) + ("" if self.waits else f" * {self.scale!r}"), "scores")
         if cap := op.attr("softcap"):
             bounded = TRITON["tanh"]((f"{scores} * {1.0 / float(cap)!r}",), compute_dtype(self.dtype))
@@ -294,8 +297,6 @@ class _Attention:
             scores = scope.bind(f"tl.where({seen}, {scores}, {MASKED})", "scores")
 
         def multiply(p: str) -> str:
-            address = self._address(self.v, (BATCH, GROUP, KEY, COLUMN), {KEY: column, COLUMN: e})
-            v = self._cached(scope, address, v_mask, "v")
             weights = (
                 p if self.dtype in (DType.f32, DType.f64) else scope.bind(f"{p}.to({v}.dtype)", "weights")
             )
