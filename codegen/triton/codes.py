@@ -11,11 +11,13 @@ in which both halves read the same byte: codes are loaded once, in whole vectors
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 from sympy import Expr, Integer, Symbol
 
 from tilewright.ir.index import FloorDiv, Mod, sym
-from tilewright.ir.loops import Load, MatmulForm
+from tilewright.ir.loops import Apply, Index, Load, MatmulForm, Node
+from tilewright.ir.types import DType
 
 from .expression import Block
 from .row_loops import K, below
@@ -51,26 +53,97 @@ class Codes:
         return 8 * FloorDiv(byte, Integer(4)) + 4 * half + Mod(byte, Integer(4))
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A weight as ``scale * code + minimum``: nodes of float32, of an integer, and of float32 or None."""
+
+    code: Node
+    scale: Node
+    minimum: Node | None
+
+
+def weight_of(b: Node) -> Weight | None:
+    """What a right operand is made of, where that is a code and its factors."""
+    node, minimum = _unrounded(b), None
+    if isinstance(node, Apply) and node.op == "add":
+        node, minimum = node.args
+    if not (isinstance(node, Apply) and node.op == "mul" and node.dtype is DType.f32):
+        return None
+    code, scale = node.args
+    if not (isinstance(code, Apply) and code.op == "cast" and code.args[0].dtype.is_int):
+        return None
+    return Weight(code.args[0], scale, minimum)
+
+
+def _unrounded(node: Node) -> Node:
+    """A node without the roundings that its kernel leaves out."""
+    while isinstance(node, Apply) and node.op == "cast" and node.args[0].dtype is DType.f32:
+        node = node.args[0]
+    return node
+
+
 def stored_codes(form: MatmulForm) -> Codes | None:
     """How the weights of a product are stored, when they are codes with a scale per group of columns."""
-    k = form.k.symbol
-    loads = [n for d in form.dots for n in below(d.b) if isinstance(n, Load) and not n.indirect]
-    indices = [e for load in loads for e in load.index if k in e.free_symbols]
-    packed = any({FloorDiv(k, Integer(8)), Mod(k, Integer(4))} <= e.atoms(FloorDiv, Mod) for e in indices)
-    groups = {
-        int(d.args[1])
-        for e in indices
-        if not e.atoms(Mod)
-        for d in e.atoms(FloorDiv)
-        if d.args[0] == k and d.args[1].is_Integer
-    }
-    extent = form.k.extent
+    k, extent = form.k.symbol, form.k.extent
+    groups = set().union(*(_groups_of(d.b, k) for d in form.dots))
     if not groups or not extent.is_Integer:
         return None
     group = max(groups)
     if group & (group - 1) or group % 8 or int(extent) % group:
         return None
-    return Codes(group, 2 if packed else 1)
+    return Codes(group, _halves(form))
+
+
+def unit_of(form: MatmulForm, columns: int) -> Codes | None:
+    """Codes of a product in runs of up to 16 bytes and, if possible, ``columns`` that lie within a group, and that one
+    thread may thus sum up by itself; None for weights that have no such runs."""
+    halves, extent = _halves(form), form.k.extent
+    weights = [w for w in map(weight_of, (d.b for d in form.dots)) if w is not None]
+    factors = [f for w in weights for f in (w.scale, w.minimum) if f is not None]
+    if not extent.is_Integer or not all(_is_per_group(f, form.k.symbol) for f in factors):
+        return None
+    whole = gcd(int(extent), *(g for f in factors for g in _groups_of(f, form.k.symbol)), 16 * halves)
+    smallest = 4 * halves
+    if whole % smallest or whole & (whole - 1):
+        return None
+    return Codes(max(smallest, min(whole, 1 << max(0, columns.bit_length() - 1))), halves)
+
+
+def _halves(form: MatmulForm) -> int:
+    """Columns to a byte."""
+    k = form.k.symbol
+    indices = [e for d in form.dots for e in _indices(d.b, k)]
+    packed = any({FloorDiv(k, Integer(8)), Mod(k, Integer(4))} <= e.atoms(FloorDiv, Mod) for e in indices)
+    return 2 if packed else 1
+
+
+def _indices(node: Node, k: Symbol) -> list[Expr]:
+    """The index expressions below a node that mention k."""
+    loads = [n for n in below(node) if isinstance(n, Load) and not n.indirect]
+    return [e for load in loads for e in load.index if k in e.free_symbols]
+
+
+def _groups_of(node: Node, k: Symbol) -> set[int]:
+    """Numbers of columns that share something below a node."""
+    return {
+        int(d.args[1])
+        for e in _indices(node, k)
+        if not e.atoms(Mod)
+        for d in e.atoms(FloorDiv)
+        if d.args[0] == k and d.args[1].is_Integer
+    }
+
+
+def _is_per_group(node: Node, k: Symbol) -> bool:
+    """Whether columns matter to a node by their groups alone."""
+    whole = {FloorDiv(k, Integer(g)): Integer(0) for g in _groups_of(node, k)}
+    inside = below(node)
+    if any(
+        (isinstance(n, Index) and k in n.expr.free_symbols) or (isinstance(n, Load) and n.indirect)
+        for n in inside
+    ):
+        return False
+    return not any(k in e.xreplace(whole).free_symbols for e in _indices(node, k))
 
 
 @dataclass(frozen=True)

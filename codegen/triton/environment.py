@@ -13,7 +13,9 @@ from tilewright.ir.types import Value
 from .candidates import interpreter_tile, ranked
 from .device import H100, Device
 from .plan import Plan
+from .pointwise_ops import prelude
 from .tiling import Tile
+from .unpack import unpacking
 from .work import Sizes, Work, sizes_of
 
 
@@ -55,9 +57,11 @@ class Environment:
         return sizes_of({**self.largest, "L": 1})
 
     @property
-    def f8_in_hardware(self) -> bool:
-        """Whether e4m3 is converted by an instruction; Triton's interpreter has none."""
-        return self.device.has_f8 and not self.interpret
+    def prelude(self) -> str:
+        """The helpers of a generated module; Triton's interpreter has neither f8 nor assembly."""
+        return (
+            f"{prelude(self.device.has_f8 and not self.interpret)}\n\n\n{unpacking(self.interpret)}".rstrip()
+        )
 
     def tiles(self, op: Op, plans: Sequence[Plan]) -> list[Tile]:
         """The tile of each segment: the default, changed where a tuner said so, as far as the device can."""

@@ -1,19 +1,17 @@
 """Products of a single row (decoding one sequence): sums of products in registers, as a matrix-vector product gains
 nothing from tensor cores.
 
-A program sums BLOCK_N x BLOCK_K products per iteration, or as many codes (see ``codes``). Weights that are computed
+A program sums BLOCK_N x BLOCK_K products per iteration, or as many codes (see ``code_sums``). Weights that are computed
 stay in float32; nothing asks for them in half precision.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from sympy import Expr
 
 from tilewright.ir.loops import Dot, Load
 
-from .codes import GROUP, PLACE, Codes, GroupLoop, stored_codes
+from .code_sums import code_sums
 from .expression import Block, Context, Operand
 from .product import N, ProductPrinter, index_range
 from .row_loops import K, KBlock, RowLoop, Stage
@@ -29,14 +27,14 @@ class VectorPrinter(ProductPrinter):
         self.down = Block(base.bind(f"{n.text}[:, None]", "nb"), mask, base, self.columns)
         self.begin(self.context.extended(self.column_axes, {N: self.down}), "[None, :]")
         loop = RowLoop(base, f"[{self.block_k}]", 0, False, "[]", wide=True)
-        codes = stored_codes(self.form)
         for stage in self.stages:
-            if codes is None or not stage.dots:
+            codes = code_sums(self, stage.reduces) if stage.dots else None
+            if codes is None:
                 self._stage(stage, loop)
                 continue
-            if stage.reduces:
-                self._stage(replace(stage, dots=()), loop)
-            self._sum_codes(codes, n)
+            if apart := tuple(r for r in stage.reduces if r not in codes.reduces):
+                self._stage(Stage(stage.extent, apart), loop)
+            codes.emit(pid)
         self.store(self.context.extended(self.column_axes, {N: n}), N)
         return tiles * self.batch
 
@@ -75,27 +73,3 @@ class VectorPrinter(ProductPrinter):
     def _factor(self, column: Context, dot: Dot) -> Operand:
         """The right operand: as it is stored, or as it is computed."""
         return column.load(dot.b, convert=False) if isinstance(dot.b, Load) else column.named(dot.b)
-
-    def _sum_codes(self, codes: Codes, n: Block) -> None:
-        """The dots, group by group of the columns that share a scale."""
-        base = self.base
-        mask = base.bind(f"{n.mask}[:, None, None]", "nc_ok") if n.mask else ""
-        down = Block(base.bind(f"{n.text}[:, None, None]", "nc"), mask, base, self.columns)
-        groups = GroupLoop.begin(base, codes, self.form.k.extent, self.tile.block_k)
-        shape = groups.shape(self.block_n)
-        names = self.accumulators(shape)
-        for half in range(codes.halves):
-            axes = {self.form.k.symbol: codes.column(half)}
-            row = self.context.extended(axes, groups.blocks)
-            column = self.context.extended({**self.column_axes, **axes}, {**groups.blocks, N: down})
-            a = row.operand(self.form.a, self.operand)
-            a = row.shaped(a, self.form.a, (GROUP, PLACE), groups.shape("1"), "a")
-            for dot, name in names.items():
-                b = column.shaped(self._factor(column, dot), dot.b, (N, GROUP, PLACE), shape, "b")
-                groups.scope.line(
-                    f"{name} += {a.text}.to({self.accumulator}) * {b.text}.to({self.accumulator})"
-                )
-        base.close(groups.scope)
-        for dot, name in names.items():
-            total = base.bind(f"tl.sum(tl.sum({name}, axis=2), axis=1)", "dot")
-            self.context.bound[dot] = Operand(total, base)

@@ -13,7 +13,7 @@ from tilewright.ir.ops import Builder
 from tilewright.ir.quantization import quantize
 from tilewright.ir.types import DType, TensorType, Value, tensor_type
 
-from .kernel_case import Case, case, finish, rms_scale, rows_type, view
+from .kernel_case import Case, case, cast, finish, rms_scale, rows_type, view
 from .product_cases import parts_product
 
 GROUP = 32
@@ -22,9 +22,9 @@ KINDS = {"int8": (8, 0), "int8_groups": (8, GROUP), "int4": (4, GROUP)}
 
 
 def stored(
-    b: Builder, name: str, shape: tuple[int, int], kind: str, layout: str
+    b: Builder, name: str, shape: tuple[int, int], kind: str, layout: str, dtype: DType = DType.f32
 ) -> tuple[Value, dict[str, Tensor]]:
-    """A quantised matrix [N, K] in the given layout, and tensors for the parameters that hold it."""
+    """A quantised matrix [N, K] in the given layout, read as ``dtype``, and tensors for the parameters that hold it."""
     n, k = shape
     bits, group = KINDS[kind]
     group = group or k
@@ -53,7 +53,7 @@ def stored(
         index_map = IndexMap(2, tuple(map(parse_expr, where)))
         type = TensorType(value.dtype, matrix_type(tensor))
         values.append(b.add("view", value, type=type, map=index_map))
-    return b.add("dequantize", *values, type=tensor_type("f32", shape), bits=bits, group=group), tensors
+    return b.add("dequantize", *values, type=tensor_type(dtype, shape), bits=bits, group=group), tensors
 
 
 def matrix_type(tensor: Tensor) -> tuple[object, ...]:
@@ -76,6 +76,23 @@ def quantized(kind: str, layout: str, rows: str, group: int = 0) -> Case:
     normal = b.add("mul", x, rms_scale(b, x))
     y = b.add("matmul", normal, w, activation_group=group or None)
     made = finish(b, b.add("add", y, b.param_value("residual", y.type)), B=2, S=19)
+    return Case(made.module, made.dims, given)
+
+
+@case(
+    "quantized_gated",
+    *((kind, dtype) for kind in KINDS for dtype in (DType.f32, DType.f16, DType.bf16)),
+)
+def quantized_gated(kind: str, dtype: DType) -> Case:
+    """RMSNorm whose row scale was commuted past the product, silu(gate) * up: a sum over the row beside two dots, from
+    elements that are a product themselves."""
+    b = Builder()
+    x = b.param_value("x", rows_type(dtype, "one", 96))
+    g = b.param_value("g", tensor_type(dtype, [96]))
+    w, given = stored(b, "w", (88, 96), kind, "rows", dtype)
+    y = b.add("mul", cast(b, b.add("matmul", b.add("mul", x, g), w), DType.f32), rms_scale(b, x))
+    gate, up = (view(b, y, [*x.shape[:-1], 44], "i0", "i1", f"i2 + {n}") for n in (0, 44))
+    made = finish(b, cast(b, b.add("mul", b.add("mul", gate, b.add("sigmoid", gate)), up), dtype))
     return Case(made.module, made.dims, given)
 
 

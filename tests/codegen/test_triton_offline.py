@@ -40,6 +40,19 @@ def test_compiles_for_ampere(name: str) -> None:
     assert _compile(name, 80).fits
 
 
+@pytest.mark.parametrize("kind", ["int8", "int8_groups", "int4"])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_codes_become_floats_without_conversions(kind: str, dtype: str, arch: int) -> None:
+    """Each thread loads its codes in whole vectors and unpacks them; shared memory is for the results alone."""
+    tile = {"block_n": 4, "block_k": 1024 if kind == "int4" else 512, "num_warps": 1}
+    found = _compile(f"quantized_gated-{kind}-{dtype}", arch, tile)
+    assert found.fits
+    assert found.shared <= 64
+    assert "ld.global.v4.b32" in found.ptx
+    assert not re.search(r"cvt\.rn\.f32\.[su]", found.ptx)
+
+
 @pytest.mark.parametrize("name", ["linear-bf16-four", "norm_linear-f16-four", "gated-bf16-four"])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_transposed_tiles_reach_hoppers_tensor_cores(name: str, arch: int) -> None:

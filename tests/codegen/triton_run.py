@@ -34,7 +34,7 @@ def source_of(
     tunables = {str(case.kernel.attr("name")): tuned or {}}
     env = Environment(CAPACITY, largest, interpret, tunables, gpu)
     kernel = print_kernel(case.kernel, env)
-    return kernel, print_source("case", (kernel,), f8_in_hardware=env.f8_in_hardware)
+    return kernel, print_source("case", (kernel,), env.prelude)
 
 
 def load(text: str, path: Path) -> Any:

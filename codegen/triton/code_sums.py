@@ -1,0 +1,221 @@
+"""Products of a single row with weights that are stored as codes, w = scale * code + minimum. Factors of a group of
+columns leave its sum, and so does what ``unpack`` adds to a code:
+
+    sum over k of a[k] * w[k] = scale * (sum of a[k] * (code[k] + bias) - bias * sum of a[k]) + minimum * sum of a[k]
+
+Codes are walked in units of up to 16 bytes, each of which one thread loads at once and sums up by itself, so that a sum
+takes one register, and the row's elements are where they are needed. For that, columns of the result are printed one by
+one; where a program has more than so many sums, its columns are a block, which Triton spreads as it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tilewright.ir.loops import Apply, Const, Dot, Index, Load, Node, Reduce, free_symbols
+from tilewright.ir.types import DType
+
+from .codes import GROUP, PLACE, Codes, GroupLoop, Weight, unit_of, weight_of
+from .expression import Block, Context, Operand, flatten
+from .product import N, ProductPrinter, index_range
+from .row_loops import HINTS, K
+from .text import deepest, print_index
+from .unpack import CODE_BIAS
+
+MOST_SUMS = 16
+"""Sums of a program that are printed one by one."""
+
+
+def code_sums(printer: ProductPrinter, reduces: Sequence[Reduce]) -> CodeSums | None:
+    """How a product of one row sums its codes and these reductions of the row; None where they have no such form."""
+    form, tile = printer.form, printer.tile
+    found = {dot: weight for dot in form.dots if (weight := weight_of(dot.b)) is not None}
+    unit = unit_of(form, tile.block_k // (32 * tile.num_warps))
+    if unit is None or len(found) < len(form.dots):
+        return None
+    shared = tuple(r for r in reduces if r.kind == "sum" and r.dtype is DType.f32)
+    return CodeSums(printer, unit, found, shared)
+
+
+@dataclass(frozen=True)
+class CodeSums:
+    """Prints the loop. ``reduces`` are the reductions of the row that share it."""
+
+    printer: ProductPrinter
+    unit: Codes
+    weights: dict[Dot, Weight]
+    reduces: tuple[Reduce, ...]
+
+    def emit(self, pid: str) -> None:
+        """Bind the dots of the columns of tile ``pid``, and the reductions."""
+        printer, base, context = self.printer, self.printer.base, self.printer.context
+        columns = self._columns(pid)
+        groups = GroupLoop.begin(base, self.unit, printer.form.k.extent, printer.tile.block_k)
+        height = printer.block_n if len(columns) < printer.tile.block_n else "1"
+        sums = {
+            dot: [self._zeros("acc", f"[{height}, {groups.block_g}, 1]") for _ in columns]
+            for dot in self.weights
+        }
+        totals = {r: self._zeros(HINTS[r.kind], f"[1, {groups.block_g}, 1]") for r in self.reduces}
+        row = [self._elements(half, groups) for half in range(self.unit.halves)]
+        for reduce, name in totals.items():
+            for half in range(self.unit.halves):
+                self._reduce(reduce, name, half, groups)
+        for number, column in enumerate(columns):
+            for dot, names in sums.items():
+                self._add(names[number], self.weights[dot], column, row, groups)
+        base.close(groups.scope)
+        n = index_range(base, "n", pid, printer.block_n, printer.tile.block_n, printer.columns, "")
+        for dot, names in sums.items():
+            context.bound[dot] = Operand(self._scaled(self.weights[dot], self._joined(names), n), base)
+        for reduce, name in totals.items():
+            context.bound[reduce] = Operand(base.bind(f"tl.sum({_folded(name)}, axis=0)", name), base)
+
+    def _zeros(self, hint: str, shape: str) -> str:
+        name = self.printer.base.names.fresh(hint)
+        self.printer.base.line(f"{name} = tl.zeros({shape}, tl.float32)")
+        return name
+
+    def _columns(self, pid: str) -> list[Block]:
+        """The columns of a tile, each by itself; or all as one block."""
+        printer = self.printer
+        base, size = printer.base, printer.tile.block_n
+        if size * len(self.weights) > MOST_SUMS:
+            return [index_range(base, "nc", pid, printer.block_n, size, printer.columns, "[:, None, None]")]
+        even = printer.columns.is_Integer and int(printer.columns) % size == 0
+        columns = []
+        for number in range(size):
+            text = f"({pid} * {printer.block_n} + {number} + tl.arange(0, 1))[:, None, None]"
+            text = base.bind(text, "column")
+            mask = "" if even else base.bind(f"{text} < {print_index(printer.columns)}", f"{text}_ok")
+            columns.append(Block(text, mask, base, printer.columns))
+        return columns
+
+    def _elements(self, half: int, groups: GroupLoop) -> str:
+        """The row's elements that belong to a half of each byte, in float32 and zero beyond the last."""
+        a, operand = self.printer.form.a, self.printer.operand
+        row = self.printer.context.extended(
+            {self.printer.form.k.symbol: self.unit.column(half)}, groups.blocks
+        )
+        value = _pairs(row, a) or row.operand(a, operand)
+        value = row.shaped(value, a, (GROUP, PLACE), groups.shape("1"), "a")
+        text = f"widen({value.text})" if operand is DType.bf16 else f"{value.text}.to(tl.float32)"
+        text = value.scope.bind(text, "a")
+        mask = groups.blocks[GROUP].mask
+        if mask and not isinstance(a, Load):
+            text = groups.scope.bind(f"tl.where({mask}, {text}, 0.0)", "a")
+        return text
+
+    def _reduce(self, reduce: Reduce, name: str, half: int, groups: GroupLoop) -> None:
+        digits, _ = flatten(reduce.axes, K)
+        axes = {s: e.xreplace({K: self.unit.column(half)}) for s, e in digits.items()}
+        row = self.printer.context.extended(axes, groups.blocks)
+        value = row.shaped(row.named(reduce.body), reduce.body, (GROUP, PLACE), groups.shape("1"))
+        mask = groups.blocks[GROUP].mask
+        text = groups.scope.bind(f"tl.where({mask}, {value.text}, 0.0)") if mask else value.text
+        groups.scope.line(f"{name} += {_sum(text)}")
+
+    def _add(self, name: str, weight: Weight, n: Block, row: Sequence[str], groups: GroupLoop) -> None:
+        """Add the products of the groups of one iteration."""
+        printer, scope = self.printer, groups.scope
+        # A row in float32 would show what is rounded off when its products with codes and minima cancel.
+        apart = weight.minimum is None or printer.operand is not DType.f32
+        terms, bias = [], 0
+        for half, a in enumerate(row):
+            axes = {**printer.column_axes, printer.form.k.symbol: self.unit.column(half)}
+            column = printer.context.extended(axes, {**groups.blocks, N: n})
+            code, bias = _unpacked(column, weight.code)
+            terms.append(
+                _sum(f"{a} * {code}" if apart else f"{a} * {self._whole(column, weight, code, bias)}")
+            )
+        text = scope.bind(" + ".join(terms), "part")
+        if apart:
+            text = self._with_factors(column, weight, text, bias, row)
+        scope.line(f"{name} += {text}")
+
+    def _whole(self, column: Context, weight: Weight, code: str, bias: int) -> str:
+        """A weight as it is."""
+        text = f"({code} - {float(bias)}) * {column.named(weight.scale).text}"
+        if weight.minimum is not None:
+            text = f"{text} + {column.named(weight.minimum).text}"
+        return column.blocks[GROUP].scope.bind(text, "weight")
+
+    def _with_factors(self, column: Context, weight: Weight, text: str, bias: int, row: Sequence[str]) -> str:
+        """The sums of a row's products with codes, ``text``, as those with weights."""
+        scope = column.blocks[GROUP].scope
+        if bias or weight.minimum is not None:
+            whole = scope.bind(" + ".join(map(_sum, row)), "whole")
+            text = scope.bind(f"{text} - {whole} * {float(bias)}", "part") if bias else text
+        if not self._hoisted(weight):
+            text = f"{text} * {column.named(weight.scale).text}"
+        return text if weight.minimum is None else f"{text} + {whole} * {column.named(weight.minimum).text}"
+
+    def _hoisted(self, weight: Weight) -> bool:
+        """Whether a weight's only factor is that of a whole row, and may wait until its sum is complete."""
+        return weight.minimum is None and self.printer.form.k.symbol not in free_symbols(weight.scale)
+
+    def _joined(self, names: Sequence[str]) -> str:
+        """The sums of all columns as one block."""
+        base = self.printer.base
+        if len(names) == 1:
+            return base.bind(_folded(names[0]), "dot")
+        lane, text = base.bind(f"tl.arange(0, {self.printer.block_n})", "lane"), "0.0"
+        for number in reversed(range(len(names))):
+            text = f"tl.where({lane} == {number}, {base.bind(_folded(names[number]), 'dot')}, {text})"
+        return base.bind(text, "dot")
+
+    def _scaled(self, weight: Weight, text: str, n: Block) -> str:
+        if not self._hoisted(weight):
+            return text
+        column = self.printer.context.extended(self.printer.column_axes, {N: n})
+        return self.printer.base.bind(f"{text} * {column.named(weight.scale).text}", "dot")
+
+
+def _sum(text: str) -> str:
+    """The sum of each unit, which stays in its thread."""
+    return f"tl.sum({text}, axis=2, keep_dims=True)"
+
+
+def _folded(name: str) -> str:
+    """Sums of units, [columns, units, 1], added up."""
+    return f"tl.sum(tl.sum({name}, axis=2), axis=1)"
+
+
+def _unpacked(column: Context, code: Node) -> tuple[str, int]:
+    """Codes as float32, and what they are too large by."""
+    half = _half(column, code)
+    if half is not None:
+        value = column.load(half[0], convert=False)
+        return value.scope.bind(f"{half[1]}_codes({value.text})", "code"), CODE_BIAS
+    if isinstance(code, Load) and code.dtype is DType.i8:
+        value = column.load(code, convert=False)
+        return value.scope.bind(f"bytes_to_float({value.text})", "code"), 0
+    value = column.named(code)
+    return value.scope.bind(f"{value.text}.to(tl.float32)", "code"), 0
+
+
+def _half(column: Context, code: Node) -> tuple[Load, str] | None:
+    """The bytes of which codes are the "low" or the "high" four bits; None for other codes."""
+    match code:
+        case Apply(
+            op="and",
+            args=(Apply(op="shr", args=(Load(dtype=DType.u8) as load, Index(expr=shift))), Const(value=15)),
+        ):
+            which = {0: "low", 4: "high"}.get(column.over_blocks(shift))
+            return (load, which) if which else None
+    return None
+
+
+def _pairs(row: Context, a: Node) -> Operand | None:
+    """A product of two vectors in bfloat16, two elements at a time; None where ``a`` is something else."""
+    match a:
+        case Apply(
+            dtype=DType.bf16, op="mul", args=(Load(dtype=DType.bf16) as x, Load(dtype=DType.bf16) as y)
+        ):
+            if x in row.bound or y in row.bound or not all(PLACE in row.varies(n) for n in (x, y)):
+                return None
+            left, right = row.load(x, convert=False), row.load(y, convert=False)
+            scope = deepest((left.scope, right.scope))
+            return Operand(scope.bind(f"multiply_pairs({left.text}, {right.text})", "a"), scope)
+    return None

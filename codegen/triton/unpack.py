@@ -1,0 +1,104 @@
+"""Helpers in the prelude of generated modules that unpack several values of a register with few instructions.
+
+Converting integers is slow: a multiprocessor that multiplies and adds 128 floats in a cycle converts 64 or 16 integers,
+once it has cut them out of their word. But an integer below 2^23 in the low bits of a float32 is the float 2^23 plus
+that integer, so a byte becomes a float by a permutation of bytes and an exact subtraction. Four bits fit higher in the
+mantissa, where the float is 16 plus the code: so little that it may stay until the sum of a group is complete.
+
+Triton's interpreter has no assembly: there, the same helpers are arithmetic, with the same results bit for bit.
+"""
+
+from __future__ import annotations
+
+CODE_BIAS = 16
+"""What ``low_codes`` and ``high_codes`` add to a code."""
+
+ASSEMBLY = '''\
+@triton.jit
+def bytes_to_float(x):
+    """int8 as float32: the float whose bits are 0x4B000000 + (x + 128) is 2^23 + 128 + x."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 u, f<4>; xor.b32 u, $4, 0x80808080;"
+        "prmt.b32 f0, u, 0x4B000000, 0x7440; add.f32 $0, f0, 0fCB000080;"
+        "prmt.b32 f1, u, 0x4B000000, 0x7441; add.f32 $1, f1, 0fCB000080;"
+        "prmt.b32 f2, u, 0x4B000000, 0x7442; add.f32 $2, f2, 0fCB000080;"
+        "prmt.b32 f3, u, 0x4B000000, 0x7443; add.f32 $3, f3, 0fCB000080; }",
+        "=f,=f,=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=4,
+    )
+
+
+@triton.jit
+def low_codes(x):
+    """16 plus the low four bits of a byte, as float32, whose bits are 0x41800000 + (code << 19)."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 u; shl.b32 u, $4, 3; lop3.b32 u, u, 0x78787878, 0x80808080, 0xEA;"
+        "prmt.b32 $0, u, 0x41000000, 0x7044; prmt.b32 $1, u, 0x41000000, 0x7144;"
+        "prmt.b32 $2, u, 0x41000000, 0x7244; prmt.b32 $3, u, 0x41000000, 0x7344; }",
+        "=r,=r,=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=4,
+    )
+
+
+@triton.jit
+def high_codes(x):
+    """16 plus the high four bits of a byte, as float32."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 u; shr.b32 u, $4, 1; lop3.b32 u, u, 0x78787878, 0x80808080, 0xEA;"
+        "prmt.b32 $0, u, 0x41000000, 0x7044; prmt.b32 $1, u, 0x41000000, 0x7144;"
+        "prmt.b32 $2, u, 0x41000000, 0x7244; prmt.b32 $3, u, 0x41000000, 0x7344; }",
+        "=r,=r,=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=4,
+    )
+
+
+@triton.jit
+def widen(x):
+    """bfloat16 as float32, two at a time."""
+    return tl.inline_asm_elementwise(
+        "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000; }",
+        "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2,
+    )
+
+
+@triton.jit
+def multiply_pairs(x, y):
+    """A product in bfloat16, rounded once: x * y - 0, which every GPU with that type has."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }",
+        "=r,r,r", [x, y], dtype=tl.bfloat16, is_pure=True, pack=2,
+    )
+'''
+
+ARITHMETIC = '''\
+@triton.jit
+def bytes_to_float(x):
+    """int8 as float32."""
+    return x.to(tl.float32)
+
+
+@triton.jit
+def low_codes(x):
+    """16 plus the low four bits of a byte, as float32."""
+    return (x & 15).to(tl.float32) + 16.0
+
+
+@triton.jit
+def high_codes(x):
+    """16 plus the high four bits of a byte, as float32."""
+    return (x >> 4).to(tl.float32) + 16.0
+
+
+@triton.jit
+def widen(x):
+    """bfloat16 as float32."""
+    return x.to(tl.float32)
+
+
+@triton.jit
+def multiply_pairs(x, y):
+    """A product in bfloat16, rounded once."""
+    return (x.to(tl.float32) * y.to(tl.float32)).to(tl.bfloat16)
+'''
+
+
+def unpacking(interpret: bool) -> str:
+    """The helpers, for a GPU or for the interpreter."""
+    return ARITHMETIC if interpret else ASSEMBLY
