@@ -123,8 +123,10 @@ class _Part:
                 empty = CompiledKernel(executor.program.name, kernel.step.name, cost.bytes, cost.flops)
                 found = self._torch_kernel(kernel, empty, end - time.monotonic())
                 self.keep(torch_kernels=(*self.found.torch_kernels, found))
-        whys = [f"{c.program} {c.kernel}: {c.why}" for c in self.found.torch_kernels if c.why]
-        return "; ".join((said, *whys))
+        missing = [c for c in self.found.torch_kernels if c.why]
+        whys = dict.fromkeys(c.why for c in missing)
+        names = {why: ", ".join(f"{c.program} {c.kernel}" for c in missing if c.why == why) for why in whys}
+        return "; ".join((said, *(f"{why}: {which}" for why, which in names.items())))
 
     def _torch_kernel(self, kernel: Kernel, empty: CompiledKernel, left: float) -> CompiledKernel:
         """One of them, within the seconds that are left; others are left out, as they do fail in rivals' compilers."""
@@ -229,8 +231,9 @@ class _Part:
 
 
 def _order(executor: Any) -> tuple[int, bool]:
-    """Batch 1 first, of it decoding."""
-    return max(executor.program.batch, 1), executor.program.phase != "decode"
+    """Decoding at batch 1 first, then the prompt, which is tried at batch 1 too."""
+    decodes = executor.program.phase == "decode"
+    return executor.program.batch if decodes else 1, not decodes
 
 
 def _estimates(program: Any, dims: dict[str, int], device: torch.device) -> tuple[Any, ...]:

@@ -69,8 +69,9 @@ class LayerTime:
 @dataclass(frozen=True)
 class Found:
     """What the parts gave. bandwidth: bytes/s that a read of device memory reaches. half_flops: FLOP/s of a large
-    bfloat16 product. torch_kernels: of the programs of ``kernels``, as far as torch.compile got in its time. gaps: decode steps of the few layers. graph_bytes: memory that recorded decode steps hold on the
-    device. compile_times: of the whole model, in fresh processes. chart: the points that this run measured."""
+    bfloat16 product. gaps: decode steps of the few layers. graph_bytes: memory that recorded decode steps hold on the
+    device. compile_times: of the whole model, in fresh processes. chart: the points that this run measured.
+    torch_kernels: of the untuned programs' kernels, those that torch.compile's time was enough for."""
 
     bandwidth: float = 0.0
     half_flops: float = 0.0
@@ -176,7 +177,13 @@ def _kernels(check: GpuCheck) -> Rows:
             )
         )
     columns = (
-        "", "µs", "floor µs", "of floor", "reached", "estimate µs", "cuBLAS or sdpa µs",
+        "",
+        "µs",
+        "floor µs",
+        "of floor",
+        "reached",
+        "estimate µs",
+        "cuBLAS or sdpa µs",
         "torch.compile µs",
     )
     return Rows("Kernels, each in its place in the program", columns, tuple(rows))

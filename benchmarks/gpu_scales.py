@@ -8,8 +8,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Scale:
     """model and layers: what kernels are timed on. batch_sizes: decode buckets. side: of the large product. limit:
-    seconds that a system may take to get ready. torch_kernels: seconds for torch.compile to compile single kernels. chart: arguments of ``benchmarks.chart`` without torch.compile, and
-    rivals: those with it. seconds: that each part may take, in the order in which they run."""
+    seconds that a system may take to get ready. torch_kernels: seconds for torch.compile to take on single kernels.
+    chart: arguments of ``benchmarks.chart`` without torch.compile, and rivals: those with it. seconds: that each part
+    may take, in the order in which they run."""
 
     model: str
     layers: int

@@ -98,7 +98,7 @@ def traced(kernel: Kernel, given: Sequence[Tensor]) -> GraphModule:
     """A kernel's ops as ATen's, for the shapes of ``given``: operands, then caches, which are appended to in place."""
     op = kernel.step.op
     for inner in op.body:
-        if inner.opcode not in _SAID or inner.attr("slot") and inner.opcode == "attention":
+        if inner.opcode not in _SAID or (inner.attr("slot") and inner.opcode == "attention"):
             raise CannotCompareError(f"torch has no form of {inner.opcode}")
 
     def function(*args: Tensor) -> tuple[Tensor, ...]:
@@ -123,7 +123,11 @@ def check(run: Function, kernel: Kernel, given: Sequence[Tensor]) -> None:
     """Raise CannotCompareError where ``run`` gives another result than the reference evaluator."""
     op = kernel.step.op
     env = dict(zip(op.operands, given, strict=False))
-    new = {str(o.attr("slot")): concrete(o.operands[0].shape, kernel.dims)[2] for o in op.body if o.opcode == "append"}
+    new = {
+        str(o.attr("slot")): concrete(o.operands[0].shape, kernel.dims)[2]
+        for o in op.body
+        if o.opcode == "append"
+    }
     held = dict(zip(kernel.caches, given[len(op.operands) :], strict=True))
     past = {slot: cache[:, :, : cache.shape[2] - new[slot]].clone() for slot, cache in held.items()}
     Evaluation(Module(()), {}, kernel.dims, past).run(op, env, "")
@@ -149,8 +153,8 @@ def _with_cold_weights(run: Function, kernel: Kernel, given: Sequence[Tensor]) -
 
 
 class _InTorch(Evaluation):
-    """The reference evaluator in the form that a compiler of torch can do most with: views that it can follow, constants
-    that it sees, the library's attention, and caches that are written in place."""
+    """The reference evaluator in the form that a compiler of torch can do most with: views that it can follow,
+    constants that it sees, the library's attention, and caches that are written in place."""
 
     def _evaluate(self, op: Op, args: list[Tensor], scope: str) -> tuple[Tensor, ...]:
         match op.opcode:
@@ -169,7 +173,9 @@ class _InTorch(Evaluation):
                 causal = op.attr("causal") and q.shape[2] > 1
                 grouped = q.shape[1] != k.shape[1]
                 scale = op.attr("scale")
-                return (scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped),)
+                return (
+                    scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped),
+                )
         return super()._evaluate(op, args, scope)
 
     def _view(self, op: Op, x: Tensor) -> Tensor:
@@ -194,8 +200,8 @@ def _plain(op: Op, dims: Mapping[str, int]) -> bool:
 
 
 def strided(x: Tensor, shape: tuple[int, ...], offset: int, strides: tuple[int, ...]) -> Tensor | None:
-    """What ``as_strided`` gives of a contiguous ``x``, by slices, permutations and expansions, for which a compiler need
-    not have ``x`` in memory. None where that takes more: where strides do not divide each other."""
+    """What ``as_strided`` gives of a contiguous ``x``, by slices, permutations and expansions, for which a compiler
+    need not have ``x`` in memory. None where that takes more: where strides do not divide each other."""
     kept = sorted((n for n, size in enumerate(shape) if size > 1 and strides[n]), key=lambda n: -strides[n])
     found, size = x.reshape(-1), x.numel()
     for done, n in enumerate(kept):
