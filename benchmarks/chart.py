@@ -3,7 +3,7 @@
 ``python -m benchmarks.chart`` draws what FlashDecoding++ (arXiv 2311.01282) drew: Llama2-7B, Llama2-13B and OPT-6.7B
 (random weights in their real shapes) against Hugging Face, over contexts by batch. Every point is written as soon as it
 is measured, and a later run goes on with what is missing, as a GPU may be at hand for ten minutes at a time.
-``--scale tiny`` runs the same code on tiny models, anywhere, in a minute or two.
+``--scale tiny`` runs the same code on a tiny model, anywhere, in about a minute.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ console = Console(width=140)
 def main(
     scale: Annotated[str, typer.Option(help="paper, or tiny to try the command anywhere.")] = "paper",
     models_: Annotated[
-        str, typer.Option("--models", help="Some of the scale's models, separated by commas.")
+        str,
+        typer.Option(
+            "--models", help="Some of the scale's models, separated by commas; tiny-opt is another of tiny."
+        ),
     ] = "",
     systems: Annotated[
         str,
@@ -84,7 +87,7 @@ def main(
         return
     (name,) = known("--scale", scale, tuple(SCALES))[:1]
     plan = SCALES[name].only(points)
-    wanted = known("--models", models_ or ",".join(plan.models), plan.models)
+    wanted = known("--models", models_ or ",".join(plan.models), (*plan.models, *plan.others))
     chosen = [SHORT_NAMES[s] for s in known("--systems", systems, tuple(SHORT_NAMES))]
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     file, chart = _begin(name, target, output, fresh)

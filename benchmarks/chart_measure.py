@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 from benchmarks import memory
-from benchmarks.measure import Task, measure
-from benchmarks.results import Measure
+from benchmarks.measure import Task, sampled
+from benchmarks.results import DECODE, Measure
 from benchmarks.system import System
 from benchmarks.time_limit import TimeUpError, limited
 from tilewright.progress import Advance
@@ -50,14 +50,10 @@ def measured(task: Task, systems: Sequence[System], how: Conditions) -> Measured
     able, reasons = _ready(task, systems, how)
     peaks: dict[str, int] = {}
     released(systems, how.device, thoroughly=True)
-    for system in able:
-        with reason_of_failure(system.name, how.limit, reasons):
-            peaks[system.name] = peak_bytes(partial(task.run, system), how.device)
-        released(systems, how.device)
-    able = [s for s in able if s.name in peaks]
-    found = _in_turns(task, able, how) if able else None
+    found = _in_turns(task, able, how, peaks) if able else None
     if able and found is None:
-        found = _one_by_one(task, able, how, reasons)
+        peaks.clear()
+        found = _one_by_one(task, able, how, reasons, peaks)
     released(systems, how.device)
     return Measured(found, peaks, reasons)
 
@@ -100,7 +96,7 @@ def reason_of_failure(name: str, limit: float, reasons: dict[str, str]) -> Itera
         notes.print(f"[yellow]left out[/yellow] {name}: {reasons[name]}", highlight=False)
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """One line of an error."""
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
@@ -118,25 +114,45 @@ def _ready(task: Task, systems: Sequence[System], how: Conditions) -> tuple[list
     return [s for s in systems if s.name not in reasons], reasons
 
 
-def _in_turns(task: Task, systems: Sequence[System], how: Conditions) -> Measure | None:
+def _in_turns(
+    task: Task, systems: Sequence[System], how: Conditions, peaks: dict[str, int]
+) -> Measure | None:
     """None where that fails, as it does where the contexts of all do not fit into memory."""
     try:
-        return measure(task, "bf16", systems, how.probe, how.repeats, how.advance)
-    except Exception as error:  # noqa: BLE001 - whose it is shows when each runs alone
+        for system in systems:
+            with limited(how.limit):
+                peaks[system.name] = _warm(task, system, how)
+        return sampled(task, "bf16", systems, how.probe, how.repeats, how.advance)
+    except (Exception, TimeUpError) as error:  # noqa: BLE001 - whose it is shows when each runs alone
         notes.print(f"[yellow]one after the other[/yellow] {task}: {_said(error)}", highlight=False)
         return None
 
 
 def _one_by_one(
-    task: Task, systems: Sequence[System], how: Conditions, reasons: dict[str, str]
+    task: Task, systems: Sequence[System], how: Conditions, reasons: dict[str, str], peaks: dict[str, int]
 ) -> Measure | None:
     """All samples of one system, then all of the next. A round's probe is the median of those beside its samples."""
     alone: list[Measure] = []
     for system in systems:
         released(systems, how.device, thoroughly=True)
         with reason_of_failure(system.name, how.limit, reasons):
-            alone.append(measure(task, "bf16", [system], how.probe, how.repeats, how.advance))
+            peaks[system.name] = _warm(task, system, how)
+            alone.append(sampled(task, "bf16", [system], how.probe, how.repeats, how.advance))
     if not alone:
         return None
     probe = tuple(statistics.median(rates) for rates in zip(*(m.probe for m in alone), strict=True))
     return replace(alone[0], probe=probe, series=tuple(s for m in alone for s in m.series))
+
+
+def _warm(task: Task, system: System, how: Conditions) -> int:
+    """The peak bytes of a run that leaves the system as samples find it: with its context, and with what it records of
+    steps on that.
+
+    A decode is many steps, so one is enough. Of a forward there are two, since compilers that record what they launch
+    do so at the second time; the first was when the system got ready, but for a context that is gone.
+    """
+    how.advance(f"{task}, {system.name} warms up")
+    peak = peak_bytes(partial(task.run, system), how.device)
+    if task.name != DECODE:
+        task.run(system)
+    return peak

@@ -82,9 +82,9 @@ def main(
 
 
 def _chosen(parts: str, plan: Scale) -> list[str]:
-    """In the plan's order, as later parts go on with what earlier ones wrote. One name has a comma in it."""
-    text = parts.replace(", ", ",").replace("chart,torch.compile", "chart; torch.compile")
-    names = {name.replace(",", ";"): name for name in plan.seconds}
+    """In the plan's order, as later parts go on with what earlier ones wrote. Some names have a comma in them."""
+    text = parts.replace(",torch.compile", ";torch.compile").replace(", torch.compile", ";torch.compile")
+    names = {name.replace(", ", ";"): name for name in plan.seconds}
     given = known("--parts", text, tuple(names)) if parts else list(names)
     return [name for key, name in names.items() if key in given]
 

@@ -17,9 +17,9 @@ import torch
 import typer
 
 import tilewright as tw
-from benchmarks import chart_systems, compile_time, peers
-from benchmarks.chart_measure import Conditions, measured
-from benchmarks.gpu_results import Found, KernelTime, LayerTime
+from benchmarks import chart_systems, compile_time, peers, torch_kernels
+from benchmarks.chart_measure import Conditions, measured, reason_of_failure
+from benchmarks.gpu_results import CompiledKernel, Found, KernelTime, LayerTime
 from benchmarks.gpu_scales import SCALES, Scale
 from benchmarks.large_models import BUILDERS, TINY
 from benchmarks.measure import Task
@@ -29,18 +29,24 @@ from benchmarks.probe import device_probe
 from benchmarks.results import DECODE, EAGER, OURS, PREFILL, TORCH_COMPILE
 from benchmarks.step_gaps import step_gap
 from benchmarks.targets import MODEL
+from benchmarks.torch_kernels import Kernel
 from tilewright.cli import readable_errors
 from tilewright.costs import step_cost
+from tilewright.errors import OptionError
 from tilewright.progress import Progress
 from tilewright.report import size_text
 from tilewright.runtime.cuda_graph import recorded_bytes
 from tilewright.runtime.files import write_atomically
 from tilewright.trials import Trial
 
-PARTS = ("rates", "kernels", "compile", "tuned", "layers")
+TORCH_KERNELS = "kernels, torch.compile"
+PARTS = ("rates", "kernels", "compile", TORCH_KERNELS, "tuned", "layers")
 _ROUNDS = 5
 _GAP_TOKENS = 32
 _LAYER_REPEATS = 3
+_KERNEL_LIMIT = 20.0
+"""Seconds for torch.compile to get ready for one kernel."""
+_NO_TIME = "no time left"
 
 
 @readable_errors
@@ -51,7 +57,8 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
 ) -> None:
     """Run one part."""
-    (name,) = known("part", part, PARTS)
+    if part not in PARTS:
+        raise OptionError(f"part '{part}' is none of {'; '.join(PARTS)}")
     plan = SCALES[known("--scale", scale, tuple(SCALES))[0]]
     run = _Part(plan, torch.device(device), into)
     run.said = {
@@ -60,7 +67,8 @@ def main(
         "compile": run.compile,
         "tuned": run.tuned,
         "layers": run.layers,
-    }[name]()
+        TORCH_KERNELS: run.torch_kernels,
+    }[part]()
     run.keep()
 
 
@@ -103,6 +111,33 @@ class _Part:
         fast, said = self._compiled(autotune)
         self._time_kernels(fast, autotune == "full")
         return said
+
+    def torch_kernels(self) -> str:
+        """What torch.compile makes of each kernel of the same programs, of those at batch 1 first."""
+        fast, said = self._compiled("off")
+        engine, end = fast._tilewright.engine, time.monotonic() + self.plan.torch_kernels
+        executors = sorted((engine.prefill_executor, *engine.decode_executors.values()), key=_order)
+        for executor in executors:
+            trial = Trial.of(executor.program, engine.spec)
+            for kernel in torch_kernels.kernels(executor.program, trial, self.device):
+                cost = step_cost(kernel.step, trial.dims)
+                empty = CompiledKernel(executor.program.name, kernel.step.name, cost.bytes, cost.flops)
+                found = self._torch_kernel(kernel, empty, end - time.monotonic())
+                self.keep(torch_kernels=(*self.found.torch_kernels, found))
+        missing = [c for c in self.found.torch_kernels if c.why]
+        whys = dict.fromkeys(c.why for c in missing)
+        names = {why: ", ".join(f"{c.program} {c.kernel}" for c in missing if c.why == why) for why in whys}
+        return "; ".join((said, *(f"{why}: {which}" for why, which in names.items())))
+
+    def _torch_kernel(self, kernel: Kernel, empty: CompiledKernel, left: float) -> CompiledKernel:
+        """One of them, within the seconds that are left; others are left out, as they do fail in rivals' compilers."""
+        if left < 1:
+            return replace(empty, why=_NO_TIME)
+        reasons: dict[str, str] = {}
+        seconds = 0.0
+        with reason_of_failure(empty.kernel, min(left, _KERNEL_LIMIT), reasons):
+            seconds = torch_kernels.seconds(kernel)
+        return replace(empty, seconds=seconds, why=reasons.get(empty.kernel, ""))
 
     def tuned(self) -> str:
         """The same behind full tuning; then whole decode steps, and the device memory that recordings of them take."""
@@ -194,6 +229,12 @@ class _Part:
                     estimates.get(name, 0.0), peers.of(steps[name], trial.dims, self.device),
                 )  # fmt: skip
                 self.keep(kernels=(*self.found.kernels, time_))
+
+
+def _order(executor: Any) -> tuple[int, bool]:
+    """Decoding at batch 1 first, then the prompt, which is tried at batch 1 too."""
+    decodes = executor.program.phase == "decode"
+    return executor.program.batch if decodes else 1, not decodes
 
 
 def _estimates(program: Any, dims: dict[str, int], device: torch.device) -> tuple[Any, ...]:

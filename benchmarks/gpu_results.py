@@ -36,6 +36,19 @@ class KernelTime:
 
 
 @dataclass(frozen=True)
+class CompiledKernel:
+    """Seconds that torch.compile's code takes for the ops of a kernel; 0 without, and why. bytes, flops: as the
+    kernel's own, since another plan may have other ops in a kernel of the same name."""
+
+    program: str
+    kernel: str
+    bytes: int
+    flops: int
+    seconds: float = 0.0
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class LayerTime:
     """Seconds of samples of one system on the few layers, whole: ``decode`` of ``steps`` tokens at a context of
     ``size``, or ``prefill`` of ``size`` tokens."""
@@ -57,7 +70,8 @@ class LayerTime:
 class Found:
     """What the parts gave. bandwidth: bytes/s that a read of device memory reaches. half_flops: FLOP/s of a large
     bfloat16 product. gaps: decode steps of the few layers. graph_bytes: memory that recorded decode steps hold on the
-    device. compile_times: of the whole model, in fresh processes. chart: the points that this run measured."""
+    device. compile_times: of the whole model, in fresh processes. chart: the points that this run measured.
+    torch_kernels: of the untuned programs' kernels, those that torch.compile's time was enough for."""
 
     bandwidth: float = 0.0
     half_flops: float = 0.0
@@ -67,6 +81,7 @@ class Found:
     graph_bytes: int = 0
     compile_times: CompileTimes | None = None
     chart: Chart | None = None
+    torch_kernels: tuple[CompiledKernel, ...] = ()
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Found:
@@ -74,6 +89,7 @@ class Found:
         times = data["compile_times"]
         made = {
             "kernels": stored.records(KernelTime, data["kernels"]),
+            "torch_kernels": stored.records(CompiledKernel, data.get("torch_kernels", [])),
             "layers": stored.records(LayerTime, data["layers"]),
             "gaps": stored.records(StepGap, data["gaps"]),
             "compile_times": stored.records(CompileTimes, [times])[0] if times else None,
@@ -143,6 +159,7 @@ def _rates(check: GpuCheck) -> Rows:
 
 def _kernels(check: GpuCheck) -> Rows:
     rows = []
+    compiled = {(c.program, c.kernel, c.bytes, c.flops): c.seconds for c in check.found.torch_kernels}
     for k in check.found.kernels:
         floor, rate = check.floor(k), 1 / k.best if k.best else 0.0
         bound = "TFLOP/s" if floor and k.flops / check.found.half_flops == floor else "GB/s"
@@ -156,9 +173,19 @@ def _kernels(check: GpuCheck) -> Rows:
                 f"{figure(reached)} {bound}",
                 _micro(k.estimate),
                 _micro(k.peer),
+                _micro(compiled.get((k.program, k.kernel, k.bytes, k.flops), 0.0)),
             )
         )
-    columns = ("", "µs", "floor µs", "of floor", "reached", "estimate µs", "cuBLAS or sdpa µs")
+    columns = (
+        "",
+        "µs",
+        "floor µs",
+        "of floor",
+        "reached",
+        "estimate µs",
+        "cuBLAS or sdpa µs",
+        "torch.compile µs",
+    )
     return Rows("Kernels, each in its place in the program", columns, tuple(rows))
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Scale:
     """model and layers: what kernels are timed on. batch_sizes: decode buckets. side: of the large product. limit:
-    seconds that a system may take to get ready. chart: arguments of ``benchmarks.chart`` without torch.compile, and
-    rivals: those with it. seconds: that each part may take, in the order in which they run."""
+    seconds that a system may take to get ready. torch_kernels: seconds for torch.compile to take on single kernels.
+    chart: arguments of ``benchmarks.chart`` without torch.compile, and rivals: those with it. seconds: that each part
+    may take, in the order in which they run."""
 
     model: str
     layers: int
@@ -17,6 +18,7 @@ class Scale:
     max_length: int
     side: int
     limit: int
+    torch_kernels: int
     chart: tuple[str, ...]
     rivals: tuple[str, ...]
     seconds: dict[str, int]
@@ -25,21 +27,21 @@ class Scale:
 _POINTS = "1:1024,prompt:4096,8:1024,2:4096"
 SCALES = {
     "paper": Scale(
-        "llama2-7b", 2, (1, 16), 2048, 8192, 75,
+        "llama2-7b", 2, (1, 16), 2048, 8192, 75, 60,
         ("--models", "llama2-7b", "--systems", "eager,bf16,int8,int4", "--repeats", "2", "--points", _POINTS),
         ("--models", "llama2-7b", "--repeats", "2", "--points", "1:1024,prompt:4096"),
         {
             "tests": 110, "rates": 30, "kernels": 80, "chart": 150, "compile": 90, "chart, torch.compile": 150,
-            "tuned": 120, "layers": 120,
+            "tuned": 120, "layers": 120, "kernels, torch.compile": 90,
         },
     ),
     "tiny": Scale(
-        "tiny-llama", 2, (1, 2), 64, 256, 60,
+        "tiny-llama", 2, (1, 2), 64, 256, 60, 20,
         ("--models", "tiny-llama", "--systems", "eager,bf16", "--repeats", "1", "--points", "1:16,prompt:32"),
         ("--models", "tiny-llama", "--systems", "eager,torch.compile,bf16", "--repeats", "1", "--points", "1:16"),
         {
             "tests": 60, "rates": 60, "kernels": 120, "chart": 120, "compile": 120, "chart, torch.compile": 120,
-            "tuned": 120, "layers": 120,
+            "tuned": 120, "layers": 120, "kernels, torch.compile": 90,
         },
     ),
 }  # fmt: skip

@@ -10,9 +10,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from tilewright.errors import OptionError
 
 
-def _llama(layers: int, hidden: int, inner: int, heads: int, positions: int) -> PreTrainedModel:
+def _llama(
+    layers: int, hidden: int, inner: int, heads: int, positions: int, words: int = 32000
+) -> PreTrainedModel:
     return LlamaForCausalLM(
         LlamaConfig(
+            vocab_size=words,
             hidden_size=hidden,
             intermediate_size=inner,
             num_hidden_layers=layers,
@@ -22,9 +25,12 @@ def _llama(layers: int, hidden: int, inner: int, heads: int, positions: int) -> 
     )
 
 
-def _opt(layers: int, hidden: int, inner: int, heads: int, positions: int) -> PreTrainedModel:
+def _opt(
+    layers: int, hidden: int, inner: int, heads: int, positions: int, words: int = 50272
+) -> PreTrainedModel:
     return OPTForCausalLM(
         OPTConfig(
+            vocab_size=words,
             hidden_size=hidden,
             word_embed_proj_dim=hidden,
             ffn_dim=inner,
@@ -43,8 +49,8 @@ BUILDERS: Mapping[str, Callable[[int, int], PreTrainedModel]] = {
 """Name -> model with a number of layers (0: its own) and room for positions (0: its own)."""
 
 TINY: Mapping[str, Callable[[int, int], PreTrainedModel]] = {
-    "tiny-llama": lambda layers, positions: _llama(layers or 2, 64, 96, 4, positions),
-    "tiny-opt": lambda layers, positions: _opt(layers or 2, 64, 96, 4, positions),
+    "tiny-llama": lambda layers, positions: _llama(layers or 1, 64, 96, 4, positions, 2048),
+    "tiny-opt": lambda layers, positions: _opt(layers or 1, 64, 96, 4, positions, 2048),
 }
 """The same families, small enough to run anywhere."""
 

@@ -17,6 +17,8 @@ from tilewright.trials import wait
 
 _COLD_BYTES = 256 << 20  # of operands that take turns, so that none is in a cache when it is read
 _RUNS = 24
+_QUEUEING = 20_000_000
+"""Cycles that the device waits for the host, some 10 ms: calls of torch.compile's code take up to 100 µs there."""
 
 
 def peer_seconds(run: Callable[[], object], device: torch.device, runs: int = _RUNS) -> float:
@@ -25,7 +27,7 @@ def peer_seconds(run: Callable[[], object], device: torch.device, runs: int = _R
     wait(device)
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(2_000_000)  # the host queues everything meanwhile
+        torch.cuda._sleep(_QUEUEING)  # the host queues everything meanwhile
         begin.record()
         for _ in range(runs):
             run()
@@ -51,11 +53,16 @@ def of(step: Step, dims: Mapping[str, int], device: torch.device) -> float:
     return total
 
 
+def cold_copies(nbytes: int) -> int:
+    """How many copies of so many bytes have to take turns for none to be in a cache; at most 32."""
+    return max(1, min(32, _COLD_BYTES // max(1, nbytes)))
+
+
 def _product(op: Op, dims: Mapping[str, int], device: torch.device) -> float:
     a = _random(concrete(op.operands[0].shape, dims), op, device)
     shape = concrete(op.operands[1].shape, dims)
-    count = max(1, min(32, _COLD_BYTES // (shape[0] * shape[1] * a.element_size())))
-    weights = cycle([_random(shape, op, device) for _ in range(count)])
+    copies = cold_copies(shape[0] * shape[1] * a.element_size())
+    weights = cycle([_random(shape, op, device) for _ in range(copies)])
     return peer_seconds(lambda: torch.nn.functional.linear(a, next(weights)), device)
 
 

@@ -222,7 +222,7 @@ def apply_index_map(
     exprs = tuple(e.xreplace(bound) for e in index_map.exprs)
     if 0 in shape:
         return x.new_empty(shape)
-    offset, strides = _memory_map(exprs, tuple(x.shape), shape)
+    offset, strides = memory_map(exprs, tuple(x.shape), shape)
     if strides is not None:
         return x.contiguous().as_strided(shape, strides, x.contiguous().storage_offset() + offset)
     grids = torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")
@@ -233,7 +233,7 @@ def apply_index_map(
 
 
 @lru_cache(maxsize=4096)
-def _memory_map(
+def memory_map(
     exprs: tuple[sympy.Expr, ...], source: tuple[int, ...], shape: tuple[int, ...]
 ) -> tuple[int, tuple[int, ...] | None]:
     """Offset and strides of the map into a contiguous ``source``; strides None when it is not affine."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.chart_results import Chart, Point, Prompt
-from benchmarks.gpu_results import Found, GpuCheck, KernelTime, LayerTime
+from benchmarks.gpu_results import CompiledKernel, Found, GpuCheck, KernelTime, LayerTime
 from benchmarks.quality_results import Closeness, QualityResults, Similarity
 from benchmarks.results import (
     EAGER,
@@ -125,6 +125,7 @@ def made_up_check(scale: str = "paper", seconds: float = 2e-3) -> GpuCheck:
         bandwidth=4e9,
         half_flops=1e12,
         kernels=(kernel,),
+        torch_kernels=(CompiledKernel("decode_b1", "matmul_1", 4_000_000, 1000, 4e-3),),
         layers=(
             LayerTime(EAGER, "decode", 1, 64, 10, (0.01,)),
             LayerTime(BF16, "decode", 1, 64, 10, (0.005,)),

@@ -116,7 +116,7 @@ def test_a_run_adds_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
     first = run(chart.main, *common, "--systems", "eager")
     assert first.exit_code == 0, first.output
     found = stored.of_file(Chart, tmp_path / "chart.json")
-    assert [p.key[1:] for p in found.points] == [(1, 16), (1, 48), (2, 16)]
+    assert [p.key[1:] for p in found.points] == [(1, 16), (2, 16)]
     assert [(p.size, p.prefill is not None) for p in found.prompts] == [(16, False), (32, True)]
     assert all(p.peak_bytes[EAGER] > 0 for p in found.points)
     with monkeypatch.context() as patch:
@@ -126,9 +126,9 @@ def test_a_run_adds_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
     assert more.exit_code == 0, more.output
     points = stored.of_file(Chart, tmp_path / "chart.json").points
     int8 = f"{OURS} int8"
-    assert [[s.system for s in p.decode.series] for p in points] == [[EAGER, int8]] * 3
+    assert [[s.system for s in p.decode.series] for p in points] == [[EAGER, int8]] * 2
     assert all(p.arena_bytes[int8] > 0 and p.peak_bytes[int8] > 0 for p in points)
-    assert [p.decode.of(int8).batch for p in points] == [1, 1, 2]  # type: ignore[union-attr]
+    assert [p.decode.of(int8).batch for p in points] == [1, 2]  # type: ignore[union-attr]
 
 
 def test_a_run_that_is_cut_off_keeps_its_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,18 +137,18 @@ def test_a_run_that_is_cut_off_keeps_its_points(tmp_path: Path, monkeypatch: pyt
     measured = chart_run.measured
 
     def cut_off(task: Task, *others: Any) -> Any:
-        asked.append((task.name, task.size))
+        asked.append(task.name)
         if len(asked) == 2:
             raise KeyboardInterrupt
         return measured(task, *others)
 
     monkeypatch.setattr(chart_run, "measured", cut_off)
-    common = (*TINY, "--systems", "eager", "--points", "1:16,1:48", "--output", str(file))
+    common = (*TINY, "--systems", "eager", "--points", "1:16,2:16", "--output", str(file))
     assert run(chart.main, *common).exit_code != 0
-    assert [p.context for p in stored.of_file(Chart, file).points] == [16]
+    assert [p.batch for p in stored.of_file(Chart, file).points] == [1]
     assert run(chart.main, *common).exit_code == 0
-    assert [p.context for p in stored.of_file(Chart, file).points] == [16, 48]
-    assert asked == [("decode", 16), ("decode", 48), ("decode", 48)]
+    assert [p.batch for p in stored.of_file(Chart, file).points] == [1, 2]
+    assert asked == ["decode"] * 3
 
 
 class Broken:

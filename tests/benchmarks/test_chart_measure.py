@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,15 +25,19 @@ class Hungry:
     batch = 1
     most = 9
     holding: set[str] = set()  # noqa: RUF012 - of all
+    runs: list[str] = []  # noqa: RUF012 - of all
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def decode(self, _ids: Tensor, _tokens: int) -> float:
+    def decode(self, _ids: Tensor, _tokens: int = 0) -> float:
         if len(self.holding | {self.name}) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.holding.add(self.name)
+        self.runs.append(self.name)
         return 1.0
+
+    prefill = decode
 
     def bytes_per_step(self, context: int) -> int:
         return context
@@ -58,6 +63,15 @@ def test_systems_that_do_not_fit_together_are_measured_one_by_one(
     assert found.measure.probe == (2.0, 2.0)
     assert found.left_out == {}
     assert Hungry.holding == set()
+
+
+@pytest.mark.parametrize(("name", "untimed"), [("decode", 2), ("prefill", 3)])
+def test_no_run_is_wasted(name: str, untimed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each takes seconds: one to get ready, one that tells the memory and warms up, and one more of a forward,
+    as that is but one call of what may be recorded at the second."""
+    monkeypatch.setattr(Hungry, "runs", [])
+    measured(replace(TASK, name=name), [Hungry(name) for name in "ab"], conditions())
+    assert sorted(Hungry.runs) == sorted("ab" * (untimed + 2))
 
 
 def test_what_does_not_fit_alone_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tilewright as tw
 from benchmarks import gpu_check, gpu_parts, peers, stored
 from benchmarks.chart_results import Chart
 from benchmarks.gpu_check import Check, ended, merged
@@ -17,6 +19,7 @@ from benchmarks.gpu_results import Found, GpuCheck
 from benchmarks.gpu_scales import SCALES
 from benchmarks.large_models import with_random_values
 from benchmarks.step_gaps import StepGap
+from benchmarks.torch_kernels import Kernel
 
 from .sample_results import BF16, made_up_check
 from .test_chart import run
@@ -30,6 +33,10 @@ def check(file: Path, seconds: float = 100) -> Check:
 def test_a_check_is_stored_and_read_again(tmp_path: Path) -> None:
     file = stored.save(made_up_check(), tmp_path / "c.json")
     assert stored.of_file(GpuCheck, file) == made_up_check()
+    data = json.loads(file.read_text())
+    del data["found"]["torch_kernels"]  # files have been without
+    file.write_text(json.dumps(data))
+    assert stored.of_file(GpuCheck, file).found.torch_kernels == ()
 
 
 def test_every_kernel_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,6 +53,40 @@ def test_every_kernel_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert programs == {"decode_b1", "decode_b2", "prefill"}
     assert all(len(k.seconds) == 5 and k.bytes > 0 for k in found.kernels)
     assert any(k.peer > 0 for k in found.kernels)
+
+
+def test_every_kernel_is_set_beside_torch_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those at batch 1 first, what fails with its reason; when the time is over the others are named, and what was
+    found before is in the file."""
+    file, done = tmp_path / "part.json", []
+
+    def seconds(kernel: Kernel) -> float:
+        done.append(kernel.step.name)
+        if len(done) == 2:
+            raise RuntimeError("no such op")
+        if len(done) == 3:
+            assert [c.seconds for c in gpu_parts.read(file)[0].torch_kernels] == [1e-3, 0.0]
+            now = time.monotonic()
+            monkeypatch.setattr(gpu_parts.time, "monotonic", lambda: now + 1000)
+        return 1e-3
+
+    def compiled(*_: object) -> tuple[object, str]:
+        source = with_random_values("tiny-llama", torch.device("cpu"), 64)
+        return tw.compile(source, batch_sizes=(1, 2), max_length=64, backend="reference"), "compiled"
+
+    monkeypatch.setattr(gpu_parts._Part, "_compiled", compiled)
+    monkeypatch.setattr(gpu_parts.torch_kernels, "seconds", seconds)
+    result = run(
+        gpu_parts.main, gpu_parts.TORCH_KERNELS, "--scale", "tiny", "--device", "cpu", "--into", str(file)
+    )
+    assert result.exit_code == 0, result.output
+    found, said = gpu_parts.read(file)
+    assert [c.seconds for c in found.torch_kernels[:4]] == [1e-3, 0.0, 1e-3, 0.0]
+    assert [c.why for c in found.torch_kernels[:4]] == ["", "RuntimeError: no such op", "", "no time left"]
+    programs = [c.program.removesuffix("_vendor") for c in found.torch_kernels]
+    assert list(dict.fromkeys(programs)) == ["decode_b1", "prefill", "decode_b2"]
+    assert "RuntimeError: no such op" in said
+    assert len(done) == 3
 
 
 def test_parts_end_up_in_one_file(tmp_path: Path) -> None:
@@ -137,13 +178,14 @@ def test_the_parts_of_a_gpu_fit_the_plan() -> None:
         assert set(plan.seconds) - {"tests", "chart", "chart, torch.compile"} == set(gpu_parts.PARTS), name
         assert gpu_check._chosen("", plan) == list(plan.seconds)
         assert gpu_check._chosen("tuned,chart, torch.compile", plan) == ["chart, torch.compile", "tuned"]
+        assert gpu_check._chosen("kernels,torch.compile,chart", plan) == ["chart", gpu_parts.TORCH_KERNELS]
 
 
 def test_a_file_is_shown(tmp_path: Path) -> None:
     file = stored.save(made_up_check(), tmp_path / "c.json")
     result = run(gpu_check.main, "--show", str(file))
     assert result.exit_code == 0, result.output
-    for said in ("of floor", "matmul_1", "50%", "Targets", "tests: 3 passed"):
+    for said in ("of floor", "matmul_1", "50%", "torch.compile", "4000.0", "Targets", "tests: 3 passed"):
         assert said in result.output
     stored.save(made_up_check().found.chart or Chart, file)
     assert run(gpu_check.main, "--show", str(file)).exit_code != 0
@@ -159,8 +201,6 @@ def test_a_gap_is_what_the_model_does_not_take() -> None:
 
 def test_the_vendor_is_asked_for_the_same_work() -> None:
     """Products and attention have a peer, other kernels have none."""
-    import tilewright as tw
-
     fast = tw.compile(
         with_random_values("tiny-opt", torch.device("cpu"), 64), max_length=64, backend="reference"
     )
