@@ -115,6 +115,7 @@ class _Part:
     def torch_kernels(self) -> str:
         """What torch.compile makes of each kernel of the same programs, of those at batch 1 first."""
         fast, said = self._compiled("off")
+        torch_kernels.get_ready(self.device)
         engine, end = fast._tilewright.engine, time.monotonic() + self.plan.torch_kernels
         executors = sorted((engine.prefill_executor, *engine.decode_executors.values()), key=_order)
         for executor in executors:

@@ -76,6 +76,7 @@ def test_every_kernel_is_set_beside_torch_compile(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(gpu_parts._Part, "_compiled", compiled)
     monkeypatch.setattr(gpu_parts.torch_kernels, "seconds", seconds)
+    monkeypatch.setattr(gpu_parts.torch_kernels, "get_ready", lambda _: None)
     result = run(
         gpu_parts.main, gpu_parts.TORCH_KERNELS, "--scale", "tiny", "--device", "cpu", "--into", str(file)
     )

@@ -127,7 +127,10 @@ def test_a_check_of_a_gpu_has_its_section(tmp_path: Path) -> None:
     stored.save(made_up_check(), tmp_path / "a.json")
     stored.save(replace(made_up_check(seconds=9.0), date="2025"), tmp_path / "old.json")
     text = readme.current(tmp_path)
-    assert "| decode_b1: matmul_1 | 2000.0 | 1000.0 | 50% | 2.00 GB/s | – | 3000.0 |" in text.splitlines()
+    assert (
+        "| decode_b1: matmul_1 | 2000.0 | 1000.0 | 50% | 2.00 GB/s | – | 3000.0 | 4000.0 |"
+        in text.splitlines()
+    )
     assert "| llama2-7b: compiling, untuned | ≤ 30.0 s | 25.0 s | yes |" in text.splitlines()
     assert "Some GPU; random weights; torch 2.0" in text
     assert "2026-01-02; `python -m benchmarks.gpu_check`" in text
