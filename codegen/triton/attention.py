@@ -191,8 +191,9 @@ class _Attention:
 
     def _inner(self, low: str, high: str, query: str) -> str:
         """Where the blocks end that every query of the tile sees whole: nowhere, if the mask hides some of them. A
-        single query has one loop: a second one would wait for its first block once more."""
-        if self.sizes.queries == 1 or self.op.attr("window"):
+        single query has one loop: a second one would wait for its first block once more. So have wide types, whose
+        operands leave no registers for a second one."""
+        if self.sizes.queries == 1 or self.op.attr("window") or self.dtype.itemsize > 2:
             return ""
         base = self.base
         end = f"tl.minimum({high}, tl.min({query}) + 1)" if self.op.attr("causal") else high
@@ -282,9 +283,10 @@ class _Attention:
         v_mask = " & ".join(m for m in (f"({column} < {high})" if edge else "", e_ok) if m)
         address = self._address(self.k, (BATCH, GROUP, KEY, COLUMN), {KEY: row, COLUMN: d})
         k = self._cached(scope, address, k_mask, "k")
-        # Values are asked for at once: a walk of few blocks has nothing else under way while it looks at its keys.
         address = self._address(self.v, (BATCH, GROUP, KEY, COLUMN), {KEY: column, COLUMN: e})
-        v = self._cached(scope, address, v_mask, "v")
+        values = partial(self._cached, scope, address, v_mask, "v")
+        # A single query walks few blocks: it has nothing else under way while it looks at its keys.
+        early = values() if self.sizes.queries == 1 else ""
         scores = scope.bind(self._dot(over.q, k) + ("" if self.waits else f" * {self.scale!r}"), "scores")
         if cap := op.attr("softcap"):
             bounded = TRITON["tanh"]((f"{scores} * {1.0 / float(cap)!r}",), compute_dtype(self.dtype))
@@ -297,6 +299,7 @@ class _Attention:
             scores = scope.bind(f"tl.where({seen}, {scores}, {MASKED})", "scores")
 
         def multiply(p: str) -> str:
+            v = early or values()
             weights = (
                 p if self.dtype in (DType.f32, DType.f64) else scope.bind(f"{p}.to({v}.dtype)", "weights")
             )

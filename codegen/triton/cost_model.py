@@ -27,7 +27,7 @@ from .tiling import Tile
 from .work import AttentionWork, ProductWork, RecurrentWork, StreamWork, Work
 
 INFEASIBLE = math.inf
-_REGISTERS = 65536  # 32-bit, of a multiprocessor
+REGISTERS = 65536  # 32-bit, of a multiprocessor
 _MOST_REGISTERS = 224  # of a thread; the assembler has 255 and needs some room
 _WARPS = 64  # of a multiprocessor
 _PROGRAMS = 32
@@ -65,7 +65,7 @@ class Load:
         if self.registers > _MOST_REGISTERS or self.shared > device.shared:
             return 0
         by_shared = device.shared // self.shared if self.shared else _PROGRAMS
-        by_registers = _REGISTERS // (max(32, self.registers) * self.threads)
+        by_registers = REGISTERS // (max(32, self.registers) * self.threads)
         return min(_PROGRAMS, by_shared, by_registers, _WARPS * 32 // self.threads)
 
 

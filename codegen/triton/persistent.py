@@ -22,6 +22,7 @@ from sympy import Integer
 from tilewright.ir.module import Op
 from tilewright.ir.program import Program, Routine
 
+from .cost_model import REGISTERS
 from .environment import Environment
 from .kernel import Body, KernelSource, launch_options, print_body, signature
 from .plan import Plan, plan_parts
@@ -56,7 +57,7 @@ def persistent_kernels(program: Program, env: Environment, residents: int) -> tu
     residents: programs on each multiprocessor.
     """
     programs = 1 if env.interpret else residents * env.device.multiprocessors
-    bodies = {r.name: _bodies(r, env) for r in program.routines if _is_suitable(r)}
+    bodies = {r.name: _bodies(r, env, residents) for r in program.routines if _is_suitable(r)}
     return tuple(
         _print(identifier(f"{name}_persistent"), found, env, programs)
         for name, found in bodies.items()
@@ -68,17 +69,20 @@ def _is_suitable(routine: Routine) -> bool:
     return len(routine.steps) > 1 and all(s.op.opcode == "kernel" for s in routine.steps)
 
 
-def _bodies(routine: Routine, env: Environment) -> list[tuple[Body, list[Tile]]]:
-    """The kernels' bodies, printed for one number of warps."""
+def _bodies(routine: Routine, env: Environment, residents: int) -> list[tuple[Body, list[Tile]]]:
+    """The kernels' bodies, printed for one number of warps, which may use all registers that so many programs leave."""
     planned: list[tuple[Op, tuple[Plan, ...], list[Tile]]] = []
     for step in routine.steps:
         plans = plan_parts(step.op, env.sizes)
         planned.append((step.op, plans, env.tiles(step.op, plans)))
     warps = max(t.num_warps for _, _, tiles in planned for t in tiles)
+    registers = min(255, REGISTERS // (max(1, residents) * 32 * warps) // 8 * 8)
     found = []
     for op, plans, tiles in planned:
         own = [
-            replace(t, num_warps=warps, max_registers=0, persistent=0, dependent=False, descriptors=False)
+            replace(
+                t, num_warps=warps, max_registers=registers, persistent=0, dependent=False, descriptors=False
+            )
             for t in tiles
         ]
         found.append((print_body(op, env, plans, own), own))
