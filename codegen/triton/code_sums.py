@@ -68,9 +68,12 @@ class CodeSums:
         base.close(groups.scope)
         n = index_range(base, "n", pid, printer.block_n, printer.tile.block_n, printer.columns, "")
         for dot, names in sums.items():
-            context.bound[dot] = Operand(self._scaled(self.weights[dot], self._joined(names), n), base)
+            context.bound[dot] = Operand(
+                self._scaled(self.weights[dot], self._joined(names, groups.block_g), n), base
+            )
         for reduce, name in totals.items():
-            context.bound[reduce] = Operand(base.bind(f"tl.sum({_folded(name)}, axis=0)", name), base)
+            total = base.bind(f"tl.sum(tl.sum(tl.sum({name}, axis=2), axis=1), axis=0)", name)
+            context.bound[reduce] = Operand(total, base)
 
     def _zeros(self, hint: str, shape: str) -> str:
         name = self.printer.base.names.fresh(hint)
@@ -155,15 +158,16 @@ class CodeSums:
         """Whether a weight's only factor is that of a whole row, and may wait until its sum is complete."""
         return weight.minimum is None and self.printer.form.k.symbol not in free_symbols(weight.scale)
 
-    def _joined(self, names: Sequence[str]) -> str:
-        """The sums of all columns as one block."""
+    def _joined(self, names: Sequence[str], units: str) -> str:
+        """The sums of all columns as one block, folded together: warps then wait for each other once."""
         base = self.printer.base
         if len(names) == 1:
-            return base.bind(_folded(names[0]), "dot")
-        lane, text = base.bind(f"tl.arange(0, {self.printer.block_n})", "lane"), "0.0"
-        for number in reversed(range(len(names))):
-            text = f"tl.where({lane} == {number}, {base.bind(_folded(names[number]), 'dot')}, {text})"
-        return base.bind(text, "dot")
+            return base.bind(f"tl.sum(tl.sum({names[0]}, axis=2), axis=1)", "dot")
+        joined = list(names)
+        while len(joined) > 1:
+            pairs = zip(joined[: len(joined) // 2], joined[len(joined) // 2 :], strict=True)
+            joined = [base.bind(f"tl.join({a}, {b})", "sums") for a, b in pairs]
+        return base.bind(f"tl.sum(tl.reshape({joined[0]}, [{units}, {len(names)}]), axis=0)", "dot")
 
     def _scaled(self, weight: Weight, text: str, n: Block) -> str:
         if not self._hoisted(weight):
@@ -175,11 +179,6 @@ class CodeSums:
 def _sum(text: str) -> str:
     """The sum of each unit, which stays in its thread."""
     return f"tl.sum({text}, axis=2, keep_dims=True)"
-
-
-def _folded(name: str) -> str:
-    """Sums of units, [columns, units, 1], added up."""
-    return f"tl.sum(tl.sum({name}, axis=2), axis=1)"
 
 
 def _unpacked(column: Context, code: Node) -> tuple[str, int]:
