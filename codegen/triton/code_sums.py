@@ -10,18 +10,19 @@ one; where a program has more than so many sums, its columns are a block, which 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tilewright.ir.loops import Apply, Const, Dot, Index, Load, Node, Reduce, free_symbols
+from sympy import Expr, Symbol
+
+from tilewright.ir.loops import Apply, Dot, Load, Node, Reduce
 from tilewright.ir.types import DType
 
-from .codes import GROUP, PLACE, Codes, GroupLoop, Weight, unit_of, weight_of
+from .codes import GROUP, PLACE, Codes, GroupLoop, Weight, unit_of, unpacked, weight_of, whole_weight
 from .expression import Block, Context, Operand, flatten
 from .product import N, ProductPrinter, index_range
 from .row_loops import HINTS, K
 from .text import deepest, print_index
-from .unpack import CODE_BIAS
 
 MOST_SUMS = 16
 """Sums of a program that are printed one by one."""
@@ -36,6 +37,16 @@ def code_sums(printer: ProductPrinter, reduces: Sequence[Reduce]) -> CodeSums | 
         return None
     shared = tuple(r for r in reduces if r.kind == "sum" and r.dtype is DType.f32)
     return CodeSums(printer, unit, found, shared)
+
+
+class _Row(Context):
+    """Vectors in bfloat16 are widened two elements at a time."""
+
+    def load(self, node: Load, convert: bool) -> Operand:
+        if not convert or node.dtype is not DType.bf16 or PLACE not in self.varies(node):
+            return super().load(node, convert)
+        value = super().load(node, convert=False)
+        return Operand(value.scope.bind(f"widen({value.text})", value.text), value.scope)
 
 
 @dataclass(frozen=True)
@@ -68,9 +79,12 @@ class CodeSums:
         base.close(groups.scope)
         n = index_range(base, "n", pid, printer.block_n, printer.tile.block_n, printer.columns, "")
         for dot, names in sums.items():
-            context.bound[dot] = Operand(self._scaled(self.weights[dot], self._joined(names), n), base)
+            context.bound[dot] = Operand(
+                self._scaled(self.weights[dot], self._joined(names, groups.block_g), n), base
+            )
         for reduce, name in totals.items():
-            context.bound[reduce] = Operand(base.bind(f"tl.sum({_folded(name)}, axis=0)", name), base)
+            total = base.bind(f"tl.sum(tl.sum(tl.sum({name}, axis=2), axis=1), axis=0)", name)
+            context.bound[reduce] = Operand(total, base)
 
     def _zeros(self, hint: str, shape: str) -> str:
         name = self.printer.base.names.fresh(hint)
@@ -92,12 +106,17 @@ class CodeSums:
             columns.append(Block(text, mask, base, printer.columns))
         return columns
 
+    def _row(self, axes: Mapping[Symbol, Expr], groups: GroupLoop) -> Context:
+        context = self.printer.context
+        row = _Row(
+            context.base, context.pointers, context.axes, context.blocks, context.shared, context.bound
+        )
+        return row.extended(axes, groups.blocks)
+
     def _elements(self, half: int, groups: GroupLoop) -> str:
         """The row's elements that belong to a half of each byte, in float32 and zero beyond the last."""
         a, operand = self.printer.form.a, self.printer.operand
-        row = self.printer.context.extended(
-            {self.printer.form.k.symbol: self.unit.column(half)}, groups.blocks
-        )
+        row = self._row({self.printer.form.k.symbol: self.unit.column(half)}, groups)
         value = _pairs(row, a) or row.operand(a, operand)
         value = row.shaped(value, a, (GROUP, PLACE), groups.shape("1"), "a")
         text = f"widen({value.text})" if operand is DType.bf16 else f"{value.text}.to(tl.float32)"
@@ -110,7 +129,7 @@ class CodeSums:
     def _reduce(self, reduce: Reduce, name: str, half: int, groups: GroupLoop) -> None:
         digits, _ = flatten(reduce.axes, K)
         axes = {s: e.xreplace({K: self.unit.column(half)}) for s, e in digits.items()}
-        row = self.printer.context.extended(axes, groups.blocks)
+        row = self._row(axes, groups)
         value = row.shaped(row.named(reduce.body), reduce.body, (GROUP, PLACE), groups.shape("1"))
         mask = groups.blocks[GROUP].mask
         text = groups.scope.bind(f"tl.where({mask}, {value.text}, 0.0)") if mask else value.text
@@ -125,21 +144,15 @@ class CodeSums:
         for half, a in enumerate(row):
             axes = {**printer.column_axes, printer.form.k.symbol: self.unit.column(half)}
             column = printer.context.extended(axes, {**groups.blocks, N: n})
-            code, bias = _unpacked(column, weight.code)
-            terms.append(
-                _sum(f"{a} * {code}" if apart else f"{a} * {self._whole(column, weight, code, bias)}")
-            )
+            if not apart:
+                terms.append(_sum(f"{a} * {whole_weight(column, weight, DType.f32)}"))
+                continue
+            code, bias = unpacked(column, weight.code)
+            terms.append(_sum(f"{a} * {code}"))
         text = scope.bind(" + ".join(terms), "part")
         if apart:
             text = self._with_factors(column, weight, text, bias, row)
         scope.line(f"{name} += {text}")
-
-    def _whole(self, column: Context, weight: Weight, code: str, bias: int) -> str:
-        """A weight as it is."""
-        text = f"({code} - {float(bias)}) * {column.named(weight.scale).text}"
-        if weight.minimum is not None:
-            text = f"{text} + {column.named(weight.minimum).text}"
-        return column.blocks[GROUP].scope.bind(text, "weight")
 
     def _with_factors(self, column: Context, weight: Weight, text: str, bias: int, row: Sequence[str]) -> str:
         """The sums of a row's products with codes, ``text``, as those with weights."""
@@ -147,26 +160,23 @@ class CodeSums:
         if bias or weight.minimum is not None:
             whole = scope.bind(" + ".join(map(_sum, row)), "whole")
             text = scope.bind(f"{text} - {whole} * {float(bias)}", "part") if bias else text
-        if not self._hoisted(weight):
+        if not weight.is_scaled_once(self.printer.form.k.symbol):
             text = f"{text} * {column.named(weight.scale).text}"
         return text if weight.minimum is None else f"{text} + {whole} * {column.named(weight.minimum).text}"
 
-    def _hoisted(self, weight: Weight) -> bool:
-        """Whether a weight's only factor is that of a whole row, and may wait until its sum is complete."""
-        return weight.minimum is None and self.printer.form.k.symbol not in free_symbols(weight.scale)
-
-    def _joined(self, names: Sequence[str]) -> str:
-        """The sums of all columns as one block."""
+    def _joined(self, names: Sequence[str], units: str) -> str:
+        """The sums of all columns as one block, folded together: warps then wait for each other once."""
         base = self.printer.base
         if len(names) == 1:
-            return base.bind(_folded(names[0]), "dot")
-        lane, text = base.bind(f"tl.arange(0, {self.printer.block_n})", "lane"), "0.0"
-        for number in reversed(range(len(names))):
-            text = f"tl.where({lane} == {number}, {base.bind(_folded(names[number]), 'dot')}, {text})"
-        return base.bind(text, "dot")
+            return base.bind(f"tl.sum(tl.sum({names[0]}, axis=2), axis=1)", "dot")
+        joined = list(names)
+        while len(joined) > 1:
+            pairs = zip(joined[: len(joined) // 2], joined[len(joined) // 2 :], strict=True)
+            joined = [base.bind(f"tl.join({a}, {b})", "sums") for a, b in pairs]
+        return base.bind(f"tl.sum(tl.reshape({joined[0]}, [{units}, {len(names)}]), axis=0)", "dot")
 
     def _scaled(self, weight: Weight, text: str, n: Block) -> str:
-        if not self._hoisted(weight):
+        if not weight.is_scaled_once(self.printer.form.k.symbol):
             return text
         column = self.printer.context.extended(self.printer.column_axes, {N: n})
         return self.printer.base.bind(f"{text} * {column.named(weight.scale).text}", "dot")
@@ -175,36 +185,6 @@ class CodeSums:
 def _sum(text: str) -> str:
     """The sum of each unit, which stays in its thread."""
     return f"tl.sum({text}, axis=2, keep_dims=True)"
-
-
-def _folded(name: str) -> str:
-    """Sums of units, [columns, units, 1], added up."""
-    return f"tl.sum(tl.sum({name}, axis=2), axis=1)"
-
-
-def _unpacked(column: Context, code: Node) -> tuple[str, int]:
-    """Codes as float32, and what they are too large by."""
-    half = _half(column, code)
-    if half is not None:
-        value = column.load(half[0], convert=False)
-        return value.scope.bind(f"{half[1]}_codes({value.text})", "code"), CODE_BIAS
-    if isinstance(code, Load) and code.dtype is DType.i8:
-        value = column.load(code, convert=False)
-        return value.scope.bind(f"bytes_to_float({value.text})", "code"), 0
-    value = column.named(code)
-    return value.scope.bind(f"{value.text}.to(tl.float32)", "code"), 0
-
-
-def _half(column: Context, code: Node) -> tuple[Load, str] | None:
-    """The bytes of which codes are the "low" or the "high" four bits; None for other codes."""
-    match code:
-        case Apply(
-            op="and",
-            args=(Apply(op="shr", args=(Load(dtype=DType.u8) as load, Index(expr=shift))), Const(value=15)),
-        ):
-            which = {0: "low", 4: "high"}.get(column.over_blocks(shift))
-            return (load, which) if which else None
-    return None
 
 
 def _pairs(row: Context, a: Node) -> Operand | None:

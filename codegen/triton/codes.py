@@ -1,7 +1,7 @@
-"""Weights that are stored as codes with a scale per group of columns, as both templates for products read them.
+"""Weights that are stored as codes, scale * code + minimum, as both templates for products read them.
 
-They are walked group by group, in blocks of [rows of the weight, groups, places], so that a scale is loaded once.
-Where two columns share a byte (int4), a sum over k becomes two sums over bytes j,
+They are walked in blocks of [rows of the weight, groups, places]: columns of a group share their factors, which are
+thus loaded once. Where two columns share a byte (int4), a sum over k becomes two sums over bytes j,
 
     sum over k of a[k] * w[k]  =  sum over halves h, bytes j of a[k(j, h)] * w[k(j, h)],   k = 8 (j // 4) + 4 h + j % 4
 
@@ -16,12 +16,13 @@ from math import gcd
 from sympy import Expr, Integer, Symbol
 
 from tilewright.ir.index import FloorDiv, Mod, sym
-from tilewright.ir.loops import Apply, Index, Load, MatmulForm, Node
+from tilewright.ir.loops import Apply, Const, Index, Load, MatmulForm, Node, free_symbols
 from tilewright.ir.types import DType
 
-from .expression import Block
+from .expression import Block, Context
 from .row_loops import K, below
-from .text import Scope, print_index
+from .text import Scope, deepest, print_index
+from .unpack import CODE_BIAS
 
 GROUP, PLACE = sym("group"), sym("place")
 """Block symbols: a group of columns, and a byte in it."""
@@ -60,6 +61,10 @@ class Weight:
     code: Node
     scale: Node
     minimum: Node | None
+
+    def is_scaled_once(self, k: Symbol) -> bool:
+        """Whether its only factor is that of a whole row, and may wait until a sum over k is complete."""
+        return self.minimum is None and k not in free_symbols(self.scale)
 
 
 def weight_of(b: Node) -> Weight | None:
@@ -176,3 +181,42 @@ class GroupLoop:
     def shape(self, first: str) -> str:
         """The shape of a block of ``first`` columns of the result."""
         return f"[{first}, {self.block_g}, {self.places}]"
+
+
+def unpacked(column: Context, code: Node) -> tuple[str, int]:
+    """Codes as float32, and what they are too large by."""
+    half = _half(column, code)
+    if half is not None:
+        value = column.load(half[0], convert=False)
+        return value.scope.bind(f"{half[1]}_codes({value.text})", "code"), CODE_BIAS
+    if isinstance(code, Load) and code.dtype is DType.i8:
+        value = column.load(code, convert=False)
+        return value.scope.bind(f"bytes_to_float({value.text})", "code"), 0
+    value = column.named(code)
+    return value.scope.bind(f"{value.text}.to(tl.float32)", "code"), 0
+
+
+def _half(column: Context, code: Node) -> tuple[Load, str] | None:
+    """The bytes of which codes are the "low" or the "high" four bits; None for other codes."""
+    match code:
+        case Apply(
+            op="and",
+            args=(Apply(op="shr", args=(Load(dtype=DType.u8) as load, Index(expr=shift))), Const(value=15)),
+        ):
+            which = {0: "low", 4: "high"}.get(column.over_blocks(shift))
+            return (load, which) if which else None
+    return None
+
+
+def whole_weight(column: Context, weight: Weight, rounded: DType) -> str:
+    """A weight in float32, as exact as one that is ``rounded`` next need be."""
+    code, bias = unpacked(column, weight.code)
+    scale = column.named(weight.scale)
+    scope, added = deepest((scale.scope, column.blocks[GROUP].scope)), ""
+    if weight.minimum is not None:
+        added = column.named(weight.minimum).text
+    if bias and added and rounded is not DType.f32:
+        added = scope.bind(f"{added} - {scale.text} * {float(bias)}", "minimum")
+    elif bias:
+        code = f"({code} - {float(bias)})"
+    return scope.bind(f"{code} * {scale.text}" + (f" + {added}" if added else ""), "weight")

@@ -17,12 +17,14 @@ import sympy
 from sympy import Expr, Symbol
 
 from tilewright.ir.index import linear_index
-from tilewright.ir.loops import Dot, Node, Segment
+from tilewright.ir.loops import Apply, Dot, Node, Segment
+from tilewright.ir.types import DType
 
-from .codes import GROUP, PLACE, Codes, GroupLoop, stored_codes
+from .codes import GROUP, PLACE, Codes, GroupLoop, Weight, stored_codes, weight_of, whole_weight
 from .descriptors import LARGEST, advances_by_one, descriptor_of, matrix_load
 from .expression import Block, Context, Operand
 from .matvec import VectorPrinter
+from .pointwise_ops import TRITON_TYPES
 from .product import M, N, Product, ProductPrinter, index_range, multiply_add
 from .row_loops import K, KBlock, RowLoop, Stage
 from .text import Scope, ceil_div, print_index
@@ -127,13 +129,29 @@ class _TilePrinter(ProductPrinter):
             return row
 
         loop.run(stage, k, body, context)
-        context.bound.update({dot: Operand(name, self.base) for dot, name in names.items()})
+        context.bound.update({dot: self._scaled(dot, name) for dot, name in names.items()})
+
+    def _scaled_once(self, dot: Dot) -> Weight | None:
+        """The weight of a product whose sums may have its only factor: every operand dtype holds a byte exactly."""
+        weight = weight_of(dot.b)
+        small = weight is not None and weight.code.dtype.itemsize == 1
+        return weight if weight and small and weight.is_scaled_once(self.form.k.symbol) else None
+
+    def _scaled(self, dot: Dot, name: str) -> Operand:
+        """The sum of a product, with the factor that it has yet to get."""
+        weight = self._scaled_once(dot)
+        if weight is None:
+            return Operand(name, self.base)
+        scale = self.context.extended(self.column_axes, {N: self.n}).named(weight.scale)
+        return Operand(self.base.bind(f"{name} * {scale.text}", "dot"), self.base)
 
     def _factor(self, dot: Dot, scope: Scope, k: KBlock, start: str) -> str:
         """The b tile, computed or loaded by address."""
         blocks = {N: self.n, K: k.index(scope, start, self.row_lanes, "kb")}
         column = self.context.extended({**self.column_axes, self.form.k.symbol: K}, blocks)
-        b = column.operand(dot.b, self.operand)
+        weight = self._scaled_once(dot)
+        factor = dot.b if weight is None else Apply(DType.f32, "cast", (weight.code,))
+        b = column.operand(factor, self.operand)
         return column.shaped(b, dot.b, (K, N), self._across(self.block_k, self.block_n), "b").text
 
     def _copied(self, factor: Node, lane: Symbol, scope: Scope, k: KBlock, start: str) -> str:
@@ -185,13 +203,20 @@ class _TilePrinter(ProductPrinter):
                 {**self.column_axes, k: codes.column(half)}, {**groups.blocks, N: n}
             )
             for dot, name in names.items():
-                b = column.operand(dot.b, self.operand)
-                b = column.shaped(b, dot.b, (N, GROUP, PLACE), shape, "b")
+                b = column.shaped(self._weight(column, dot.b), dot.b, (N, GROUP, PLACE), shape, "b")
                 flat = f"tl.reshape({b.text}, [{block_n}, {block_j}])"
                 b_tile = scope.bind(flat if self.tile.transposed else f"tl.trans({flat})", "b_tile")
                 scope.line(f"{name} = {self._dot(a, b_tile, name)}")
         base.close(scope)
         context.bound.update({dot: Operand(name, base) for dot, name in names.items()})
+
+    def _weight(self, column: Context, b: Node) -> Operand:
+        """A right operand that is made of codes, rounded as it is multiplied."""
+        weight, scope = weight_of(b), column.blocks[GROUP].scope
+        if weight is None:
+            return column.operand(b, self.operand)
+        value = whole_weight(column, weight, self.operand)
+        return Operand(scope.bind(f"{value}.to({TRITON_TYPES[self.operand]})", "b"), scope)
 
     def _dot(self, a: str, b: str, name: str) -> str:
         left, right = (b, a) if self.tile.transposed else (a, b)

@@ -81,13 +81,14 @@ def quantized(kind: str, layout: str, rows: str, group: int = 0) -> Case:
 
 @case(
     "quantized_gated",
-    *((kind, dtype) for kind in KINDS for dtype in (DType.f32, DType.f16, DType.bf16)),
+    *((kind, dtype, "one") for kind in KINDS for dtype in (DType.f32, DType.f16, DType.bf16)),
+    *((kind, DType.bf16, "four") for kind in KINDS),
 )
-def quantized_gated(kind: str, dtype: DType) -> Case:
+def quantized_gated(kind: str, dtype: DType, rows: str) -> Case:
     """RMSNorm whose row scale was commuted past the product, silu(gate) * up: a sum over the row beside two dots, from
     elements that are a product themselves."""
     b = Builder()
-    x = b.param_value("x", rows_type(dtype, "one", 96))
+    x = b.param_value("x", rows_type(dtype, rows, 96))
     g = b.param_value("g", tensor_type(dtype, [96]))
     w, given = stored(b, "w", (88, 96), kind, "rows", dtype)
     y = b.add("mul", cast(b, b.add("matmul", b.add("mul", x, g), w), DType.f32), rms_scale(b, x))

@@ -131,7 +131,6 @@ def test_small_tiles_match_reference(name: str, interpret: Callable[[str], list[
 
 
 CODES = [n for n in CASES if n.startswith("quantized") and "one" in n.split("-")]
-CODES += [n for n in CASES if n.startswith("quantized_gated")]
 
 
 @pytest.mark.parametrize("name", CODES)

@@ -46,7 +46,7 @@ def test_compiles_for_ampere(name: str) -> None:
 def test_codes_become_floats_without_conversions(kind: str, dtype: str, arch: int) -> None:
     """Each thread loads its codes in whole vectors and unpacks them; shared memory is for the results alone."""
     tile = {"block_n": 4, "block_k": 1024 if kind == "int4" else 512, "num_warps": 1}
-    found = _compile(f"quantized_gated-{kind}-{dtype}", arch, tile)
+    found = _compile(f"quantized_gated-{kind}-{dtype}-one", arch, tile)
     assert found.fits
     assert found.shared <= 64
     assert "ld.global.v4.b32" in found.ptx
