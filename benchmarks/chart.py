@@ -57,6 +57,13 @@ def main(
             "1), as prompt:length, separated by commas: 1:1024,prompt:4096."
         ),
     ] = "",
+    torch_compile_at: Annotated[
+        str,
+        typer.Option(
+            help="Points at which torch.compile takes part, as for --points, since it compiles anew for each one; by "
+            "default all of them."
+        ),
+    ] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Samples of each system per point.")] = 3,
     minutes: Annotated[
         float, typer.Option(min=0, help="Begin no point later than this; 0 for no limit.")
@@ -93,7 +100,8 @@ def main(
     file, chart = _begin(name, target, output, fresh)
     if retry:
         chart = replace(chart, left_out=())
-    run = Run(file, chart, Settings(plan, chosen, target, repeats, limit, minutes or None))
+    compiled = SCALES[name].only(torch_compile_at).sizes
+    run = Run(file, chart, Settings(plan, chosen, target, repeats, limit, minutes or None, compiled))
     for model in wanted:
         run.model(model)
     notes.print(f"stored in {run.file}" if run.file.exists() else "nothing measured", highlight=False)

@@ -36,7 +36,7 @@ notes = Console(stderr=True)
 @dataclass(frozen=True)
 class Settings:
     """What a run measures. limit: seconds that a system may take to get ready. minutes: begin no point later; None for
-    no limit."""
+    no limit. compiled: sizes (as of ``Scale``) at which torch.compile takes part."""
 
     plan: Scale
     systems: Sequence[str]
@@ -44,6 +44,11 @@ class Settings:
     repeats: int
     limit: float
     minutes: float | None
+    compiled: frozenset[tuple[int, int]]
+
+    def asked(self, key: Key) -> list[str]:
+        """The systems that are asked for at a point or prompt."""
+        return [s for s in self.systems if s != TORCH_COMPILE or key[1:] in self.compiled]
 
 
 @dataclass
@@ -87,7 +92,8 @@ class Run:
                     return
                 if not systems:
                     return
-                late = self._point(key, systems, probe) if key[1] else self._prompt(key, systems, probe)
+                able = [s for s in systems if s.name in self._wanted([key])]
+                late = self._point(key, able, probe) if key[1] else self._prompt(key, able, probe)
                 for system in [s for s in systems if s.name in late]:
                     system.close()
                     systems.remove(system)
@@ -104,7 +110,7 @@ class Run:
         entry = self._entry(key)
         return entry is None or any(
             entry.measures[-1].of(s) is None and not self._covered(key, s)
-            for s in self.given.systems
+            for s in self.given.asked(key)
             if s != TORCH_COMPILE or entry.measures[-1].task != FIRST_TOKEN
         )
 
@@ -119,7 +125,7 @@ class Run:
         """The systems that were asked for, and those of points to be measured anew: ratios are of one run."""
         entries = [entry for key in keys if (entry := self._entry(key)) is not None]
         there = {s for s in chart_results.SYSTEMS for e in entries for m in e.measures if m.of(s)}
-        able = {s for s in self.given.systems if not all(self._covered(key, s) for key in keys)}
+        able = {s for key in keys for s in self.given.asked(key) if not self._covered(key, s)}
         return [s for s in chart_results.SYSTEMS if s in there | able]
 
     def _late(self) -> bool:

@@ -36,6 +36,12 @@ class Scale:
         longest = max((0, *self.contexts.get(batch, ()), *(self.prompts if batch == 1 else ())))
         return longest + 2 * self.tokens + 8
 
+    @property
+    def sizes(self) -> frozenset[tuple[int, int]]:
+        """Batch and context of each point; 0 and the length of each prompt."""
+        points = {(batch, size) for batch, contexts in self.contexts.items() for size in contexts}
+        return frozenset(points | {(0, size) for size in self.prompts})
+
     def only(self, points: str) -> Scale:
         """The points of a list like ``1:1024,prompt:4096``: batch and context, or a prompt and its length. Raises
         OptionError for one that the scale does not have."""
@@ -59,7 +65,7 @@ SCALES = {
         {1: (128, 1024, 2048, 8192), 2: (128, 1024, 4096), 4: (128, 1024, 2048), 8: (128, 1024, 4096)},
         prompts=(128, 1024, 4096),
         prefill=(4096,),
-        tokens=64,
+        tokens=32,
     ),
     "tiny": Scale(
         ("tiny-llama",),

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 
-from .cost_model import INFEASIBLE, product_load, seconds
+from .cost_model import FEW_QUERIES, INFEASIBLE, product_load, seconds
 from .device import Device
 from .text import next_power_of_two
 from .tiling import Tile, pointwise_tile, reduction_tile
@@ -176,6 +176,18 @@ def _attention_tiles(work: AttentionWork) -> Iterator[Tile]:
         block_m = min(64, max(16, rows))
         for block_n, warps in ((16 if block_m > 16 else 32, 4), (16, 8)):
             yield from _softmaxes(Tile(block_m, block_n, num_warps=warps, num_stages=2))
+        return
+    if rows <= FEW_QUERIES and not wide and work.cache_itemsize == work.itemsize:
+        # A single query: fastest first as measured, a warp by itself, which waits for no other.
+        for block_n, warps, stages in (
+            (16, 1, 3),
+            (32, 1, 2),
+            (64, 4, 2),
+            (32, 2, 2),
+            (16, 2, 3),
+            (32, 4, 2),
+        ):
+            yield from _softmaxes(Tile(16, block_n, num_warps=warps, num_stages=stages))
         return
     heights = [n for n in (16, 32, 64, 128) if n <= max(16, rows) and (n >= 64 or n >= min(rows, 64))]
     for block_m, block_n, stages in product(heights, (64, 32, 128), (2, 3)):

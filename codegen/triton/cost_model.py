@@ -31,7 +31,8 @@ REGISTERS = 65536  # 32-bit, of a multiprocessor
 _MOST_REGISTERS = 224  # of a thread; the assembler has 255 and needs some room
 _WARPS = 64  # of a multiprocessor
 _PROGRAMS = 32
-_RUN = 16.0  # bytes that every run of neighbours in memory costs beside its own
+_RUN = 32.0  # bytes that every run of neighbours in memory costs beside its own
+FEW_QUERIES = 16  # which fit the shortest tile of an attention
 _CACHE_LATENCY = 0.45  # of the second-level cache, as a share of device memory's
 _OVERLAP = 0.1  # how much of the lesser costs shows beside the largest
 # Of memory's latency what bytes under way have to cover: for blocks in registers, and for a pipeline in shared memory.
@@ -185,7 +186,7 @@ def _vectors(work: ProductWork, tile: Tile, device: Device) -> float:
     )
     # An element is widened, and multiplied and added in one; the row's cost more, as every program makes its own. A
     # thread has addresses and a branch in each step besides, and a sum over its neighbours at the end.
-    step = elements * (2.3 + 1.9 * work.weight_ops) + 10.0 * tile.block_k + 2.0 * threads
+    step = elements * (2.3 + 0.5 * work.weight_ops) + 4.0 * tile.block_k + 2.0 * threads
     instructions = steps * step + 230.0 * threads * load.programs
     runs = 1 + _RUN / (tile.block_k * work.weight_bytes)
     return _total(
@@ -207,6 +208,9 @@ def _attention(work: AttentionWork, tile: Tile, device: Device) -> float:
     query = tile.block_m * work.depth // 2 * work.itemsize
     share = 0.5 + 0.5 / tiles if work.causal else 1.0  # of the positions that are visited
     visited = work.context * share
+    under_way = float(block * max(1, tile.num_stages - 1))
+    if work.queries <= FEW_QUERIES:  # how the walk of one query is cut makes no difference to memory
+        under_way = max(under_way, float(work.context * work.depth * work.cache_itemsize))
     load = Load(
         programs=work.parts * tiles,
         threads=threads,
@@ -215,7 +219,7 @@ def _attention(work: AttentionWork, tile: Tile, device: Device) -> float:
         + (0 if half else (operands + query) // (4 * threads))
         + (tile.block_n * work.depth * 2 // threads if half and widened else 0),
         shared=tile.num_stages * block + query + (operands if widened else 0),
-        under_way=float(block * max(1, tile.num_stages - 1)),
+        under_way=under_way,
     )
     padded = math.ceil(visited / tile.block_n) * tile.block_n
     flops = 2.0 * load.programs * tile.block_m * padded * work.depth

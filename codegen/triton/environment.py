@@ -11,6 +11,7 @@ from tilewright.ir.program import BufferKind, Program
 from tilewright.ir.types import Value
 
 from .candidates import interpreter_tile, ranked
+from .cost_model import seconds
 from .device import H100, Device
 from .plan import Plan
 from .pointwise_ops import prelude
@@ -67,7 +68,7 @@ class Environment:
         """The tile of each segment: the default, changed where a tuner said so, as far as the device can."""
         name = str(op.attr("name"))
         changes = self.tunables.get(name, NONE)
-        tiles = [tuned(self.default(plan.work), changes) for plan in plans]
+        tiles = [tuned(tile, changes) for tile in self._defaults([plan.work for plan in plans])]
         return [
             replace(
                 tile,
@@ -77,11 +78,23 @@ class Environment:
             for tile in tiles
         ]
 
-    def default(self, work: Work) -> Tile:
-        """The interpreter's tile, or the cost model's first."""
+    def default(self, work: Work, warps: int = 0) -> Tile:
+        """The interpreter's tile, or the cost model's first; with so many warps, where there is one."""
         if self.interpret:
             return interpreter_tile(work)
-        return replace(ranked(work, self.device)[0], dependent=self.device.has_dependent_launch)
+        tiles = ranked(work, self.device)
+        tile = next((t for t in tiles if t.num_warps == warps), tiles[0])
+        return replace(tile, dependent=self.device.has_dependent_launch)
+
+    def _defaults(self, works: Sequence[Work]) -> list[Tile]:
+        """The default of each segment of a kernel, with the warps of the one that takes longest: all of them run with
+        the same number."""
+        tiles = [self.default(work) for work in works]
+        if len(works) == 1 or self.interpret:
+            return tiles
+        pairs = zip(works, tiles, strict=True)
+        _, slowest = max(pairs, key=lambda pair: seconds(pair[0], pair[1], self.device))
+        return [self.default(work, slowest.num_warps) for work in works]
 
 
 def _constants(program: Program) -> dict[str, frozenset[Value]]:

@@ -62,10 +62,10 @@ def test_the_papers_points_are_all_planned() -> None:
     assert {*paper.prompts} == {128, 1024, 4096}
     assert paper.prefill == (4096,)
     assert [paper.positions(batch) for batch in paper.contexts] == [
-        8192 + 136,
-        4096 + 136,
-        2048 + 136,
-        4096 + 136,
+        8192 + 72,
+        4096 + 72,
+        2048 + 72,
+        4096 + 72,
     ]
     some = paper.only("1:1024,prompt:4096")
     assert (some.contexts, some.prompts) == ({1: (1024,)}, (4096,))
