@@ -1,7 +1,7 @@
-"""Weights that are stored as codes with a scale per group of columns, as both templates for products read them.
+"""Weights that are stored as codes, scale * code + minimum, as both templates for products read them.
 
-They are walked group by group, in blocks of [rows of the weight, groups, places], so that a scale is loaded once.
-Where two columns share a byte (int4), a sum over k becomes two sums over bytes j,
+They are walked in blocks of [rows of the weight, groups, places]: columns of a group share their factors, which are
+thus loaded once. Where two columns share a byte (int4), a sum over k becomes two sums over bytes j,
 
     sum over k of a[k] * w[k]  =  sum over halves h, bytes j of a[k(j, h)] * w[k(j, h)],   k = 8 (j // 4) + 4 h + j % 4
 
