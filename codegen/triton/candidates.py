@@ -122,16 +122,29 @@ def _without_thrift(tiles: Iterable[Tile], work: ProductWork, device: Device) ->
     """Let the assembler take what it needs where it would rather spill some bytes than pass 80 or 128 registers: before
     Hopper, and where a thread sums many products."""
     for tile in tiles:
-        sums = tile.block_n * tile.block_k * work.dots // (32 * tile.num_warps) if not work.rows else 0
+        sums = tile.block_n * tile.block_k * work.dots // (32 * tile.num_warps)
+        sums = 0 if work.rows or work.weight_ops else sums
         yield replace(tile, max_registers=255) if device.arch < 90 or sums >= 64 else tile
 
 
 def vector_tiles(work: ProductWork) -> Iterator[Tile]:
     """For a product of one row."""
+    if work.weight_ops:
+        yield from code_tiles(work)
+        return
     for block_n, block_k, warps in product((1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048), (2, 4, 8)):
         elements = block_n * block_k * work.dots
         if 512 <= elements <= 16384 and block_k <= max(128, next_power_of_two(work.k)):
             yield Tile(1, block_n, block_k, num_warps=warps, num_stages=2)
+
+
+def code_tiles(work: ProductWork) -> Iterator[Tile]:
+    """For a product of one row with weights that are unpacked: few sums, each over whole 16 bytes of a thread, or half
+    of that (see ``code_sums``), and few warps, which wait for each other at the end."""
+    per_thread = 16 if work.weight_bytes > 0.8 else 32
+    for sums, warps, part in product((4, 8, 16), (2, 1), (1, 2)):
+        block_k = min(32 * warps * per_thread // part, max(128, next_power_of_two(work.k)))
+        yield Tile(1, max(1, sums // work.dots), block_k, num_warps=warps, num_stages=2)
 
 
 def few_rows_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:

@@ -176,17 +176,21 @@ def _vectors(work: ProductWork, tile: Tile, device: Device) -> float:
     load = Load(
         programs=_blocks(work.columns, tile.block_n) * work.batch,
         threads=threads,
-        registers=20 + int(1.95 * elements / threads),
+        registers=40 + 6 * tile.block_n * work.dots
+        if work.weight_ops
+        else 20 + int(1.95 * elements / threads),
         shared=0,
-        under_way=block,
+        # Codes are summed column by column, with a few loads of 16 bytes on their way to a thread.
+        under_way=min(block, 64.0 * threads) if work.weight_ops else block,
     )
     steps = load.programs * _blocks(work.k, tile.block_k)
     unique = work.batch * work.columns * (work.k * work.dots * work.weight_bytes + work.stored_bytes) + float(
         work.batch * work.k * work.itemsize
     )
-    # An element is widened, and multiplied and added in one; the row's cost more, as every program makes its own. A
-    # thread has addresses and a branch in each step besides, and a sum over its neighbours at the end.
-    step = elements * (2.3 + 0.5 * work.weight_ops) + 4.0 * tile.block_k + 2.0 * threads
+    # An element is widened, or unpacked, and multiplied and added in one; the row's cost more, as every program makes
+    # its own. A thread has addresses and a branch in each step besides, and a sum over its neighbours at the end.
+    each = 2.3 if not work.weight_ops else 3.4 if work.weight_bytes > 0.8 else 2.9
+    step = elements * each + (4.0 + work.row_ops) * tile.block_k + 2.0 * threads
     instructions = steps * step + 230.0 * threads * load.programs
     runs = 1 + _RUN / (tile.block_k * work.weight_bytes)
     return _total(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import sympy
-from sympy import Expr, Integer
+from sympy import Expr, Integer, Symbol
 
 from tilewright.ir.index import sym
 from tilewright.ir.loops import Apply, AttentionForm, Load, Node, Reduce, Segment
@@ -110,8 +110,11 @@ def product_work(product: Product, segment: Segment, sizes: Sizes) -> ProductWor
     columns, k = sizes.of(*(a.extent for a in form.columns)), sizes.of(form.k.extent)
     inside = {n for d in form.dots for n in below(d.b)}
     batch = sizes.of(*(a.extent for a in form.batch))
-    weights = sizes.bytes({n.value for n in inside if isinstance(n, Load)})
-    elements = max(1, batch * columns * k * len(form.dots))
+    rows = batch * columns * len(form.dots)
+    weights = _read_bytes(
+        {n.value: n for n in inside if isinstance(n, Load)}.values(), form.k.symbol, rows, sizes
+    )
+    elements = max(1, rows * k)
     return ProductWork(
         rows=sizes.of(*(a.extent for a in form.rows)) if form.rows else 0,
         columns=columns,
@@ -125,6 +128,17 @@ def product_work(product: Product, segment: Segment, sizes: Sizes) -> ProductWor
         batch=batch,
         plain=all(matrix_load(d.b, form.k.symbol) is not None for d in form.dots),
     )
+
+
+def _read_bytes(loads: Iterable[Load], k: Symbol, rows: int, sizes: Sizes) -> float:
+    """Bytes of what a product reads of its right operands, as a segment may take only some of their rows."""
+    total = 0.0
+    for load in loads:
+        stored = sizes.of(
+            *(d for d, e in zip(load.value.shape, load.index, strict=True) if k not in e.free_symbols)
+        )
+        total += sizes.bytes({load.value}) * min(1.0, rows / max(1, stored))
+    return total
 
 
 def grouped_work(op: Op, sizes: Sizes) -> ProductWork:
