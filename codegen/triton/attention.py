@@ -28,7 +28,7 @@ from tilewright.ir.types import DType, Value
 
 from .expression import Block, Context, Operand
 from .pointwise_ops import TRITON, TRITON_TYPES, compute_dtype
-from .softmax import LOWEST, MASKED, AgreedSoftmax, Multiply, Sums, online_step
+from .softmax import FAR_MASKED, LOWEST, MASKED, AgreedSoftmax, Multiply, Sums, online_step
 from .text import Scope, ceil_div, next_power_of_two, print_index
 from .tiling import Tile
 
@@ -124,11 +124,12 @@ class _Attention:
         slopes = self._per_head("slopes") if "slopes" in self.extras else ""
         acc, top, total = (base.names.fresh(n) for n in ("acc", "top", "total"))
         agreed = tile.agreed and self.dtype in AGREEABLE
-        # Only the plain form lets the scale wait for the exponential: what else is done to scores needs it before.
-        plain = not (agreed or sizes.splits or self.op.attr("softcap") or set(self.extras) - {"mask"})
+        # Many queries in half precision are bound by what is done to each score, so their scale waits for the
+        # exponential where nothing else is done to scores before.
+        plain = not (agreed or sizes.queries == 1 or self.op.attr("softcap") or set(self.extras) - {"mask"})
         self.scale = float(self.op.attr("scale"))
-        self.waits = plain and self.scale > 0
-        sums = Sums(acc, top, total, self.float, self.scale if self.waits else 1.0)
+        self.waits = plain and self.dtype.itemsize == 2 and self.scale > 0
+        sums = Sums(acc, top, total, self.float, self.scale if self.waits else 0.0)
         self._start(base, sums)
 
         def walk(scope: Scope, step: Step) -> None:
@@ -296,7 +297,8 @@ class _Attention:
         if "distances" in self.extras:
             scores = scope.bind(f"{scores} + {self._by_distance(scope, row, query)}", "scores")
         if seen := self._condition(scope, row, query, high, edge):
-            scores = scope.bind(f"tl.where({seen}, {scores}, {MASKED})", "scores")
+            masked = FAR_MASKED if self.waits else MASKED
+            scores = scope.bind(f"tl.where({seen}, {scores}, {masked})", "scores")
 
         def multiply(p: str) -> str:
             v = early or values()

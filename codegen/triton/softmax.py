@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 from .text import Scope
 
-MASKED, LOWEST = "-1.0e31", "-1.0e30"
-"""The score of a key that may not be seen, and what a softmax starts from: so far above that the weight is zero."""
+MASKED, FAR_MASKED, LOWEST = "-1.0e31", "-1.0e38", "-1.0e30"
+"""The score of a key that may not be seen, the same where scores are still to be scaled, and what a softmax starts
+from: so far above both that the weight is zero."""
 LOG2_E = 1.4426950408889634
 FARTHEST = 40.0
 """The agreed form holds where all rows have their highest score within this of 0: weights stay between e^-40 and e^40,
@@ -27,14 +28,14 @@ and 2^31 of them, times values of up to 10^12, far inside float32."""
 @dataclass(frozen=True)
 class Sums:
     """Variables of the kernel: the weighted values [BLOCK_M, BLOCK_DV], the reference of the weights and their total,
-    both [BLOCK_M, 1], in the float type ``element``. unit: what scores and their reference are to be multiplied by,
-    which the online form does on the way to an exponential."""
+    both [BLOCK_M, 1], in the float type ``element``. unit: 0, or what scores are still to be multiplied by; the
+    reference is then one of powers of two."""
 
     acc: str
     top: str
     total: str
     element: str
-    unit: float = 1.0
+    unit: float = 0.0
 
 
 Multiply = Callable[[str], str]
@@ -43,14 +44,30 @@ Multiply = Callable[[str], str]
 
 def online_step(scope: Scope, sums: Sums, scores: str, multiply: Multiply) -> None:
     """Add a block."""
-    top = scope.bind(f"tl.maximum({sums.top}, tl.max({scores}, axis=1, keep_dims=True))", "new_top")
-    factor = repr(LOG2_E * sums.unit)
-    p = scope.bind(f"tl.exp2({scores} * {factor} - {top} * {factor})", "p")  # one multiply-add per score
-    decay = scope.bind(f"tl.exp2(({sums.top} - {top}) * {factor})", "decay")
+    top, p, decay = (_scaled if sums.unit else _exact)(scope, sums, scores)
     values = multiply(p)
     scope.line(f"{sums.total} = {sums.total} * {decay} + tl.sum({p}, axis=1, keep_dims=True)")
     scope.line(f"{sums.acc} = {sums.acc} * {decay} + {values}")
     scope.line(f"{sums.top} = {top}")
+
+
+def _exact(scope: Scope, sums: Sums, scores: str) -> tuple[str, str, str]:
+    """The new reference, the block's weights, and what those before are to be multiplied by. A difference of scores is
+    exact however large they are."""
+    top = scope.bind(f"tl.maximum({sums.top}, tl.max({scores}, axis=1, keep_dims=True))", "new_top")
+    p = scope.bind(f"tl.exp2(({scores} - {top}) * {LOG2_E})", "p")
+    return top, p, scope.bind(f"tl.exp2(({sums.top} - {top}) * {LOG2_E})", "decay")
+
+
+def _scaled(scope: Scope, sums: Sums, scores: str) -> tuple[str, str, str]:
+    """The same with one multiply-add per score. What is rounded off the reference changes all weights by one factor,
+    which cancels: the maximum keeps a compiler from joining its product with a difference, differently each time."""
+    factor = repr(LOG2_E * sums.unit)
+    top = scope.bind(
+        f"tl.maximum({sums.top}, tl.max({scores}, axis=1, keep_dims=True) * {factor})", "new_top"
+    )
+    p = scope.bind(f"tl.exp2({scores} * {factor} - {top})", "p")
+    return top, p, scope.bind(f"tl.exp2({sums.top} - {top})", "decay")
 
 
 @dataclass(frozen=True)
