@@ -30,5 +30,7 @@ def lengths(option: str, text: str) -> list[int]:
 
 
 def command_line(module: str) -> str:
-    """What was typed to get here."""
-    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+    """What was typed to get here, less where the result was to go, which is a place on that machine."""
+    given = iter(sys.argv[1:])
+    kept = [a for a in given if not (a.startswith("--output=") or (a == "--output" and next(given, "")))]
+    return shlex.join(["python", "-m", module, *kept])

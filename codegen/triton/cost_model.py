@@ -176,7 +176,7 @@ def _vectors(work: ProductWork, tile: Tile, device: Device) -> float:
     load = Load(
         programs=_blocks(work.columns, tile.block_n) * work.batch,
         threads=threads,
-        registers=40 + 6 * tile.block_n * work.dots
+        registers=40 + 7 * tile.block_n * work.dots
         if work.weight_ops
         else 20 + int(1.95 * elements / threads),
         shared=0,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -203,3 +206,24 @@ def test_the_interpreter_gets_few_large_programs() -> None:
 
 def best(work: Work, device: Device) -> float:
     return seconds(work, ranked(work, device)[0], device)
+
+
+def _measured() -> Iterator[tuple[str, ProductWork, dict[Tile, float]]]:
+    """Products of real size, and the seconds that an H100 took for each of their tiles."""
+    for record in json.loads((Path(__file__).parent / "h100_tiles.json").read_text())["kernels"]:
+        tiles = {
+            Tile(*sizes[:5], transposed=bool(sizes[5]), descriptors=bool(sizes[6])): microseconds * 1e-6
+            for *sizes, microseconds in record["tiles"]
+        }
+        yield record["kernel"], ProductWork(**record["work"]), tiles
+
+
+@pytest.mark.parametrize(("kernel", "work", "tiles"), [pytest.param(*m, id=m[0]) for m in _measured()])
+def test_the_first_tile_is_among_the_fastest_measured(
+    kernel: str, work: ProductWork, tiles: dict[Tile, float]
+) -> None:
+    """Within 8% of the fastest of all that were tried, at an estimate between three quarters and 1.3 times what it took."""
+    first = replace(ranked(work, H100)[0], max_registers=0)
+    assert tiles[first] <= 1.08 * min(tiles.values())
+    events = 2e-6
+    assert 0.75 < seconds(work, first, H100) / (tiles[first] - events) < 1.3
