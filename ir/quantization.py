@@ -20,7 +20,9 @@ from .types import DType, TensorType
 
 INT8_LARGEST = 127
 INT4_LARGEST = 15
-_CHUNK = 1 << 20  # elements quantised at a time: the passes over them then run in cache
+# Elements quantised at a time: few enough for the passes over them to run in cache, on a GPU so many that a pass takes
+# longer than its launch.
+_CHUNK, _GPU_CHUNK = 1 << 20, 1 << 23
 _SHRINK = (0.96, 0.92, 0.88, 0.84)
 _F16_SMALLEST = 2.0**-24
 _EXACT = 2.0**-18  # relative to the step of the grid: a group this close to it lies on it
@@ -33,7 +35,7 @@ def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, ...]:
     of ``group``, which for 4 bits is a multiple of 8. A group of equal values is exact.
     """
     rows, columns = weight.shape
-    step = max(1, _CHUNK // columns)
+    step = max(1, (_GPU_CHUNK if weight.is_cuda else _CHUNK) // columns)
     round_rows = CODES[bits].round_rows
     parts = [round_rows(weight[n : n + step].float().contiguous(), group) for n in range(0, rows, step)]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))

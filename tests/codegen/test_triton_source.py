@@ -91,6 +91,31 @@ def test_a_transposed_tile_exchanges_rows_and_columns() -> None:
     assert (left[:1], right[:1]) == ("w", "x")
 
 
+def test_scores_are_scaled_late_only_where_that_loses_nothing() -> None:
+    """Differences of scores are exact where they may be large: in float32, and where a kernel stores its reference."""
+    for name in ("attention-f32", "attention_split-bf16"):
+        assert re.search(
+            r"tl\.exp2\(\((\w+) - new_top\) \*", print_kernel(CASES[name]().kernel, _environment()).text
+        )
+    text = print_kernel(CASES["attention-bf16"]().kernel, _environment()).text
+    factor = 16**-0.5 * 1.4426950408889634
+    assert text.count(f"keep_dims=True) * {factor!r})") == text.count(f" * {factor!r} - new_top") == 2
+    assert "-1.0e38" in text
+
+
+def test_keys_that_all_queries_see_are_walked_without_conditions() -> None:
+    """One loop with conditions on indices and mask, one without; no second one for a single query."""
+    both = print_kernel(CASES["attention-bf16"]().kernel, _environment()).text
+    inner, edge = both.split("for start in range(0, inner_1, BLOCK_N):")[1].split(
+        "for start in range(inner_1, "
+    )
+    assert "mask=" not in inner
+    assert "seen" not in inner
+    assert "<= position" in edge
+    assert "valid" in edge
+    assert "inner" not in print_kernel(CASES["attention_decode"]().kernel, _environment()).text
+
+
 def test_offsets_into_large_tensors_are_64_bits_wide() -> None:
     b = Builder()
     x = b.param_value("x", tensor_type("f16", ["B", "S", 16384]))

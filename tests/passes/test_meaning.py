@@ -22,10 +22,15 @@ from tilewright.passes.base import PassOptions
 from tilewright.passes.pipeline import PASSES, PIPELINE, run_passes
 
 
-def options_for(case: Case, splits: int = 0, vendor: bool = False) -> PassOptions:
+def options_for(case: Case, splits: int = 0, vendor: bool = False, plain: bool = False) -> PassOptions:
     """A decode program where the case can be one, else a prefill program."""
     decode = case.dims["S"] == 1
-    return PassOptions(case.fixed if decode else (), splits=splits if decode else 0, vendor_matmul=vendor)
+    return PassOptions(
+        case.fixed if decode else (),
+        splits=splits if decode else 0,
+        vendor_matmul=vendor,
+        plain_rows=plain,
+    )
 
 
 def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float, text: str) -> None:
@@ -58,10 +63,10 @@ def test_each_pass_keeps_the_meaning(name: str, case: Case, splits: int) -> None
 
 
 @examples(60)
-@given(modules(), st.integers(0, 3), st.booleans())
-def test_the_pipeline_keeps_the_meaning(case: Case, splits: int, vendor: bool) -> None:
+@given(modules(), st.integers(0, 3), st.booleans(), st.booleans())
+def test_the_pipeline_keeps_the_meaning(case: Case, splits: int, vendor: bool, plain: bool) -> None:
     """Passes that are right alone and wrong together; and a result that still holds unfused ops."""
-    module = run_passes(case.module, options_for(case, splits, vendor))
+    module = run_passes(case.module, options_for(case, splits, vendor, plain))
     check(case, module)
     for function in module.functions:
         if not function.name.endswith(".weights"):
