@@ -130,7 +130,7 @@ class Check:
         """pytest's summary of tests/gpu."""
         command = [sys.executable, "-m", "pytest", "-q", "--maxfail=5", "-p", "no:cacheprovider", "tests/gpu"]
         if find_spec("xdist") is not None:
-            command += ["-n", str(min(8, os.cpu_count() or 1))]  # most of it is compiling
+            command += ["-n", str(min(16, os.cpu_count() or 1))]  # most of it is compiling
         done = ended(command, limit)
         said = _last_line(done.output) or "nothing printed"
         return Found(), said if done.status in (0, 5) else f"failed{done.why}: {said}"

@@ -27,11 +27,11 @@ class Scale:
 _POINTS = "1:1024,prompt:4096,8:1024,2:4096"
 SCALES = {
     "paper": Scale(
-        "llama2-7b", 2, (1, 16), 2048, 8192, 75, 60,
+        "llama2-7b", 2, (1, 16), 2048, 8192, 150, 60,
         ("--models", "llama2-7b", "--systems", "eager,bf16,int8,int4", "--repeats", "2", "--points", _POINTS),
-        ("--models", "llama2-7b", "--repeats", "2", "--points", "1:1024,prompt:4096"),
+        ("--models", "llama2-7b", "--repeats", "2", "--points", "1:1024"),
         {
-            "tests": 110, "rates": 30, "kernels": 80, "chart": 150, "compile": 90, "chart, torch.compile": 150,
+            "tests": 110, "rates": 30, "kernels": 80, "chart": 150, "compile": 90, "chart, torch.compile": 180,
             "tuned": 120, "layers": 120, "kernels, torch.compile": 90,
         },
     ),
