@@ -24,9 +24,11 @@ WEIGHTS = tuple(FORMS)
 KV_CACHE = {"bf16": DType.bf16, "fp8": DType.f8}
 AUTOTUNE = ("off", "cached", "full")
 DEFAULT_MAX_LENGTH = 2048
-CHUNK = {"triton": 2048, "cpp": 512, "reference": 512}
-"""Longest piece of a prompt that one prefill runs, by backend; a multiple of every tile size. A GPU reads the weights
-once more for each piece, and is not filled by a short one."""
+CHUNK, LEAST_CHUNK = {"triton": 2048, "cpp": 512, "reference": 512}, 512
+"""Longest piece of a prompt that one prefill runs, by backend, and what it is for the largest batches; multiples of
+every tile size. A GPU reads the weights once more for each piece, and is not filled by a short one."""
+MOST_TOKENS = 1 << 15
+"""Tokens of a whole batch in one run, for which the arena has room, above which pieces get shorter."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,9 @@ class Options:
 
     @property
     def chunk(self) -> int:
-        """Tokens per prefill run."""
-        return min(CHUNK[self.backend], self.max_length)
+        """Tokens of a sequence per prefill run."""
+        fitting = max(LEAST_CHUNK, 1 << (MOST_TOKENS // self.max_batch).bit_length() - 1)
+        return min(CHUNK[self.backend], fitting, self.max_length)
 
 
 def check_options(
