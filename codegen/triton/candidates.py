@@ -152,7 +152,8 @@ def few_rows_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
     rows = next_power_of_two(work.rows)
     if work.itemsize > 2:
         for block_n, block_k in product((16, 32, 64), (32, 64)):
-            if block_n * work.dots <= 64:
+            # Plain units take their operands from registers.
+            if block_n * work.dots <= 64 and rows * block_n * block_k <= 1 << 18:
                 yield Tile(max(16, rows), block_n, _block_k(work.k, block_k), num_warps=4, num_stages=3)
         return
     for block_n, block_k, stages in product((16, 32, 64, 128), (64, 128, 256), (3, 4, 6)):
