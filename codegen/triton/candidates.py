@@ -144,7 +144,7 @@ def code_tiles(work: ProductWork) -> Iterator[Tile]:
     per_thread = 16 if work.weight_bytes > 0.8 else 32
     for sums, warps, part in product((4, 8, 16), (2, 1), (1, 2)):
         block_k = min(32 * warps * per_thread // part, max(128, next_power_of_two(work.k)))
-        yield Tile(1, max(1, sums // work.dots), block_k, num_warps=warps, num_stages=2)
+        yield Tile(1, _share(sums, work.dots, 1), block_k, num_warps=warps, num_stages=2)
 
 
 def few_rows_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
@@ -239,9 +239,10 @@ def _stream_tiles(work: StreamWork) -> Iterator[Tile]:
             yield Tile(block_n=block_n)
 
 
-def _share(columns: int, dots: int) -> int:
-    """The largest power of two with which the tiles of all ``dots`` have at most ``columns`` columns together."""
-    return 1 << max(4, (columns // dots).bit_length() - 1)
+def _share(columns: int, dots: int, least: int = 16) -> int:
+    """The largest power of two with which the tiles of all ``dots`` have at most ``columns`` columns together, or the
+    least there is."""
+    return max(least, 1 << max(0, (columns // dots).bit_length() - 1))
 
 
 def _block_k(k: int, largest: int) -> int:
