@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tilewright.codegen.triton.environment import Environment
 from tilewright.codegen.triton.estimate import candidates, fallbacks, tiles_text
+from tilewright.codegen.triton.kernel import print_kernel
 from tilewright.codegen.triton.program import emit_program
 from tilewright.codegen.tunables import NONE, Changes, Tunables
 from tilewright.ir.errors import KernelBuildError
@@ -42,11 +43,14 @@ class TileFallback:
         current = self.tunables.get(kernel, NONE)
         failed = self._failed.setdefault(kernel, [])
         failed.append(current)
-        ways = fallbacks(op, self._environment({}))
-        left = [way for way in ways if way not in failed]
-        if not left:
+        # A field of a tile may change nothing in a kernel, as TMA where a factor is no matrix.
+        tried = {self._printed(op, way) for way in failed}
+        way = next(
+            (w for w in fallbacks(op, self._environment({})) if self._printed(op, w) not in tried), None
+        )
+        if way is None:
             raise self._hopeless(op, failed, error) from error
-        chosen = {**self.tunables, kernel: left[0]}
+        chosen = {**self.tunables, kernel: way}
         warnings.warn(
             f"kernel {kernel} of {self.program.name} does not run as {self._tile(op, self.tunables)}: {error}; it goes "
             f"on as {self._tile(op, chosen)}, which may be slower",
@@ -54,11 +58,15 @@ class TileFallback:
         )
         self.tunables = chosen
         measured = candidates(op, self._environment({}))
-        if self.record and left[0] in measured:
-            KernelTuner(self.program, {kernel: measured}, self.options).keep(kernel, left[0])
-        device = gpu(self.options.device)
-        text = emit_program(self.program, is_interpreting(), self.tunables, device).text
+        if self.record and way in measured:
+            KernelTuner(self.program, {kernel: measured}, self.options).keep(kernel, way)
+        text = emit_program(self.program, is_interpreting(), self.tunables, gpu(self.options.device)).text
         return write_module(cache_dir() / "triton", text)
+
+    def _printed(self, op: Op, changes: Changes) -> tuple[str, object]:
+        """A kernel in one way: its text and launch options."""
+        printed = print_kernel(op, self._environment({str(op.attr("name")): changes}))
+        return printed.text, printed.options
 
     def _hopeless(self, op: Op, failed: list[Changes], error: Exception) -> KernelBuildError:
         kernel = str(op.attr("name"))
