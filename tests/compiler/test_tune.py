@@ -103,7 +103,7 @@ def test_keys_name_the_processor_and_the_printers(monkeypatch: pytest.MonkeyPatc
 
 def test_the_prefill_of_the_vendor_runs_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of several chunks through PyTorch's products, then decode steps: as the model itself."""
-    monkeypatch.setattr(options, "CHUNK", 8)
+    monkeypatch.setitem(options.CHUNK, "cpp", 8)
     monkeypatch.setattr(api, "measure", lambda executors, spec: [2.0, 1.0])
     model = tiny("llama")
     fast = tw.compile(model, batch_sizes=(2,), max_length=64, backend="cpp")
