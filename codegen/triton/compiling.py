@@ -9,6 +9,7 @@ itself.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,6 +18,8 @@ from typing import Any
 from tilewright.ir.errors import KernelBuildError
 
 from .kernel import KernelSource
+
+_one_at_a_time = threading.Lock()
 
 
 def compile_kernel(function: Any, kernel: KernelSource, arch: int) -> Any:
@@ -31,8 +34,9 @@ def compile_kernel(function: Any, kernel: KernelSource, arch: int) -> Any:
 def compile_ahead(wanted: Iterable[tuple[Any, KernelSource]], arch: int) -> None:
     """Compile kernels, given with their functions, for ``sm_<arch>``, the GPU that they will be launched on.
 
-    A thread per processor compiles: Triton's passes, LLVM and the assembler all run without Python's lock. What does
-    not compile is left to its launch, which can replace it.
+    A thread per processor compiles: Triton's passes, LLVM and the assembler all run without Python's lock. What comes
+    before them, from a function's text to Triton's IR, is left to one thread at a time: kernels call the same functions
+    of Triton's library, whose state it changes. What does not compile is left to its launch, which can replace it.
     """
     distinct = {}
     for function, kernel in wanted:
@@ -67,6 +71,11 @@ def _source(function: Any, kernel: KernelSource) -> Any:
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
+    class Source(ASTSource):
+        def make_ir(self, *arguments: Any, **options: Any) -> Any:
+            with _one_at_a_time:
+                return super().make_ir(*arguments, **options)
+
     if not isinstance(function, JITFunction):
         raise KernelBuildError(
             "Triton runs as interpreter (TRITON_INTERPRET is set); unset it to compile kernels"
@@ -80,7 +89,7 @@ def _source(function: Any, kernel: KernelSource) -> Any:
     aligned = {
         (n,): [["tt.divisibility", 16]] for n, kind in enumerate(signature.values()) if kind.startswith("*")
     }
-    return ASTSource(function, signature, {}, aligned)
+    return Source(function, signature, {}, aligned)
 
 
 def _compile(source: Any, kernel: KernelSource, arch: int) -> Any:
