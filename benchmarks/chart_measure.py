@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import memory
-from benchmarks.measure import Task, sampled
+from benchmarks.measure import Task, measure
 from benchmarks.results import DECODE, Measure
 from benchmarks.system import System
 from benchmarks.time_limit import TimeUpError, limited
@@ -122,7 +122,7 @@ def _in_turns(
         for system in systems:
             with limited(how.limit):
                 peaks[system.name] = _warm(task, system, how)
-        return sampled(task, "bf16", systems, how.probe, how.repeats, how.advance)
+        return measure(task, "bf16", systems, how.probe, how.repeats, how.advance)
     except (Exception, TimeUpError) as error:  # noqa: BLE001 - whose it is shows when each runs alone
         notes.print(f"[yellow]one after the other[/yellow] {task}: {_said(error)}", highlight=False)
         return None
@@ -137,7 +137,7 @@ def _one_by_one(
         released(systems, how.device, thoroughly=True)
         with reason_of_failure(system.name, how.limit, reasons):
             peaks[system.name] = _warm(task, system, how)
-            alone.append(sampled(task, "bf16", [system], how.probe, how.repeats, how.advance))
+            alone.append(measure(task, "bf16", [system], how.probe, how.repeats, how.advance))
     if not alone:
         return None
     probe = tuple(statistics.median(rates) for rates in zip(*(m.probe for m in alone), strict=True))

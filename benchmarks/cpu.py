@@ -160,6 +160,9 @@ class _Run:
         total = sum(self.repeats + len(found) for found in able.values())
         with Progress().step(f"Measuring {precision}", total=total) as advance:
             for task, found in able.items():
+                for system in found:
+                    advance(f"{task}, {system.name} warms up")
+                    task.run(system)
                 self.measures.append(measure(task, precision, found, probe, self.repeats, advance))
 
     def _note(self, now: Built) -> None:

@@ -51,21 +51,6 @@ def measure(
     repeats: int,
     advance: Advance,
 ) -> Measure:
-    """``sampled`` after one untimed run of each system."""
-    for system in systems:
-        advance(f"{task}, {system.name} warms up")
-        task.run(system)
-    return sampled(task, precision, systems, probe, repeats, advance)
-
-
-def sampled(
-    task: Task,
-    precision: str,
-    systems: Sequence[System],
-    probe: Callable[[], float],
-    repeats: int,
-    advance: Advance,
-) -> Measure:
     """``repeats`` rounds, each a sample of every system and one of the probe; the systems have run the task before.
 
     Which system begins changes from round to round, so that a steady drift of the machine favours none.

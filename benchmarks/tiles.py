@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from tilewright.codegen.triton.estimate import candidates
 from tilewright.codegen.triton.plan import plan_parts
 from tilewright.codegen.triton.tiling import Tile
 from tilewright.codegen.triton.work import ProductWork, sizes_of
-from tilewright.codegen.tunables import Changes
+from tilewright.codegen.tunables import NONE
 from tilewright.errors import DeviceError
 from tilewright.estimates import gpu
 from tilewright.ir.program import BufferKind, Program
@@ -42,9 +43,9 @@ from tilewright.runtime.device import is_interpreting
 from tilewright.runtime.executor import EngineSpec
 from tilewright.runtime.files import write_atomically
 from tilewright.trials import Trial
+from tilewright.tune_kernels import KernelTuner
 
 COLUMNS = ("block_m", "block_n", "block_k", "num_warps", "num_stages", "transposed", "descriptors")
-_ROUNDS = 4
 console = Console()
 
 
@@ -101,26 +102,32 @@ def timed(title: str, program: Program, spec: EngineSpec, options: Options, most
     """Every kernel of a program that is one product: its numbers at the sizes that are timed, and its tiles."""
     trial, device = Trial.of(program, spec), gpu(spec.device)
     env = Environment.of(program, False, {}, device)
-    timed_sizes = sizes_of({**env.largest, **trial.dims, "L": 1})
-    kernels = {s.name: s.op for s in program.kernels()}
-    ways: dict[str, tuple[Changes, ...]] = {}
-    results: dict[str, Timed] = {}
-    for name, op in kernels.items():
-        parts = plan_parts(op, timed_sizes)
-        if len(parts) == 1 and isinstance(parts[0].work, ProductWork):
-            ways[name] = candidates(op, env, most)
-            results[name] = Timed(f"{title} {program.name} {name}", parts[0].work)
-    count = max(map(len, ways.values()), default=0)
-    variants = [{name: w[n] for name, w in ways.items() if n < len(w)} for n in range(count)]
-    executors = build([program] * count, random_weights(program, spec.device), options, variants).executors
-    for variant, executor in zip(variants, executors, strict=True):
-        for name, seconds in _best(executor, trial, program).items():
-            if name in variant and seconds < float("inf"):
-                changed = Environment.of(program, False, variant, device)
-                (tile,) = changed.tiles(kernels[name], plan_parts(kernels[name], env.sizes))
-                if not (tile.persistent or tile.group):
-                    results[name].tiles[_sizes(tile)] = round(seconds * 1e6, 1)
-    yield from results.values()
+    sizes = sizes_of({**env.largest, **trial.dims, "L": 1})
+    parts = {s.name: (s.op, plan_parts(s.op, sizes)) for s in program.kernels()}
+    works = {
+        op: planned[0].work
+        for op, planned in parts.values()
+        if len(planned) == 1 and isinstance(planned[0].work, ProductWork)
+    }
+    tuner = KernelTuner.of(
+        program, lambda op, _: candidates(op, env, most) if op in works else (NONE,), options
+    )
+    variants = tuner.variants
+    weights = random_weights(program, spec.device)
+    executors = build([program] * len(variants), weights, options, variants).executors
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a tile that does not run is told by its time
+        times = tuner.times(executors, trial)
+    runs = Counter(step.name for step, _, _ in program.trace())
+    for name, ways in tuner.ways.items():
+        op, _ = parts[name]
+        found = Timed(f"{title} {program.name} {name}", works[op])
+        for way, seconds in zip(ways, (t[name] / runs[name] for t in times), strict=False):
+            changed = Environment.of(program, False, {name: way}, device)
+            (tile,) = changed.tiles(op, plan_parts(op, env.sizes))
+            if seconds < float("inf") and not (tile.persistent or tile.group):
+                found.tiles[_sizes(tile)] = round(seconds * 1e6, 1)
+        yield found
 
 
 def random_weights(program: Program, device: torch.device) -> dict[str, Tensor]:
@@ -135,19 +142,6 @@ def random_weights(program: Program, device: torch.device) -> dict[str, Tensor]:
     return made
 
 
-def _best(executor: Any, trial: Trial, program: Program) -> dict[str, float]:
-    """Seconds of each kernel's fastest run in a few rounds after one that loads it."""
-    best: dict[str, float] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a tile that does not run is told by its time
-        executor.step_seconds(trial.inputs, trial.dims, trial.state, trial.outputs)
-        for _ in range(_ROUNDS):
-            taken = executor.step_seconds(trial.inputs, trial.dims, trial.state, trial.outputs)
-            for (step, _, _), seconds in zip(program.trace(), taken, strict=True):
-                best[step.name] = min(seconds, best.get(step.name, float("inf")))
-    return best
-
-
 def _sizes(tile: Tile) -> tuple[int, ...]:
     return tuple(int(getattr(tile, name)) for name in COLUMNS)
 
@@ -158,8 +152,9 @@ def _text(found: Sequence[Timed], device: torch.device) -> str:
     )
     about = (
         "Microseconds of kernels by tile, each where it stands in a program of two layers, by events around its "
-        f"launch (some 2 of them are the events'): the best of {_ROUNDS} runs on {machine.device_name(device)}, "
-        f"{versions}, {datetime.datetime.now(datetime.UTC).date()}; {command_line('benchmarks.tiles')}."
+        f"launch (some 2 of them are the events'), the mean of a program's runs, each at its best, on "
+        f"{machine.device_name(device)}, {versions}, {datetime.datetime.now(datetime.UTC).date()}; "
+        f"{command_line('benchmarks.tiles')}."
     )
     text = json.dumps(
         {"about": about, "columns": [*COLUMNS, "microseconds"], "kernels": [t.data() for t in found]}

@@ -102,7 +102,7 @@ class KernelTuner:
 
     def choose(self, executors: Sequence[Executor], trial: Trial) -> tuple[KernelChoice, ...]:
         """Time the executors of :attr:`variants` and record what is best; gives what is not the default."""
-        times = self._times(cast("Sequence[Timed]", executors), trial)
+        times = self.times(executors, trial)
         chosen = []
         for name, ways in self.ways.items():
             seconds = [times[n][name] for n in range(len(ways))]
@@ -116,11 +116,11 @@ class KernelTuner:
     def _choice(self, kernel: str, number: int, evidence: str) -> KernelChoice:
         return KernelChoice(self.program.name, kernel, self.ways[kernel][number], evidence)
 
-    def _times(self, executors: Sequence[Timed], trial: Trial) -> list[dict[str, float]]:
-        """Seconds of each kernel, over all its runs in a program, by executor."""
+    def times(self, executors: Sequence[Executor], trial: Trial) -> list[dict[str, float]]:
+        """Seconds of each kernel, over all its runs in a program, by executor; infinite where it does not run."""
         best: list[list[float]] = [[] for _ in executors]
         for _ in range(_ROUNDS + 1):  # the first round warms up
-            for n, executor in enumerate(executors):
+            for n, executor in enumerate(cast("Sequence[Timed]", executors)):
                 taken = executor.step_seconds(trial.inputs, trial.dims, trial.state, trial.outputs)
                 best[n] = list(map(min, best[n], taken)) if best[n] else [math.inf] * len(taken)
         totals: list[dict[str, float]] = []

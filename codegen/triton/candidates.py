@@ -122,9 +122,9 @@ def _without_thrift(tiles: Iterable[Tile], work: ProductWork, device: Device) ->
     """Let the assembler take what it needs where it would rather spill some bytes than pass 80 or 128 registers: before
     Hopper, and where a thread sums many products."""
     for tile in tiles:
-        sums = tile.block_n * tile.block_k * work.dots // (32 * tile.num_warps)
-        sums = 0 if work.rows or work.weight_ops else sums
-        yield replace(tile, max_registers=255) if device.arch < 90 or sums >= 64 else tile
+        many = tile.block_n * tile.block_k * work.dots >= 64 * 32 * tile.num_warps
+        many = many and not (work.rows or work.weight_ops)
+        yield replace(tile, max_registers=255) if device.arch < 90 or many else tile
 
 
 def vector_tiles(work: ProductWork) -> Iterator[Tile]:

@@ -17,7 +17,7 @@ import tilewright as tw
 from benchmarks import build, cpu, memory, models, picture, stored
 from benchmarks.build import Plan
 from benchmarks.llama_context import LeftOut, unused_extensions
-from benchmarks.measure import Task, measure
+from benchmarks.measure import Task
 from benchmarks.probe import bandwidth_probe
 from benchmarks.results import DECODE, EAGER, OURS, Results
 from benchmarks.subject import Subject
@@ -127,7 +127,9 @@ def test_systems_take_turns_and_each_begins_once() -> None:
 
     task = Task(DECODE, 6, 8, torch.zeros(1, 6, dtype=torch.int64))
     found: Any = [Noted(name) for name in "abc"]
-    measured = measure(task, "f32", found, probe, 3, lambda name: None)
+    collected: Any = cpu._Run(None, [6], 8, 8, repeats=3)  # type: ignore[arg-type]
+    collected._measure([task], "f32", found, probe)
+    (measured,) = collected.measures
     assert "".join(order) == "abc" + "abc|bca|cab|"
     assert [s.seconds for s in measured.series] == [(4, 10, 13), (5, 8, 14), (6, 9, 12)]
     assert {s.bytes_per_step for s in measured.series} == {6 + 8 // 2}
