@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 
-from .cost_model import FEW_QUERIES, INFEASIBLE, product_load, seconds
+from .cost_model import FEW_QUERIES, INFEASIBLE, product_load, seconds, vector_load
 from .device import Device
 from .text import next_power_of_two
 from .tiling import Tile, pointwise_tile, reduction_tile
@@ -85,7 +85,7 @@ def _tiles(work: Work, device: Device) -> Iterable[Tile]:
 
 def _product_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
     if not work.rows:
-        return vector_tiles(work)
+        return vector_tiles(work, device)
     few = work.rows <= FEW_ROWS or (work.matrices and work.itemsize > 2)
     tiles: Iterable[Tile] = few_rows_tiles(work, device) if few else many_rows_tiles(work)
     if work.matrices:  # a block of rows is one tile
@@ -127,24 +127,43 @@ def _without_thrift(tiles: Iterable[Tile], work: ProductWork, device: Device) ->
         yield replace(tile, max_registers=255) if device.arch < 90 or many else tile
 
 
-def vector_tiles(work: ProductWork) -> Iterator[Tile]:
-    """For a product of one row."""
+def vector_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
+    """For a product of one row. Pipelines through shared memory were faster than loads to registers wherever they leave
+    room for four programs on a multiprocessor; eight warps wait for each other too long."""
     if work.weight_ops:
-        yield from code_tiles(work)
+        yield from code_tiles(work, device)
         return
     for block_n, block_k, warps in product((1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048), (2, 4, 8)):
         elements = block_n * block_k * work.dots
         if 512 <= elements <= 16384 and block_k <= max(128, next_power_of_two(work.k)):
-            yield Tile(1, block_n, block_k, num_warps=warps, num_stages=2)
+            plain = Tile(1, block_n, block_k, num_warps=warps, num_stages=2)
+            yield plain
+            piped = replace(plain, num_stages=3)
+            load = vector_load(work, piped)
+            fits = load.registers <= 128 and load.resident(device) >= 4
+            if fits and warps <= 4 and work.k >= 4 * block_k:
+                yield piped
 
 
-def code_tiles(work: ProductWork) -> Iterator[Tile]:
-    """For a product of one row with weights that are unpacked: few sums, each over whole 16 bytes of a thread, or half
-    of that (see ``code_sums``), and few warps, which wait for each other at the end."""
-    per_thread = 16 if work.weight_bytes > 0.8 else 32
-    for sums, warps, part in product((4, 8, 16), (2, 1), (1, 2)):
-        block_k = min(32 * warps * per_thread // part, max(128, next_power_of_two(work.k)))
-        yield Tile(1, _share(sums, work.dots, 1), block_k, num_warps=warps, num_stages=2)
+_AT_ONCE = 48
+"""Sums of a kernel for each multiprocessor up to which all its programs run at a time."""
+
+
+def code_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
+    """For a product of one row with weights that are unpacked: few sums, each over 16 codes of a thread (see
+    ``code_sums``), in the tiles that were fastest as measured. Where all programs run at a time, nothing else covers
+    the latency of their loads, so they have more warps or a pipeline. Floats of 8 bits are not summed like that, and
+    have few elements in each thread."""
+    at_once = (work.columns * work.dots + work.beside) * work.batch <= _AT_ONCE * device.multiprocessors
+    if work.weight_ops == 1:
+        ways: tuple[tuple[int, int, int], ...] = ((4, 2, 2), (4, 1, 2), (8, 2, 2))
+    elif work.weight_bytes < 0.8:
+        ways = ((8, 8, 2), (4, 4, 2)) if at_once else ((8, 4, 2), (16, 4, 2), (8, 2, 2))
+    else:
+        ways = ((8, 4, 3), (4, 4, 2)) if at_once else ((4, 4, 2), (4, 2, 2), (8, 4, 2))
+    for sums, warps, stages in ways:
+        block_k = min(32 * warps * 16, max(128, next_power_of_two(work.k)))
+        yield Tile(1, _share(sums, work.dots, 1), block_k, num_warps=warps, num_stages=stages)
 
 
 def few_rows_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:

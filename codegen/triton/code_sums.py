@@ -11,10 +11,12 @@ one; where a program has more than so many sums, its columns are a block, which 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import sympy
 from sympy import Expr, Symbol
 
+from tilewright.ir.index import linear_index, simplify, sym
 from tilewright.ir.loops import Apply, Dot, Load, Node, Reduce
 from tilewright.ir.types import DType
 
@@ -22,7 +24,7 @@ from .codes import GROUP, PLACE, Codes, GroupLoop, Weight, unit_of, unpacked, we
 from .expression import Block, Context, Operand, flatten
 from .product import N, ProductPrinter, index_range
 from .row_loops import HINTS, K
-from .text import deepest, print_index
+from .text import Scope, deepest, print_index
 
 MOST_SUMS = 16
 """Sums of a program that are printed one by one."""
@@ -49,6 +51,39 @@ class _Row(Context):
         return Operand(value.scope.bind(f"widen({value.text})", value.text), value.scope)
 
 
+@dataclass
+class _Neighbour(Context):
+    """A column that is ``distance`` behind the ``first`` of a tile of ``width``. Where the way to it in memory is
+    known, its addresses are the first's and a number, which costs no instruction."""
+
+    first: Context | None = None
+    distance: int = 0
+    width: int = 1
+    addresses: dict[Load, str] = field(default_factory=dict)
+    """Variables of the first's addresses, shared by its neighbours."""
+
+    def address(self, node: Load) -> tuple[str, str, Scope]:
+        apart = self._apart(node)
+        if apart is None or self.first is None:
+            return super().address(node)
+        text, _, scope = self.first.address(node)
+        if node not in self.addresses:
+            self.addresses[node] = scope.bind(text, "at")
+        at = self.addresses[node]
+        return f"{at} + {apart}" if apart else at, self._mask(node), scope
+
+    def _apart(self, node: Load) -> int | None:
+        """Elements from the first column's to this one's, if that is the same for all tiles."""
+        if node.indirect:
+            return None
+        index = self.over_blocks(linear_index(node.index, self.pointers.shape(node.value)))
+        tile, extents = sym("tile"), {s: b.extent for s, b in self.blocks.items()}
+        extents |= {tile: sympy.ceiling(extents[N] / self.width)}
+        places = [simplify(index.xreplace({N: self.width * tile + d}), extents) for d in (self.distance, 0)]
+        apart = sympy.expand(places[0] - places[1])
+        return int(apart) if apart.is_Integer else None
+
+
 @dataclass(frozen=True)
 class CodeSums:
     """Prints the loop. ``reduces`` are the reductions of the row that share it."""
@@ -62,8 +97,9 @@ class CodeSums:
         """Bind the dots of the columns of tile ``pid``, and the reductions."""
         printer, base, context = self.printer, self.printer.base, self.printer.context
         columns = self._columns(pid)
-        groups = GroupLoop.begin(base, self.unit, printer.form.k.extent, printer.tile.block_k)
-        height = printer.block_n if len(columns) < printer.tile.block_n else "1"
+        tile = printer.tile
+        groups = GroupLoop.begin(base, self.unit, printer.form.k.extent, tile.block_k, tile.num_stages)
+        height = printer.block_n if len(columns) < tile.block_n else "1"
         sums = {
             dot: [self._zeros("acc", f"[{height}, {groups.block_g}, 1]") for _ in columns]
             for dot in self.weights
@@ -73,7 +109,13 @@ class CodeSums:
         for reduce, name in totals.items():
             for half in range(self.unit.halves):
                 self._reduce(reduce, name, half, groups)
-        for number, column in enumerate(columns):
+        firsts = [self._column(columns[0], half, groups) for half in range(self.unit.halves)]
+        addresses: list[dict[Load, str]] = [{} for _ in firsts]
+        for number, n in enumerate(columns):
+            column = [
+                self._neighbour(first, number, n, known)
+                for first, known in zip(firsts, addresses, strict=True)
+            ]
             for dot, names in sums.items():
                 self._add(names[number], self.weights[dot], column, row, groups)
         base.close(groups.scope)
@@ -135,15 +177,26 @@ class CodeSums:
         text = groups.scope.bind(f"tl.where({mask}, {value.text}, 0.0)") if mask else value.text
         groups.scope.line(f"{name} += {_sum(text)}")
 
-    def _add(self, name: str, weight: Weight, n: Block, row: Sequence[str], groups: GroupLoop) -> None:
-        """Add the products of the groups of one iteration."""
+    def _column(self, n: Block, half: int, groups: GroupLoop) -> Context:
+        axes = {**self.printer.column_axes, self.printer.form.k.symbol: self.unit.column(half)}
+        return self.printer.context.extended(axes, {**groups.blocks, N: n})
+
+    def _neighbour(self, first: Context, distance: int, n: Block, addresses: dict[Load, str]) -> Context:
+        blocks, width = {**first.blocks, N: n}, self.printer.tile.block_n
+        return _Neighbour(
+            first.base, first.pointers, first.axes, blocks, first.shared, first.bound,
+            first=first, distance=distance, width=width, addresses=addresses,
+        )  # fmt: skip
+
+    def _add(
+        self, name: str, weight: Weight, columns: Sequence[Context], row: Sequence[str], groups: GroupLoop
+    ) -> None:
+        """Add the products of the groups of one iteration. ``columns``: what belongs to each half of the bytes."""
         printer, scope = self.printer, groups.scope
         # A row in float32 would show what is rounded off when its products with codes and minima cancel.
         apart = weight.minimum is None or printer.operand is not DType.f32
         terms, bias = [], 0
-        for half, a in enumerate(row):
-            axes = {**printer.column_axes, printer.form.k.symbol: self.unit.column(half)}
-            column = printer.context.extended(axes, {**groups.blocks, N: n})
+        for column, a in zip(columns, row, strict=True):
             if not apart:
                 terms.append(_sum(f"{a} * {whole_weight(column, weight, DType.f32)}"))
                 continue
@@ -151,7 +204,7 @@ class CodeSums:
             terms.append(_sum(f"{a} * {code}"))
         text = scope.bind(" + ".join(terms), "part")
         if apart:
-            text = self._with_factors(column, weight, text, bias, row)
+            text = self._with_factors(columns[0], weight, text, bias, row)
         scope.line(f"{name} += {text}")
 
     def _with_factors(self, column: Context, weight: Weight, text: str, bias: int, row: Sequence[str]) -> str:

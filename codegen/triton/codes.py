@@ -20,7 +20,7 @@ from tilewright.ir.loops import Apply, Const, Index, Load, MatmulForm, Node, fre
 from tilewright.ir.types import DType
 
 from .expression import Block, Context
-from .row_loops import K, below
+from .row_loops import K, below, loop_range
 from .text import Scope, deepest, print_index
 from .unpack import CODE_BIAS
 
@@ -165,13 +165,14 @@ class GroupLoop:
     places: str
 
     @staticmethod
-    def begin(base: Scope, codes: Codes, extent: Expr, columns: int) -> GroupLoop:
-        """Open a loop over ``extent`` columns, about ``columns`` of them per iteration."""
+    def begin(base: Scope, codes: Codes, extent: Expr, columns: int, stages: int = 0) -> GroupLoop:
+        """Open a loop over ``extent`` columns, about ``columns`` of them per iteration; ``stages`` as in
+        ``loop_range``."""
         size = max(1, columns // codes.group)
         groups = FloorDiv(extent, Integer(codes.group))
         block_g, places = base.constant("BLOCK_G", size), base.constant("PLACES", codes.places)
         place = base.bind(f"tl.arange(0, {places})[None, None, :]", "place")
-        scope = base.open(f"for start in range(0, {print_index(groups)}, {block_g}):")
+        scope = base.open(f"for start in {loop_range(groups, block_g, stages)}:")
         g = scope.bind(f"(start + tl.arange(0, {block_g}))[None, :, None]", "g")
         even = groups.is_Integer and int(groups) % size == 0
         mask = "" if even else scope.bind(f"{g} < {print_index(groups)}", "g_ok")

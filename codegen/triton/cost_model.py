@@ -39,6 +39,8 @@ _OVERLAP = 0.1  # how much of the lesser costs shows beside the largest
 _IN_REGISTERS, _PIPELINED = 0.72, 1.3
 # Shares of the tensor rate: with the instruction that a GPU was built for (measured), and with an older one (assumed).
 _WGMMA, _MMA = 0.95, 0.5
+# Seconds that a loop waits for the loads of each iteration, where they go to registers.
+_WAIT = 0.3e-6
 # Seconds of an iteration on tensor cores beside its loads; of one that makes its rows first, which has nothing under
 # way meanwhile; and in which four warps make 1024 elements of rows.
 _ITERATION, _ALONE, _MADE_ROWS = 0.1e-6, 0.9e-6, 0.3e-6
@@ -169,20 +171,9 @@ def _tensor_rate(tile: Tile, half: bool, device: Device) -> float:
 
 
 def _vectors(work: ProductWork, tile: Tile, device: Device) -> float:
-    """One row: sums of products in registers, whose loads are under way one block at a time."""
-    threads = 32 * tile.num_warps
-    elements = tile.block_n * tile.block_k * work.dots
-    block = elements * work.weight_bytes
-    load = Load(
-        programs=_blocks(work.columns, tile.block_n) * work.batch,
-        threads=threads,
-        registers=40 + 7 * tile.block_n * work.dots
-        if work.weight_ops
-        else 20 + int(1.95 * elements / threads),
-        shared=0,
-        # Codes are summed column by column, with a few loads of 16 bytes on their way to a thread.
-        under_way=min(block, 64.0 * threads) if work.weight_ops else block,
-    )
+    """One row: sums of products in registers."""
+    threads, elements = 32 * tile.num_warps, tile.block_n * tile.block_k * work.dots
+    load, block = vector_load(work, tile), elements * work.weight_bytes
     steps = load.programs * _blocks(work.k, tile.block_k)
     unique = work.batch * work.columns * (work.k * work.dots * work.weight_bytes + work.stored_bytes) + float(
         work.batch * work.k * work.itemsize
@@ -193,12 +184,38 @@ def _vectors(work: ProductWork, tile: Tile, device: Device) -> float:
     step = elements * each + (4.0 + work.row_ops) * tile.block_k + 2.0 * threads
     instructions = steps * step + 230.0 * threads * load.programs
     runs = 1 + _RUN / (tile.block_k * work.weight_bytes)
-    return _total(
+    waits = 0 if load.shared else _blocks(work.k, tile.block_k)
+    return waits * _WAIT + _total(
         load,
         device,
         memory=unique * runs,
         cache=steps * (block + tile.block_k * work.itemsize),
         plain=instructions / (device.vector_flops / 2),
+    )
+
+
+def vector_load(work: ProductWork, tile: Tile) -> Load:
+    """What the tiles of a product of one row ask of a multiprocessor. Blocks of weights are under way one at a time, to
+    registers, or several, to shared memory."""
+    threads = 32 * tile.num_warps
+    elements = tile.block_n * tile.block_k * work.dots
+    block, ahead = elements * work.weight_bytes, tile.num_stages - 1 if tile.num_stages > 2 else 0
+    each = elements / threads
+    if work.weight_ops:
+        registers = 40 + 7 * tile.block_n * work.dots
+    elif ahead:
+        registers = 60 + int(each * (1 + (work.dots - 1) / 3))
+    else:
+        registers = 20 + int(1.95 * each)
+    row = tile.block_k * work.itemsize * (2 if work.row_ops else 1)
+    # Codes that go to registers are summed column by column, with a few loads of 16 bytes on their way to a thread.
+    held = min(block, 64.0 * threads) if work.weight_ops else block
+    return Load(
+        programs=_blocks(work.columns, tile.block_n) * work.batch,
+        threads=threads,
+        registers=registers,
+        shared=int(ahead * (block + row)),
+        under_way=ahead * block or held,
     )
 
 

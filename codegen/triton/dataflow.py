@@ -42,7 +42,7 @@ def form_seconds(work: ProductWork, rows: int, device: Device) -> dict[str, floa
     """The cost model's time of each form with its best tile, at ``rows`` rows; infinite for one that does not fit."""
     one, many = replace(work, rows=0, batch=work.batch * rows), replace(work, rows=rows)
     return {
-        GEMV: min(seconds(one, tile, device) for tile in vector_tiles(one)),
+        GEMV: min(seconds(one, tile, device) for tile in vector_tiles(one, device)),
         FLAT: min(seconds(many, tile, device) for tile in few_rows_tiles(many, device)),
         GEMM: min(seconds(many, tile, device) for tile in many_rows_tiles(many)),
     }

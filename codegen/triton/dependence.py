@@ -5,6 +5,11 @@ kernel wrote, until its predecessor has ended and its writes can be seen. As eve
 predecessor has ended too. Between start and wait lies what depends on no other kernel: indices, and requests for the
 first weights, which are then on their way to the second-level cache while the predecessor drains. (CUDA programming
 guide, "Programmatic Dependent Launch and Synchronization".)
+
+More than the first block of each program gains nothing: products keep memory busy until they end, so what is requested
+for the next kernel is taken from the present one. (Measured on an H100: of what an attention gained by requests for its
+keys and values, the product before it lost as much, and with 8 to 24 MB of the next weights requested, by programs of
+either kernel, steps of Llama2-7B took 3 to 7% longer.)
 """
 
 from __future__ import annotations

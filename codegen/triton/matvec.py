@@ -2,7 +2,8 @@
 nothing from tensor cores.
 
 A program sums BLOCK_N x BLOCK_K products per iteration, or as many codes (see ``code_sums``). Weights that are computed
-stay in float32; nothing asks for them in half precision.
+stay in float32; nothing asks for them in half precision. Blocks of weights are waited for in registers, or, in tiles of
+three stages and more, are under way to shared memory while the ones before are summed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class VectorPrinter(ProductPrinter):
         mask = base.bind(f"{n.mask}[:, None]", "nb_ok") if n.mask else ""
         self.down = Block(base.bind(f"{n.text}[:, None]", "nb"), mask, base, self.columns)
         self.begin(self.context.extended(self.column_axes, {N: self.down}), "[None, :]")
-        loop = RowLoop(base, f"[{self.block_k}]", 0, False, "[]", wide=True)
+        loop = RowLoop(base, f"[{self.block_k}]", 0, False, "[]", wide=True, stages=self.tile.num_stages)
         for stage in self.stages:
             codes = code_sums(self, stage.reduces) if stage.dots else None
             if codes is None:

@@ -117,6 +117,13 @@ def combine(kind: str, a: str, b: str) -> str:
     return f"{a} * {b}"
 
 
+def loop_range(extent: Expr, step: str, stages: int) -> str:
+    """What a loop runs over. stages: iterations whose loads are under way, copied to shared memory, where no tensor
+    core asks for that by itself; below 3, each iteration waits for its own loads in registers."""
+    bounds = f"0, {print_index(extent)}, {step}"
+    return f"tl.range({bounds}, num_stages={stages})" if stages > 2 else f"range({bounds})"
+
+
 @dataclass(frozen=True)
 class KBlock:
     """The reduced axis in one loop: constant name and size of its block, and how a block of it is shaped."""
@@ -147,7 +154,8 @@ class KBlock:
 class RowLoop:
     """Accumulators of a loop's reductions over blocks shaped ``full``, folded along ``axis`` when it ends.
 
-    ``wide`` keeps a block per accumulator and folds once, after the loop; otherwise each iteration folds.
+    ``wide`` keeps a block per accumulator and folds once, after the loop; otherwise each iteration folds. stages: see
+    ``loop_range``, of a loop with dots.
     """
 
     base: Scope
@@ -156,6 +164,7 @@ class RowLoop:
     keep: bool
     folded: str
     wide: bool
+    stages: int = 0
 
     def run(self, stage: Stage, k: KBlock, body: Callable[[Scope, str], Context], context: Context) -> None:
         """Emit a loop. ``body(scope, start)`` adds the products and gives the context of the row."""
@@ -167,7 +176,8 @@ class RowLoop:
                 self._finish(reduce, self.base.bind(folded, HINTS[reduce.kind]), context)
             return
         names = {r: self._start(r) for r in stage.reduces}
-        scope = self.base.open(f"for start in range(0, {print_index(k.extent)}, {k.constant}):")
+        steps = loop_range(k.extent, k.constant, self.stages if stage.dots else 0)
+        scope = self.base.open(f"for start in {steps}:")
         row = body(scope, "start")
         for reduce, name in names.items():
             value = self._value(reduce, row)

@@ -26,7 +26,7 @@ class ProductWork:
     right operand's element in memory, a fraction where several share a byte. weight_ops, row_ops: operations that make
     a factor of an element of the right and of the left operand. stored_bytes: of an element of the result. plain: the
     right operands are matrices as they are multiplied, which TMA may copy. matrices: how many different right operands
-    a batch has; 0 where each of its products has its own.
+    a batch has; 0 where each of its products has its own. beside: columns of other products in the same kernel.
     """
 
     rows: int
@@ -41,6 +41,7 @@ class ProductWork:
     batch: int = 1
     plain: bool = False
     matrices: int = 0
+    beside: int = 0
 
 
 @dataclass(frozen=True)

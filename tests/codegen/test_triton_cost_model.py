@@ -208,9 +208,9 @@ def best(work: Work, device: Device) -> float:
     return seconds(work, ranked(work, device)[0], device)
 
 
-def _measured() -> Iterator[tuple[str, ProductWork, dict[Tile, float]]]:
+def _measured(name: str) -> Iterator[tuple[str, ProductWork, dict[Tile, float]]]:
     """Products of real size, and the seconds that an H100 took for each of their tiles."""
-    for record in json.loads((Path(__file__).parent / "h100_tiles.json").read_text())["kernels"]:
+    for record in json.loads((Path(__file__).parent / name).read_text())["kernels"]:
         tiles = {
             Tile(*sizes[:5], transposed=bool(sizes[5]), descriptors=bool(sizes[6])): microseconds * 1e-6
             for *sizes, microseconds in record["tiles"]
@@ -218,12 +218,18 @@ def _measured() -> Iterator[tuple[str, ProductWork, dict[Tile, float]]]:
         yield record["kernel"], ProductWork(**record["work"]), tiles
 
 
-@pytest.mark.parametrize(("kernel", "work", "tiles"), [pytest.param(*m, id=m[0]) for m in _measured()])
+@pytest.mark.parametrize(
+    ("kernel", "work", "tiles", "events"),
+    [
+        pytest.param(*measured, events, id=measured[0])
+        for name, events in (("h100_tiles.json", 2e-6), ("h100_decode_tiles.json", 0.0))
+        for measured in _measured(name)
+    ],
+)
 def test_the_first_tile_is_among_the_fastest_measured(
-    kernel: str, work: ProductWork, tiles: dict[Tile, float]
+    kernel: str, work: ProductWork, tiles: dict[Tile, float], events: float
 ) -> None:
     """Within 8% of the fastest of all that were tried, and at an estimate that is not far off."""
     first = replace(ranked(work, H100)[0], max_registers=0)
     assert tiles[first] <= 1.08 * min(tiles.values())
-    events = 2e-6
     assert 0.75 < seconds(work, first, H100) / (tiles[first] - events) < 1.3
