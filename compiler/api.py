@@ -28,11 +28,12 @@ from tilewright.runtime.engine import Engine
 from tilewright.runtime.executor import Compiling, EngineSpec, Executor, PerRequest
 from tilewright.runtime.native_executor import NativeExecutor
 
+from . import graph_cache
 from .adapters import MergedAdapters, without_wrapper
 from .api_mixin import Compiled, DecoderMixin, EncoderMixin, ModuleMixin, attach
 from .backends import Built, build, candidates, has_persistent_kernels, measures, no_candidates
 from .capacity import require_memory
-from .capture import Captured, capture
+from .capture import CapturedFacts, capture, check_ready
 from .capture_inputs import vocabulary
 from .capture_rope import switch_length
 from .capture_seq2seq import is_encoder_decoder
@@ -42,6 +43,7 @@ from .dump import Dump
 from .encoder_decoder import attach_both, states_of
 from .interface import index_bounds, require_decoder
 from .lower import lower
+from .model_identity import identity
 from .options import Options, check_options
 from .phases import (
     PER_REQUEST,
@@ -143,20 +145,14 @@ class _Compilation:
     tunables: dict[str, Tunables] = field(default_factory=dict)
     residents: dict[str, int] = field(default_factory=dict)
     per_request: PerRequest | None = None
+    cache: tuple[tuple[str, bool], ...] = ()
 
     def run(self, example_inputs: tuple[Any, ...] | dict[str, Any] | None) -> Any:
         dump = Dump(self.options.dump)
-        with self._stage("capture"):
-            self.adapters.follow(self.model)  # what is merged leaves the graph of the base model
-            captured = capture(self.model, example_inputs)
-            shown = None
-            if captured.kind == "module":
-                captured, shown = split_outputs(captured)
-        with self._stage("lower"):
-            lowered = lower(captured)
-            if captured.kind == "decoder":
-                require_decoder(type(self.model).__name__, lowered)
-            self.bounds = index_bounds(lowered)
+        captured, lowered, shown = self._graph(example_inputs)
+        if captured.kind == "decoder":
+            require_decoder(type(self.model).__name__, lowered)
+        self.bounds = index_bounds(lowered)
         self.stages["lowered"] = partial(str, lowered)
         dump.lowered(lowered)
         parts = Parts.of(captured, lowered)
@@ -224,6 +220,29 @@ class _Compilation:
             return attach_both(self.model, compiled, self.encoder)
         return attach(self.model, compiled, _MIXINS[captured.kind])
 
+    def _graph(
+        self, example_inputs: tuple[Any, ...] | dict[str, Any] | None
+    ) -> tuple[CapturedFacts, Module, ShownOutputs | None]:
+        """The lowered model, traced or from the cache, and what callers are shown of a module's results."""
+        with self._stage("capture"):
+            self.adapters.follow(self.model)  # what is merged leaves the graph of the base model
+            check_ready(self.model)
+            key = identity(self.model) if example_inputs is None else None
+            found = None if key is None else graph_cache.load(key, self.model)
+            if key is not None:
+                self.cache += (("capture", found is not None),)
+            traced, shown = None if found else capture(self.model, example_inputs), None
+            if traced is not None and traced.kind == "module":
+                traced, shown = split_outputs(traced)
+        with self._stage("lower"):
+            if traced is None:
+                assert found is not None
+                return *found, shown
+            lowered = lower(traced)
+            if key is not None:
+                graph_cache.store(key, self.model, traced, lowered)
+        return traced, lowered, shown
+
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         self.advance(name)
@@ -266,7 +285,7 @@ class _Compilation:
 
     def _choose(
         self,
-        captured: Captured,
+        captured: CapturedFacts,
         rivals: list[int],
         modules: list[Module],
         programs: list[Program],
@@ -295,7 +314,7 @@ class _Compilation:
         return [KernelTuner.of(p, offered, self.options) for p in programs]
 
     def _tune_kernels(
-        self, captured: Captured, tuners: list[KernelTuner], bound: BoundWeights, built: Built
+        self, captured: CapturedFacts, tuners: list[KernelTuner], bound: BoundWeights, built: Built
     ) -> Built:
         """Time the ways to print each kernel and build the programs anew with the best of them."""
         if not any(t.ways for t in tuners):
@@ -316,7 +335,7 @@ class _Compilation:
             return replace(self._build([t.program for t in tuners], bound), from_cache=built.from_cache)
 
     def _tune_launches(
-        self, captured: Captured, programs: list[Program], bound: BoundWeights, built: Built
+        self, captured: CapturedFacts, programs: list[Program], bound: BoundWeights, built: Built
     ) -> Built:
         """Time decode steps with persistent kernels and without, and build those programs anew that are faster with."""
         decode = [p for p in programs if p.phase == "decode"]
@@ -349,7 +368,7 @@ class _Compilation:
         return build(programs, bound.tensors, self.options, changes, residents)
 
     def _tune_steps(
-        self, captured: Captured, modules: list[Module], programs: list[Program], built: Built
+        self, captured: CapturedFacts, modules: list[Module], programs: list[Program], built: Built
     ) -> None:
         """Choose how decode steps of the C++ backend run."""
         steps = [
@@ -366,7 +385,7 @@ class _Compilation:
                 cached = self.options.autotune == "cached"
                 self.notes += (choose(executor, spec, key, cached),)
 
-    def _run_once(self, captured: Captured, programs: list[Program], built: Built) -> None:
+    def _run_once(self, captured: CapturedFacts, programs: list[Program], built: Built) -> None:
         """Launch every kernel that is loaded, or even compiled, at its first launch: no call has to wait for that."""
         pairs = zip(programs, built.executors, strict=True)
         waiting = [(p, e) for p, e in pairs if isinstance(e, Compiling) and measures(self.options)]
@@ -391,14 +410,14 @@ class _Compilation:
         for module, program in reversed(list(zip(modules, programs, strict=True))):
             self.stages[program.name] = self.stages[program.phase] = partial(str, module)
 
-    def _engine(self, captured: Captured, programs: list[Program], built: Built) -> Engine:
+    def _engine(self, captured: CapturedFacts, programs: list[Program], built: Built) -> Engine:
         decode = [e for e, p in zip(built.executors, programs, strict=True) if p.phase == "decode"]
         once = next(
             (e for e, p in zip(built.executors, programs, strict=True) if p.phase == PER_REQUEST), None
         )
         return Engine(decode, built.executors[-1], self._spec(captured, programs[-1]), once)
 
-    def _spec(self, captured: Captured, program: Program) -> EngineSpec:
+    def _spec(self, captured: CapturedFacts, program: Program) -> EngineSpec:
         return EngineSpec.of(
             program,
             captured.kind,
@@ -411,7 +430,12 @@ class _Compilation:
         )
 
     def _report(
-        self, captured: Captured, lowered: Module, programs: list[Program], bound: BoundWeights, built: Built
+        self,
+        captured: CapturedFacts,
+        lowered: Module,
+        programs: list[Program],
+        bound: BoundWeights,
+        built: Built,
     ) -> Report:
         options = self.options
         kernels = () if built.from_cache is None else (("kernels", built.from_cache),)
@@ -436,7 +460,7 @@ class _Compilation:
             fallbacks=tuple(f for p in programs for f in Fallback.of(p)),
             notes=captured.notes + self.notes,
             seconds=tuple(self.seconds.items()),
-            cache=kernels,
+            cache=self.cache + kernels,
         )
 
     def _phase_report(self, program: Program) -> PhaseReport:
@@ -445,7 +469,7 @@ class _Compilation:
 
 
 def _compiled(
-    captured: Captured,
+    captured: CapturedFacts,
     shown: ShownOutputs | None,
     engine: Engine,
     report: Report,

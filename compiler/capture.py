@@ -73,9 +73,10 @@ class LayerCall:
     scope: str
 
 
-@dataclass(frozen=True)
-class Captured:
-    """A captured model. ``tensors`` holds the model's own tensors (shared, not copied) by absolute name.
+@dataclass(frozen=True, kw_only=True)
+class CapturedFacts:
+    """What is known of a captured model besides its graphs. ``tensors`` holds the model's own tensors (shared, not
+    copied) by absolute name.
 
     ``outputs`` names what the outer graph returns, in order. They fill the pytree ``output_spec``, for a "module"
     together with ``output_constants``, the leaves (by position) that are no tensors. For a Hugging Face model that tree
@@ -84,10 +85,6 @@ class Captured:
     repeated layers could not be captured as layers and why.
     """
 
-    main: CapturedGraph
-    layers: Mapping[str, CapturedGraph]
-    calls: Mapping[int, LayerCall]
-    symbols: Mapping[str, tuple[int, int]]
     tensors: Mapping[str, Tensor]
     kind: Kind
     outputs: tuple[str, ...]
@@ -99,6 +96,16 @@ class Captured:
     per_request: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Captured(CapturedFacts):
+    """A captured model: its graphs too, and the ranges of their ``symbols``."""
+
+    main: CapturedGraph
+    layers: Mapping[str, CapturedGraph]
+    calls: Mapping[int, LayerCall]
+    symbols: Mapping[str, tuple[int, int]]
+
+
 def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | None = None) -> Captured:
     """Capture ``model``; ``example_inputs`` (args or kwargs) is required for anything but a Hugging Face
     model of text or images.
@@ -106,7 +113,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     Raises CaptureError, naming the module and the remedy, when the model is in training mode, has no weights (meta
     tensors), or does something that export or the attention op cannot express.
     """
-    _check_ready(model)
+    check_ready(model)
     if example_inputs is not None:
         return _capture_module(model, example_inputs)
     if not isinstance(model, PreTrainedModel) or not has_known_inputs(model):
@@ -122,7 +129,8 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     return _capture_transformer(model)
 
 
-def _check_ready(model: nn.Module) -> None:
+def check_ready(model: nn.Module) -> None:
+    """Raise CaptureError for a model that is in training mode, has no weights, or holds codes as weights."""
     for name, module in model.named_modules():
         if module.training:
             where = f"module {name!r} of " if name else ""
@@ -322,7 +330,7 @@ def _all_tensors(
     model: nn.Module, main: CapturedGraph, layers: Mapping[str, CapturedGraph], calls: Mapping[int, LayerCall]
 ) -> dict[str, Tensor]:
     """Every tensor that a graph refers to, by absolute name; literals of a layer graph are shared by its calls."""
-    own = _own_tensors(model)
+    own = own_tensors(model)
     needed = {name: main.literals.get(name) for name in main.tensors.values()}
     for call in calls.values():
         graph = layers[call.callee]
@@ -342,14 +350,14 @@ def _all_tensors(
 def _untied(graph: CapturedGraph, model: nn.Module) -> CapturedGraph:
     """The graph with each tied weight under one name, the first that the model gives it."""
     first: dict[int, str] = {}
-    own = _own_tensors(model)
+    own = own_tensors(model)
     for name, tensor in own.items():
         first.setdefault(id(tensor), name)
     tensors = {p: first[id(own[name])] if name in own else name for p, name in graph.tensors.items()}
     return replace(graph, tensors=tensors)
 
 
-def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters, buffers (non-persistent too) and plain tensor attributes, under every name that they have."""
     own: dict[str, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):

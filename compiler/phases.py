@@ -24,7 +24,7 @@ from .backends import (
     SPLITS,
     measures,
 )
-from .capture import Captured, capture
+from .capture import CapturedFacts, capture
 from .estimates import estimates, gpu
 from .lower import lower
 from .options import Options
@@ -55,7 +55,7 @@ class Parts:
     names: tuple[str, ...] = ()
 
     @staticmethod
-    def of(captured: Captured, lowered: Module) -> Parts:
+    def of(captured: CapturedFacts, lowered: Module) -> Parts:
         hoisted = hoist_per_request(lowered, captured.per_request)
         if hoisted is None:
             return Parts(lowered)
@@ -69,7 +69,7 @@ class Parts:
 
 
 def phases_of(
-    captured: Captured, lowered: Module, options: Options, states: tuple[int, int] = (1, 1)
+    captured: CapturedFacts, lowered: Module, options: Options, states: tuple[int, int] = (1, 1)
 ) -> list[Phase]:
     """The programs of a model: one decode program per batch size, what a request computes once, and prefill; or forward
     alone. ``states``: how many states of an encoder a decoder can attend to.

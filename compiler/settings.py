@@ -1,9 +1,9 @@
 """Everything that tilewright reads from the environment, in one place.
 
-====================  =======================================================================
-``TILEWRIGHT_CACHE``  folder for compiled kernels, tuning results and converted weights
+====================  ==========================================================================
+``TILEWRIGHT_CACHE``  folder for graphs, compiled kernels, tuning results and converted weights
 ``TILEWRIGHT_CXX``    C++ compiler to use instead of the ``g++`` or ``clang++`` on the path
-====================  =======================================================================
+====================  ==========================================================================
 """
 
 from __future__ import annotations
