@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -127,13 +128,15 @@ class Check:
         self._keep(name, found, said)
 
     def tests(self, limit: float) -> tuple[Found, str]:
-        """pytest's summary of tests/gpu."""
-        command = [sys.executable, "-m", "pytest", "-q", "--maxfail=5", "-p", "no:cacheprovider", "tests/gpu"]
+        """pytest's summary of tests/gpu, and the names of those that failed, also where time ended them."""
+        command = [sys.executable, "-m", "pytest", "-v", "--maxfail=5", "-p", "no:cacheprovider", "tests/gpu"]
         if find_spec("xdist") is not None:
             command += ["-n", str(min(16, os.cpu_count() or 1))]  # most of it is compiling
         done = ended(command, limit)
-        said = _last_line(done.output) or "nothing printed"
-        return Found(), said if done.status in (0, 5) else f"failed{done.why}: {said}"
+        said = _last_line(done.output).strip("= ") or "nothing printed"
+        if done.status in (0, 5):
+            return Found(), said
+        return Found(), "; ".join((f"failed{done.why}: {said}", *_failed_tests(done.output)))
 
     def process(self, name: str, limit: float) -> tuple[Found, str]:
         """A part of ``gpu_parts``."""
@@ -200,6 +203,12 @@ def ended(command: Sequence[str], limit: float) -> Ended:
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
+
+
+def _failed_tests(output: str) -> list[str]:
+    """The tests that pytest's verbose output says failed, with or without a summary at its end."""
+    found = re.findall(r"(?m)^(?:\[gw\d+\].*?FAILED (\S+)|FAILED (\S+)|(\S+::\S+) FAILED)", output)
+    return list(dict.fromkeys(next(filter(None, names)) for names in found))
 
 
 def _last_line(output: str) -> str:

@@ -31,7 +31,7 @@ SCALES = {
         ("--models", "llama2-7b", "--systems", "eager,bf16,int8,int4", "--repeats", "2", "--points", _POINTS),
         ("--models", "llama2-7b", "--repeats", "2", "--points", "1:1024"),
         {
-            "tests": 110, "rates": 30, "kernels": 80, "chart": 150, "compile": 90, "chart, torch.compile": 180,
+            "tests": 150, "rates": 30, "kernels": 80, "chart": 150, "compile": 90, "chart, torch.compile": 180,
             "tuned": 120, "layers": 120, "kernels, torch.compile": 90,
         },
     ),

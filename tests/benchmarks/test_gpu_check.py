@@ -108,6 +108,33 @@ def test_parts_end_up_in_one_file(tmp_path: Path) -> None:
     assert [f.name for f in tmp_path.iterdir()] == ["check.json"]
 
 
+@pytest.mark.parametrize(
+    ("status", "why", "output", "said"),
+    [
+        (0, "", "a::b PASSED\n=== 1 passed in 2.00s ===\n", "1 passed in 2.00s"),
+        (
+            1,
+            "",
+            "a::b FAILED [ 50%]\na::c PASSED\n= short test summary =\nFAILED a::b - no\n== 1 failed in 1s ==\n",
+            "failed: 1 failed in 1s; a::b",
+        ),
+        (
+            1,
+            ", stopped after 9 s",
+            "[gw1] [ 3%] FAILED a::b[x-1] \n[gw0] [ 6%] PASSED a::c \na::d ",
+            "failed, stopped after 9 s: a::d; a::b[x-1]",
+        ),
+    ],
+    ids=["passed", "failed", "stopped"],
+)
+def test_failed_tests_are_named(
+    status: int, why: str, output: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where pytest had no time for its summary."""
+    monkeypatch.setattr(gpu_check, "ended", lambda *_: gpu_check.Ended(status, output, why))
+    assert check(tmp_path / "check.json").tests(9.0) == (Found(), said)
+
+
 def test_what_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file is written after each part."""
     run_ = check(tmp_path / "check.json")
