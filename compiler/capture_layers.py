@@ -172,8 +172,12 @@ def _opaque_forward(layer: Layer, original: Callable[..., Any], recording: Recor
 def _result_structure(
     layer: Layer, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
 ) -> tuple[pytree.TreeSpec, tuple[Any, ...]]:
-    """Run the layer on fake tensors, unrecorded, to learn what it returns: a tensor, or a tuple around one."""
+    """Run the layer on fake tensors, unrecorded, to learn what it returns: a tensor, or a tuple around one.
+
+    Sizes are the trace's examples, as numbers: symbols take several times as long.
+    """
     with disable_proxy_modes_tracing():
+        args, kwargs, x = pytree.tree_map_only(Tensor, _of_example_size, (args, kwargs, x))
         result = original(*args, **kwargs)
     leaves, spec = pytree.tree_flatten(result)
     if (
@@ -202,6 +206,11 @@ class LayerForward(nn.Module):
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         # Hooks of the layer itself ran in the outer graph already, so call forward, not the module.
         return pytree.tree_leaves(self.layer.forward(*args, **kwargs))[0]
+
+
+def _of_example_size(tensor: Tensor) -> Tensor:
+    sizes = [size if isinstance(size, int) else size.node.hint for size in tensor.shape]
+    return tensor if None in sizes else tensor.new_empty(sizes)
 
 
 # --- which layers are alike ---------------------------------------------------------------------------------------
