@@ -2,8 +2,9 @@
 
 The cost model orders the tiles that a product may have, and its constants are only as good as what they were fitted to.
 This takes the first of that order, many more than a tuner tries, times each where it stands in a program of two layers,
-as a tuner does, and writes what ``tests/codegen/h100_tiles.json`` holds: the numbers of each product, and microseconds
-by tile. It needs a GPU, and a few minutes; nothing is downloaded.
+and writes what ``tests/codegen/h100_tiles.json`` holds: the numbers of each product, and microseconds by tile. Kernels
+of prompts are timed by events, as a tuner does; those of decode steps, which overlap, as they are replayed. It needs a
+GPU, and a few minutes; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from benchmarks import machine
 from benchmarks.estimates import FORMS, options_of, plans
 from benchmarks.large_models import BUILDERS
 from benchmarks.options import command_line, known
+from benchmarks.replays import replayed_seconds
 from tilewright.backends import build
 from tilewright.cli import readable_errors
 from tilewright.codegen.triton.environment import Environment
@@ -40,7 +42,7 @@ from tilewright.ir.program import BufferKind, Program
 from tilewright.options import Options
 from tilewright.progress import Progress
 from tilewright.runtime.device import is_interpreting
-from tilewright.runtime.executor import EngineSpec
+from tilewright.runtime.executor import EngineSpec, Executor
 from tilewright.runtime.files import write_atomically
 from tilewright.trials import Trial
 from tilewright.tune_kernels import KernelTuner
@@ -117,17 +119,26 @@ def timed(title: str, program: Program, spec: EngineSpec, options: Options, most
     executors = build([program] * len(variants), weights, options, variants).executors
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a tile that does not run is told by its time
-        times = tuner.times(executors, trial)
-    runs = Counter(step.name for step, _, _ in program.trace())
+        times = _times(program, tuner, executors, trial)
     for name, ways in tuner.ways.items():
         op, _ = parts[name]
         found = Timed(f"{title} {program.name} {name}", works[op])
-        for way, seconds in zip(ways, (t[name] / runs[name] for t in times), strict=False):
+        for way, seconds in zip(ways, (t[name] for t in times), strict=False):
             changed = Environment.of(program, False, {name: way}, device)
             (tile,) = changed.tiles(op, plan_parts(op, env.sizes))
             if seconds < float("inf") and not (tile.persistent or tile.group):
                 found.tiles[_sizes(tile)] = round(seconds * 1e6, 1)
         yield found
+
+
+def _times(
+    program: Program, tuner: KernelTuner, executors: Sequence[Executor], trial: Trial
+) -> list[dict[str, float]]:
+    """Seconds of each kernel in each variant of a program."""
+    if program.phase == "decode" and torch.cuda.is_available():
+        return [replayed_seconds(program, executor, trial) for executor in executors]
+    runs = Counter(step.name for step, _, _ in program.trace())
+    return [{n: s / runs[n] for n, s in found.items()} for found in tuner.times(executors, trial)]
 
 
 def random_weights(program: Program, device: torch.device) -> dict[str, Tensor]:
@@ -151,8 +162,9 @@ def _text(found: Sequence[Timed], device: torch.device) -> str:
         f"{name} {v}" for name, v in machine.versions().items() if name in ("torch", "triton")
     )
     about = (
-        "Microseconds of kernels by tile, each where it stands in a program of two layers, by events around its "
-        f"launch (some 2 of them are the events'), the mean of a program's runs, each at its best, on "
+        "Microseconds of kernels by tile, each where it stands in a program of two layers: of prompts by events around "
+        "its launch (some 2 of them are the events'), the mean of a program's runs, each at its best; of decode steps "
+        "as they are replayed, from the end of the kernel before to its own, by the profiler, the median; on "
         f"{machine.device_name(device)}, {versions}, {datetime.datetime.now(datetime.UTC).date()}; "
         f"{command_line('benchmarks.tiles')}."
     )

@@ -1,6 +1,6 @@
 """Tiles that a segment may have. The cost model orders them; the first is the default, and a tuner times the others.
 
-* Product of one row (decode): bound by reading the weight. Blocks of weights in registers.
+* Product of one row (decode): bound by reading the weight. Blocks of weights in registers, or in a pipeline.
 * Product of few rows: also bound by the weight; on Hopper the weight stands on the long side of the tensor cores.
 * Product of many rows (prefill): large tiles on tensor cores. In float32 products run on the plain units, and their
   operands need the registers of eight warps.
