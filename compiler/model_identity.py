@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import os
 import platform
+import re
 import sys
 import types
 from collections.abc import Iterable, Iterator
@@ -34,9 +35,10 @@ _LIBRARIES = (
     "packaging", "peft", "PIL", "regex", "requests", "safetensors", "scipy", "sympy", "tokenizers", "torchaudio",
     "torchvision", "tqdm", "typer", "typing_extensions", "yaml",
 )  # fmt: skip
-"""PyTorch and Transformers, and those whose functions they import."""
+"""PyTorch and Transformers, and those whose functions they pass on from module to module."""
 _OWN = (Path(__file__).parent, *map(Path, ir.__path__))
-_CHECKED = ("transformers.", "torch.nn.modules.")
+_CHECKED = re.compile(r"transformers(\.(models|integrations|utils)\.[\w.]+|\.\w+)|torch\.nn\.modules\.\w+")
+"""Names of modules whose code a forward may run: none of the libraries' command lines, pipelines or servers."""
 _BARE_MODULE = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -102,13 +104,13 @@ def _require_unchanged() -> None:
     for space in (torch, torch.Tensor, torch.nn.functional, nn.Module):
         _require_own(vars(space).values())
     for name, module in list(sys.modules.items()):
-        if not name.startswith(_CHECKED) or not isinstance(module, types.ModuleType):
+        if not _CHECKED.fullmatch(name) or not isinstance(module, types.ModuleType):
             continue
         members = [v for v in vars(module).values() if not isinstance(v, types.ModuleType)]
-        _require_own(members)
+        _require_own(members, module)
         for kind in members:
             if isinstance(kind, type) and kind.__module__ == name:
-                _require_own(vars(kind).values())
+                _require_own(vars(kind).values(), module)
 
 
 @functools.lru_cache(maxsize=1)
@@ -131,19 +133,35 @@ def _is_of_library(file: str) -> bool:
     return file.startswith(_PYTHON) and not any(folder in file for folder in _INSTALLED)
 
 
-def _require_own(values: Iterable[Any]) -> None:
-    """Raise _UnknownError for functions and classes from anywhere else. Python generates some methods, as of
-    dataclasses."""
+def _require_own(values: Iterable[Any], module: types.ModuleType | None = None) -> None:
+    """Raise _UnknownError for functions and classes from anywhere else, unless the source of the ``module`` that has
+    them imports something of theirs. Python generates some methods, as of dataclasses."""
     for value in values:
         if isinstance(value, type):
             file = getattr(sys.modules.get(value.__module__), "__file__", None)
-            if file is not None and not _is_of_library(file):
+            if file is not None and not _is_of_library(file) and not _imports(module, value.__module__):
                 raise _UnknownError(f"{value} of {file}")
         for function in _functions(value, 0):
             file, name = function.__code__.co_filename, function.__name__
             generated = file.startswith("<") and name.startswith("__") and name.endswith("__")
-            if not (generated or _is_of_library(file)):
+            home = function.__globals__.get("__name__", "")  # what a decorator copies says nothing
+            if not (generated or _is_of_library(file) or _imports(module, home)):
                 raise _UnknownError(f"{function.__qualname__} of {file}")
+
+
+def _imports(module: types.ModuleType | None, name: str) -> bool:
+    """Whether the source of a module imports anything of the package that has the module ``name``."""
+    file = getattr(module, "__file__", None)
+    return file is not None and bool(name) and name.partition(".")[0] in _imported_by(file)
+
+
+@functools.lru_cache(maxsize=256)
+def _imported_by(file: str) -> frozenset[str]:
+    """The packages that a file imports anything of."""
+    with suppress(OSError):
+        text = Path(file).read_text(encoding="utf-8", errors="replace")
+        return frozenset(re.findall(r"(?m)^[ \t]*(?:from|import)[ \t]+(\w+)", text))
+    return frozenset()
 
 
 def _functions(value: Any, depth: int) -> Iterator[types.FunctionType]:

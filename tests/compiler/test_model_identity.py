@@ -38,10 +38,14 @@ def test_equal_models_are_the_same_whatever_their_weights(usual: str) -> None:
 
 
 def test_another_process_finds_the_same(usual: str) -> None:
-    """Whatever its hashes are, and whatever else it has loaded."""
+    """Whatever its hashes are, and whatever else it has loaded: a server and a trainer bring code of other packages."""
     code = (
-        "import transformers.models.bert.modeling_bert; from tests.compiler.models import tiny; "
-        "from tilewright.model_identity import identity; print(identity(tiny('llama')))"
+        "import transformers.models.bert.modeling_bert, transformers.trainer, transformers.pipelines\n"
+        "from tests.compiler.models import tiny\n"
+        "from tilewright.model_identity import identity\n"
+        "try: import tilewright.serve_model\n"
+        "except ImportError: pass\n"
+        "print(identity(tiny('llama')))"
     )
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     root = Path(__file__).parents[2]
