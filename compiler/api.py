@@ -33,8 +33,9 @@ from .adapters import MergedAdapters, without_wrapper
 from .api_mixin import Compiled, DecoderMixin, EncoderMixin, ModuleMixin, attach
 from .backends import Built, build, candidates, has_persistent_kernels, measures, no_candidates
 from .capacity import require_memory
-from .capture import CapturedFacts, capture, check_ready
+from .capture import CapturedFacts, capture
 from .capture_inputs import vocabulary
+from .capture_ready import check_ready
 from .capture_rope import switch_length
 from .capture_seq2seq import is_encoder_decoder
 from .choices import choice_key, remember, remembered

@@ -40,6 +40,7 @@ from .capture_inputs import (
 from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, flat_names, opaque_layers
 from .capture_ops import STATEFUL, attention_forward, opaque_attention
 from .capture_patches import PositionRule, has_own_attention, position_rule, rerouted
+from .capture_ready import check_ready
 from .capture_rope import CALL_LENGTH, CallLength, pure_rotaries
 from .capture_seq2seq import ENCODER_STATES, PER_REQUEST, is_encoder_decoder, whole_model_arguments
 
@@ -127,34 +128,6 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
             "compile the whole model"
         )
     return _capture_transformer(model)
-
-
-def check_ready(model: nn.Module) -> None:
-    """Raise CaptureError for a model that is in training mode, has no weights, or holds codes as weights."""
-    for name, module in model.named_modules():
-        if module.training:
-            where = f"module {name!r} of " if name else ""
-            raise CaptureError(f"{where}{type(model).__name__} is in training mode; call model.eval() first")
-        _require_wide(model, name, module)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            raise CaptureError(
-                f"{type(model).__name__}: {name!r} is a meta tensor without values; load the weights before compiling"
-            )
-
-
-def _require_wide(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Raise CaptureError for a plain linear module whose weight holds codes, which it would multiply as they are.
-
-    A subclass may have a forward that decodes them.
-    """
-    dtype = module.weight.dtype if type(module) is nn.Linear else torch.float32
-    if not dtype.is_floating_point or dtype.itemsize == 1:
-        raise CaptureError(
-            f"{type(model).__name__}: the weight of {name!r} is quantized to {str(dtype).removeprefix('torch.')}, and "
-            "nothing here decodes it; load the model without quantization_config= (or call model.dequantize()) and "
-            "compile with weights='int8', 'int4' or 'fp8'"
-        )
 
 
 # --- Hugging Face models ------------------------------------------------------------------------------------------
