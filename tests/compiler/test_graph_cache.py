@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import tilewright as tw
 from tilewright import graph_cache
@@ -17,7 +17,8 @@ from tilewright.capture import Captured, capture
 from tilewright.ir.module import Module
 from tilewright.lower import lower
 
-from .models import tiny
+from .models import random, tiny
+from .test_architectures import DECODERS
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +162,21 @@ def test_a_changed_model_is_traced_anew() -> None:
     torch.testing.assert_close(
         changed(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4
     )
+
+
+def test_frequencies_that_the_graph_spells_out_are_the_models_own() -> None:
+    """Those that depend on how long a sequence is are no tensors of the model any more."""
+    scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    config = DECODERS["llama"].to_dict() | {"rope_parameters": scaling}
+    for scale in (1.0, 0.5):
+        model = random(LlamaConfig(**config), LlamaForCausalLM)
+        for table in model.get_submodule("model.rotary_emb").buffers():
+            table.mul_(scale)
+        fast = tw.compile(model, max_length=64, backend="reference", autotune="off")
+        ids = torch.arange(24)[None]
+        torch.testing.assert_close(
+            fast(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_a_model_in_training_mode_is_refused_though_its_graph_is_known() -> None:
