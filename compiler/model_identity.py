@@ -193,7 +193,20 @@ def _part(part: Any) -> str:
         return f"{getattr(part, '__module__', '')}.{part.__qualname__}"
     defaults = (*(part.__defaults__ or ()), *(part.__kwdefaults__ or {}).values())
     simple = [d for d in defaults if isinstance(d, bool | int | float | str | None)]
-    return f"{part.__qualname__} {part.__code__.co_filename} {part.__code__.co_firstlineno} {simple}"
+    code = part.__code__
+    return f"{part.__qualname__} {code.co_filename} {code.co_firstlineno} {_instructions(code)} {simple}"
+
+
+def _instructions(code: types.CodeType) -> str:
+    """What code does, whatever file it says that it is from."""
+    held = []
+    for value in code.co_consts:
+        if isinstance(value, types.CodeType):
+            held.append(_instructions(value))
+        else:
+            held.append(str(sorted(map(repr, value)) if isinstance(value, frozenset) else value))
+    text = code.co_code + f"{code.co_names} {held}".encode()
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,13 @@ def test_long_tensors_of_the_code_are_not_kept(known: Known, monkeypatch: pytest
     monkeypatch.setattr(graph_cache, "_LONGEST", 0)
     own = graph_cache.own_tensors(model)
     assert graph_cache.store("key", model, captured, lowered) == (set(captured.tensors) <= set(own))
+
+
+@pytest.mark.parametrize("literal", [torch.tensor([1j]), torch.zeros(0, 3)], ids=["complex", "empty"])
+def test_tensors_that_a_record_cannot_say_are_not_kept(literal: torch.Tensor, llama: Known) -> None:
+    model, captured, lowered = llama
+    tensors = {**captured.tensors, "literal": literal}
+    assert not graph_cache.store("key", model, replace(captured, tensors=tensors), lowered)
 
 
 def test_a_second_compilation_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

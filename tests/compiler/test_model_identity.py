@@ -297,6 +297,16 @@ def test_code_in_place_of_other_code_of_the_libraries_counts(
     assert identity(tiny("llama")) not in (None, usual)
 
 
+def test_code_that_says_it_is_of_the_library_counts(usual: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tools do that change a function's source, and compile it under the name of its file."""
+    source, line = inspect.getsourcelines(modeling_llama.rotate_half)
+    changed = "\n" * (line - 1) + "".join(source).replace("-x2", "x2")
+    names = dict(vars(modeling_llama))
+    exec(compile(changed, modeling_llama.__file__, "exec"), names)
+    monkeypatch.setattr(modeling_llama.rotate_half, "__code__", names["rotate_half"].__code__)
+    assert identity(tiny("llama")) not in (None, usual)
+
+
 class _Halved(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
