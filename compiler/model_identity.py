@@ -32,6 +32,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import GenerationConfig, PretrainedConfig
+from transformers.integrations.moe import ExpertsInterface
 
 from tilewright import ir
 
@@ -304,6 +305,9 @@ def _parts(value: Any, depth: int) -> Iterator[Any]:
             for part in dict.values(value):  # a subclass may load what it gives
                 if callable(part):
                     yield from _parts(part, depth + 1)
+        case ExpertsInterface():  # a table, of which modules that no op stands for take a function
+            for part in dict(value).values():
+                yield from _parts(part, depth + 1)
         case _ if callable(value) or hasattr(type(value), "__get__"):
             yield type(value)
             for part in (

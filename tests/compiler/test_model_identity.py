@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
@@ -357,6 +358,7 @@ HIDDEN: dict[str, tuple[Any, str, Any]] = {
     ),
     "a module": (modeling_llama, "torch", _copied(torch)),
     "in a table": (ROPE_INIT_FUNCTIONS, "longrope", _plain),
+    "in the table of experts": (ALL_EXPERTS_FUNCTIONS, "batched_mm", _plain),
     "a function of Python": (math, "sqrt", lambda x: x),
 }  # fmt: skip
 
@@ -364,7 +366,7 @@ HIDDEN: dict[str, tuple[Any, str, Any]] = {
 @pytest.mark.parametrize("name", HIDDEN)
 def test_no_identity_where_other_code_is_hidden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where, key, value = HIDDEN[name]
-    if isinstance(where, dict):
+    if isinstance(where, MutableMapping):
         monkeypatch.setitem(where, key, value)
     else:
         monkeypatch.setattr(where, key, value, raising=False)
