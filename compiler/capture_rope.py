@@ -39,6 +39,11 @@ def switch_length(model: nn.Module) -> int:
     return min(lengths, default=0)
 
 
+def chosen_by_length(model: nn.Module) -> list[Tensor]:
+    """The tables of a model whose values a capture spells out."""
+    return [_first_table(module, layer) for module, _, layer in _rotaries(model)]
+
+
 @contextmanager
 def pure_rotaries(model: nn.Module, length: CallLength) -> Iterator[None]:
     """While the block runs, rotary embeddings choose their frequencies by ``length`` and change no module."""
@@ -91,10 +96,14 @@ def _pure_forward(module: Any, length: CallLength) -> Any:
     return pure
 
 
+def _first_table(module: Any, layer: str) -> Tensor:
+    table: Tensor = getattr(module, f"{layer}_original_inv_freq" if layer else "original_inv_freq")
+    return table
+
+
 def _tables(module: Any, kind: str, layer: str) -> tuple[Tensor, Tensor | None]:
     """The frequencies f32[D / 2] for short sequences, and for long ones where they are others."""
-    first = getattr(module, f"{layer}_original_inv_freq" if layer else "original_inv_freq")
-    first = first.detach().clone()
+    first = _first_table(module, layer).detach().clone()
     if kind != "longrope":
         return first, None
     beyond = _first_length(module, layer) + 1

@@ -64,11 +64,13 @@ def load(key: str, model: nn.Module) -> tuple[CapturedFacts, Module] | None:
 
 
 def store(key: str, model: nn.Module, facts: CapturedFacts, lowered: Module) -> bool:
-    """Keep a graph. False where it cannot be kept: its code spells out a long tensor, or what it returns has no name,
-    or the folder cannot be written."""
+    """Keep a graph. False where it cannot be kept: its code spells out a tensor that is long or that JSON cannot say,
+    or what it returns has no name, or the folder cannot be written."""
     own = own_tensors(model)
     literals = {name: t for name, t in facts.tensors.items() if name not in own}
-    if facts.output_constants or any(t.numel() > _LONGEST for t in literals.values()):
+    if facts.output_constants or not all(
+        0 < t.numel() <= _LONGEST and not t.is_complex() for t in literals.values()
+    ):
         return False
     with suppress(OSError, NotImplementedError):
         record = {

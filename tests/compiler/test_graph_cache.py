@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import tilewright as tw
 from tilewright import graph_cache
@@ -17,7 +18,8 @@ from tilewright.capture import Captured, capture
 from tilewright.ir.module import Module
 from tilewright.lower import lower
 
-from .models import tiny
+from .models import random, tiny
+from .test_architectures import DECODERS
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +134,13 @@ def test_long_tensors_of_the_code_are_not_kept(known: Known, monkeypatch: pytest
     assert graph_cache.store("key", model, captured, lowered) == (set(captured.tensors) <= set(own))
 
 
+@pytest.mark.parametrize("literal", [torch.tensor([1j]), torch.zeros(0, 3)], ids=["complex", "empty"])
+def test_tensors_that_a_record_cannot_say_are_not_kept(literal: torch.Tensor, llama: Known) -> None:
+    model, captured, lowered = llama
+    tensors = {**captured.tensors, "literal": literal}
+    assert not graph_cache.store("key", model, replace(captured, tensors=tensors), lowered)
+
+
 def test_a_second_compilation_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """And gives the same results, in a model with other weights too."""
     first = tw.compile(tiny("llama"), max_length=64, backend="reference")
@@ -161,6 +170,21 @@ def test_a_changed_model_is_traced_anew() -> None:
     torch.testing.assert_close(
         changed(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4
     )
+
+
+def test_frequencies_that_the_graph_spells_out_are_the_models_own() -> None:
+    """Those that depend on how long a sequence is are no tensors of the model any more."""
+    scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    config = DECODERS["llama"].to_dict() | {"rope_parameters": scaling}
+    for scale in (1.0, 0.5):
+        model = random(LlamaConfig(**config), LlamaForCausalLM)
+        for table in model.get_submodule("model.rotary_emb").buffers():
+            table.mul_(scale)
+        fast = tw.compile(model, max_length=64, backend="reference", autotune="off")
+        ids = torch.arange(24)[None]
+        torch.testing.assert_close(
+            fast(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_a_model_in_training_mode_is_refused_though_its_graph_is_known() -> None:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedModel
+from torch.overrides import TorchFunctionMode
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import modeling_llama
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
+from tilewright import code_identity, model_identity
 from tilewright.model_identity import identity
 
 from .models import tiny
@@ -108,8 +115,53 @@ def test_attributes_of_classes_and_modules_count(usual: str, monkeypatch: pytest
 
 def test_settings_of_pytorch_count(usual: str) -> None:
     model = tiny("llama")
-    with torch.autocast("cpu", torch.bfloat16):
-        assert identity(model) not in (None, usual)
+    found = {usual}
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            found.add(identity(model) or "")
+    with torch.device("meta"):
+        found.add(identity(model) or "")
+    assert len(found - {""}) == 4
+
+
+def test_no_identity_under_a_mode_that_changes_functions() -> None:
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        assert identity(tiny("llama")) is None
+
+
+def test_values_of_frequencies_that_a_capture_spells_out_count() -> None:
+    """A cast to half precision and back leaves other values of the same shape and type."""
+    scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1, rope_parameters=scaling)
+    model = LlamaForCausalLM(config)
+    before = identity(model)
+    after = identity(model.bfloat16().float())
+    assert before is not None
+    assert after not in (None, before)
+
+
+def test_a_run_under_torch_compile_leaves_it(usual: str) -> None:
+    """It puts functions of its own into the modules that it traces."""
+    torch.compile(tiny("llama"), backend="eager")(torch.arange(4)[None])
+    assert identity(tiny("llama")) == usual
+
+
+def test_no_identity_where_a_file_is_newer_than_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs is not what the file says, which the next process will run."""
+    monkeypatch.setattr(code_identity, "_STARTED", Path(modeling_llama.__file__).stat().st_mtime - 1)
+    assert identity(tiny("llama")) is None
+
+
+def test_a_long_configuration_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    text = model_identity._text
+    monkeypatch.setattr(model_identity, "_text", lambda value: read.append(type(value)) or text(value))
+    assert identity(tiny("llama")) is not None
+    assert read.count(LlamaConfig) == 1
 
 
 class Own(nn.Module):
@@ -134,7 +186,40 @@ UNKNOWN: dict[str, Callable[[PreTrainedModel], Any]] = {
     "an object": lambda model: setattr(model.model, "helper", Opaque()),
     "a function that holds values": lambda model: setattr(model.model, "helper", _holding(3)),
     "a function": lambda model: setattr(model.model, "helper", _plain),
+    "a class": lambda model: setattr(model.model, "helper", Opaque),
+    "a method of a tensor": lambda model: setattr(model.model, "helper", torch.ones(3).mul),
+    "values of a tensor": lambda model: setattr(model.model, "helper", [torch.ones(3)]),
+    "a tensor of a class of its own": lambda model: setattr(
+        model.model, "helper", torch.ones(3).as_subclass(OwnTensor)
+    ),
+    "a weight of a class of its own": lambda model: model.model.norm._parameters.update(
+        weight=model.model.norm.weight.detach().as_subclass(OwnTensor)
+    ),
+    "a configuration of its own": lambda model: setattr(model.config, "__class__", OwnConfig),
+    "a configuration that holds itself": lambda model: setattr(model.config, "itself", model.config),
+    "a class that says that it is another": lambda model: setattr(
+        model.model.layers[0].mlp, "__class__", OwnMLP
+    ),
+    "a class of a module that is gone": lambda model: setattr(
+        model.model.layers[0].mlp, "__class__", type("Gone", (LlamaMLP,), {"__module__": "transformers.gone"})
+    ),
 }
+
+
+class OwnTensor(torch.Tensor):
+    """Any function of it may be another one."""
+
+
+class OwnConfig(LlamaConfig):
+    """Any attribute of it may be computed."""
+
+
+class OwnMLP(LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+OwnMLP.__module__, OwnMLP.__qualname__ = LlamaMLP.__module__, LlamaMLP.__qualname__
 
 
 def _holding(number: int) -> Callable[[], int]:
@@ -142,6 +227,10 @@ def _holding(number: int) -> Callable[[], int]:
 
 
 def _plain() -> None: ...
+
+
+def _typed(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
@@ -192,6 +281,100 @@ def test_no_identity_where_a_class_stands_in_for_a_function(monkeypatch: pytest.
     for value in (Stand, Stand(), functools.partial(_plain)):
         monkeypatch.setattr(modeling_llama, "rotate_half", value)
         assert identity(tiny("llama")) is None
+
+
+SWAPPED = {
+    "function": (modeling_llama, "rotate_half", torch.nn.functional.softsign),
+    "function for a module": (modeling_llama, "rotate_half", nn.Identity()),
+    "part of a function": (modeling_llama, "rotate_half", functools.partial(torch.mul, other=0.5)),
+    "function for a compiled one": (modeling_llama, "rotate_half", torch.jit.script(_typed)),
+    "method": (LlamaRMSNorm, "forward", nn.Identity.forward),
+    "builtin function of PyTorch": (torch, "rsqrt", torch.sqrt),
+    "method of tensors": (torch.Tensor, "pow", torch.Tensor.mul),
+}
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_code_in_place_of_other_code_of_the_libraries_counts(
+    name: str, usual: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*SWAPPED[name])
+    assert identity(tiny("llama")) not in (None, usual)
+
+
+def test_code_that_says_it_is_of_the_library_counts(usual: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tools do that change a function's source, and compile it under the name of its file."""
+    source, line = inspect.getsourcelines(modeling_llama.rotate_half)
+    changed = "\n" * (line - 1) + "".join(source).replace("-x2", "x2")
+    names = dict(vars(modeling_llama))
+    exec(compile(changed, modeling_llama.__file__, "exec"), names)
+    monkeypatch.setattr(modeling_llama.rotate_half, "__code__", names["rotate_half"].__code__)
+    assert identity(tiny("llama")) not in (None, usual)
+
+
+class _Halved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return x / 2
+
+
+class _Half:
+    """A descriptor."""
+
+    def __get__(self, instance: object, kind: type) -> float:
+        return 0.5
+
+    def __set__(self, instance: object, value: float) -> None: ...
+
+
+def _interactive(code: str) -> Any:
+    """What ``code``, typed at a prompt, calls ``made``."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(code, "<stdin>", "exec"), names)
+    return names["made"]
+
+
+def _with_other_names(original: Any) -> Any:
+    inner = inspect.unwrap(original)
+    names = {**inner.__globals__, "rotate_half": _plain}
+    return types.FunctionType(inner.__code__, names, inner.__name__, inner.__defaults__, inner.__closure__)
+
+
+def _copied(module: types.ModuleType) -> types.ModuleType:
+    copied = types.ModuleType(module.__name__)
+    vars(copied).update(vars(module))
+    return copied
+
+
+HIDDEN: dict[str, tuple[Any, str, Any]] = {
+    "behind a method of PyTorch": (modeling_llama, "rotate_half", _Halved.apply),
+    "behind a cache": (modeling_llama, "rotate_half", functools.lru_cache(_plain)),
+    "in a partial method": (LlamaMLP, "forward", functools.partialmethod(_plain)),
+    "a descriptor": (LlamaAttention, "scaling", _Half()),
+    "a call typed at a prompt": (
+        nn.Linear, "__call__", _interactive("def made(self, x): ...\nmade.__name__ = '__call__'")
+    ),
+    "an object made at a prompt": (
+        modeling_llama, "rotate_half", _interactive("class M:\n  def __call__(self, x): ...\nmade = M()")
+    ),
+    "other names for a function": (
+        modeling_llama, "apply_rotary_pos_emb", _with_other_names(modeling_llama.apply_rotary_pos_emb)
+    ),
+    "a module": (modeling_llama, "torch", _copied(torch)),
+    "in a table": (ROPE_INIT_FUNCTIONS, "longrope", _plain),
+    "in the table of experts": (ALL_EXPERTS_FUNCTIONS, "batched_mm", _plain),
+    "a function of Python": (math, "sqrt", lambda x: x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_no_identity_where_other_code_is_hidden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, key, value = HIDDEN[name]
+    if isinstance(where, MutableMapping):
+        monkeypatch.setitem(where, key, value)
+    else:
+        monkeypatch.setattr(where, key, value, raising=False)
+    assert identity(tiny("llama")) is None
 
 
 def test_no_identity_under_hooks_on_all_modules() -> None:
