@@ -28,6 +28,8 @@ from .capture_rope import chosen_by_length
 from .code_identity import UnknownError, class_name, code_of, own_code, part_text, require_own
 
 _BARE_MODULE = frozenset(vars(nn.Module()))
+_PLACES = ("name_or_path", "_name_or_path")
+"""Attributes that say where a model was loaded from."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
@@ -62,7 +64,7 @@ def _modules(model: nn.Module) -> Iterator[str]:
         if any(getattr(module, hooks, None) for hooks in _HOOKS) or "forward" in vars(module):
             raise UnknownError(f"{name} has hooks")
         yield f"{name} {class_name(type(module))} {module.training} {numbers.setdefault(id(module), len(numbers))}"
-        own = {k: v for k, v in vars(module).items() if k not in _BARE_MODULE}
+        own = {k: v for k, v in vars(module).items() if k not in _BARE_MODULE and k not in _PLACES}
         for key in sorted(own):
             yield f"{key} {_attribute(own[key], numbers, configs)}"
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -106,7 +108,7 @@ def _text(value: Any) -> str:
         case GenerationConfig():
             return "generation"  # what generate() does around the forward
         case PretrainedConfig():
-            return f"{class_name(type(value))} {_text(vars(value))}"
+            return f"{class_name(type(value))} {_text({k: v for k, v in vars(value).items() if k not in _PLACES})}"
         case type():
             require_own((value,))
             return class_name(value)

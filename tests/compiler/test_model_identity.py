@@ -44,6 +44,15 @@ def test_equal_models_are_the_same_whatever_their_weights(usual: str) -> None:
     assert identity(model) == usual
 
 
+def test_a_model_is_the_same_wherever_it_is_kept(tmp_path: Path) -> None:
+    found = []
+    for place in (tmp_path / "here", tmp_path / "there"):
+        tiny("llama").save_pretrained(place)
+        found.append(identity(LlamaForCausalLM.from_pretrained(place).eval()))
+    assert found[0] is not None
+    assert found[0] == found[1]
+
+
 def test_another_process_finds_the_same(usual: str) -> None:
     """Whatever its hashes are, and whatever else it has loaded: a server and a trainer bring code of other packages."""
     code = (
