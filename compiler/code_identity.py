@@ -15,6 +15,7 @@ import re
 import sys
 import time
 import types
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from inspect import getattr_static
@@ -217,10 +218,18 @@ def require_own(values: Iterable[Any], module: types.ModuleType | None = None) -
                 _require_own_function(part, module)
 
 
-@functools.lru_cache(maxsize=1 << 14)
+_own_classes: weakref.WeakSet[type] = weakref.WeakSet()
+"""Classes that were found to be the libraries' own; what was not may have had its module hidden for a while."""
+
+
 def _is_own_class(kind: type) -> bool:
+    if kind in _own_classes:
+        return True
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    return _is_of_library(file) if file else kind.__module__.partition(".")[0] in _WITHOUT_FILE
+    if not (_is_of_library(file) if file else kind.__module__.partition(".")[0] in _WITHOUT_FILE):
+        return False
+    _own_classes.add(kind)
+    return True
 
 
 def _require_own_function(function: types.FunctionType, module: types.ModuleType | None) -> None:
