@@ -33,8 +33,9 @@ def replayed_seconds(program: Program, executor: Executor, trial: Trial) -> dict
         for _ in range(_RUNS):
             executor.run(trial.inputs, trial.dims, trial.state, trial.outputs)
         torch.cuda.synchronize()
-    events = [(e.name, e.time_range.end) for e in seen.events() if e.device_type is DeviceType.CUDA]
-    return by_kernel(names, [(name, end * 1e-6) for name, end in events if name in set(names)])
+    ours = set(names)
+    events = (e for e in seen.events() if e.device_type is DeviceType.CUDA and e.name in ours)
+    return by_kernel(names, [(e.name, e.time_range.end * 1e-6) for e in events])
 
 
 def by_kernel(names: Sequence[str], ends: Sequence[tuple[str, float]]) -> dict[str, float]:

@@ -35,7 +35,6 @@ from .backends import Built, build, candidates, has_persistent_kernels, measures
 from .capacity import require_memory
 from .capture import CapturedFacts, capture
 from .capture_inputs import vocabulary
-from .capture_ready import check_ready
 from .capture_rope import switch_length
 from .capture_seq2seq import is_encoder_decoder
 from .choices import choice_key, remember, remembered
@@ -227,11 +226,10 @@ class _Compilation:
         """The lowered model, traced or from the cache, and what callers are shown of a module's results."""
         with self._stage("capture"):
             self.adapters.follow(self.model)  # what is merged leaves the graph of the base model
-            check_ready(self.model)
             key = identity(self.model) if example_inputs is None else None
             found = None if key is None else graph_cache.load(key, self.model)
             if key is not None:
-                self.cache += (("capture", found is not None),)
+                self.cache = (("capture", found is not None),)
             traced, shown = None if found else capture(self.model, example_inputs), None
             if traced is not None and traced.kind == "module":
                 traced, shown = split_outputs(traced)

@@ -215,7 +215,8 @@ def _of_example_size(tensor: Tensor) -> Tensor:
 
 # --- which layers are alike ---------------------------------------------------------------------------------------
 
-_BARE_MODULE = frozenset(vars(nn.Module()))
+BARE_MODULE = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
 _LAYER_NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number"})
 
 
@@ -223,7 +224,7 @@ def module_signature(layer: nn.Module) -> tuple[Any, ...]:
     """Module classes, attributes (but layer numbers), and shapes and dtypes of tensors, of a layer and all below it."""
     parts = []
     for name, module in layer.named_modules():
-        own = {k: v for k, v in vars(module).items() if k not in _BARE_MODULE and k not in _LAYER_NUMBERS}
+        own = {k: v for k, v in vars(module).items() if k not in BARE_MODULE and k not in _LAYER_NUMBERS}
         own.pop("forward", None)
         attributes = tuple((k, freeze(own[k])) for k in sorted(own))
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]

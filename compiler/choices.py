@@ -16,6 +16,7 @@ from tilewright import codegen
 from tilewright.runtime.files import write_atomically
 
 from .settings import cache_dir
+from .sources import digest_of, files_of
 
 
 def choice_key(texts: Sequence[object], backend: str, device: torch.device) -> str:
@@ -47,11 +48,7 @@ def _processor() -> str:
 @lru_cache(maxsize=1)
 def _printers() -> str:
     """A hash of the code that prints kernels."""
-    digest = hashlib.sha256()
-    for folder in codegen.__path__:
-        for path in sorted(p for p in Path(folder).rglob("*") if p.suffix in (".py", ".h")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return digest_of(files_of(map(Path, codegen.__path__)))
 
 
 def remembered(key: str, candidates: int, measured: bool = False) -> int | None:

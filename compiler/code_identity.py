@@ -30,6 +30,7 @@ from transformers.integrations.moe import ExpertsInterface
 from tilewright import ir
 
 from .capture_ops import configs_of
+from .sources import digest_of, files_of
 
 _LIBRARIES = (
     "torch", "transformers", "accelerate", "filelock", "httpx", "huggingface_hub", "jinja2", "networkx", "numpy",
@@ -50,15 +51,15 @@ class UnknownError(Exception):
 
 @functools.lru_cache(maxsize=1)
 def own_code() -> str:
-    digest = hashlib.sha256()
-    for folder in _OWN:
-        for path in sorted(folder.rglob("*.py")):
-            stamp(path)
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+    """A hash of the code that captures and lowers. Raises UnknownError where it is not what this process has loaded."""
+    files = files_of(_OWN)
+    for file in files:
+        stamp(file)
+    return digest_of(files)
 
 
 def stamp(path: Path) -> str:
+    """A file as far as its status tells. Raises UnknownError for one that has changed since this process began."""
     status = path.stat()
     if status.st_mtime > _STARTED:
         raise UnknownError(f"{path} has changed")
@@ -67,7 +68,7 @@ def stamp(path: Path) -> str:
 
 def code_of(model: nn.Module) -> Iterator[str]:
     """The files that hold the code of the model, and what names in it stand for, once it is known that all of that is
-    the libraries' own."""
+    the libraries' own. Raises UnknownError where it is not."""
     kinds = sorted({type(part) for part in (*model.modules(), *configs_of(model))}, key=class_name)
     for kind in kinds:
         if not f"{kind.__module__}.".startswith(("transformers.", "torch.")):
@@ -309,4 +310,5 @@ def _parts(value: Any, depth: int) -> Iterator[Any]:
 
 
 def class_name(kind: type) -> str:
+    """A class by its module and name."""
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -24,10 +24,10 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import GenerationConfig, PretrainedConfig
 
+from .capture_layers import BARE_MODULE
 from .capture_rope import chosen_by_length
 from .code_identity import UnknownError, class_name, code_of, own_code, part_text, require_own
 
-_BARE_MODULE = frozenset(vars(nn.Module()))
 _PLACES = ("name_or_path", "_name_or_path")
 """Attributes that say where a model was loaded from."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -64,7 +64,7 @@ def _modules(model: nn.Module) -> Iterator[str]:
         if any(getattr(module, hooks, None) for hooks in _HOOKS) or "forward" in vars(module):
             raise UnknownError(f"{name} has hooks")
         yield f"{name} {class_name(type(module))} {module.training} {numbers.setdefault(id(module), len(numbers))}"
-        own = {k: v for k, v in vars(module).items() if k not in _BARE_MODULE and k not in _PLACES}
+        own = {k: v for k, v in vars(module).items() if k not in BARE_MODULE and k not in _PLACES}
         for key in sorted(own):
             yield f"{key} {_attribute(own[key], numbers, configs)}"
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):

@@ -131,7 +131,7 @@ def vector_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
     """For a product of one row. Pipelines through shared memory were faster than loads to registers wherever they leave
     room for four programs on a multiprocessor; eight warps wait for each other too long."""
     if work.weight_ops:
-        yield from code_tiles(work, device)
+        yield from (code_tiles(work, device) if work.weight_ops > 1 else converted_tiles(work))
         return
     for block_n, block_k, warps in product((1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048), (2, 4, 8)):
         elements = block_n * block_k * work.dots
@@ -150,20 +150,28 @@ _AT_ONCE = 48
 
 
 def code_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
-    """For a product of one row with weights that are unpacked: few sums, each over 16 codes of a thread (see
-    ``code_sums``), in the tiles that were fastest as measured. Where all programs run at a time, nothing else covers
-    the latency of their loads, so they have more warps or a pipeline. Floats of 8 bits are not summed like that, and
-    have few elements in each thread."""
+    """For a product of one row with weights that are codes and their factors: few sums, each over 16 codes of a thread
+    (see ``code_sums``), in the tiles that were fastest as measured. Where all programs run at a time, nothing else
+    covers the latency of their loads, so they have more warps or a pipeline."""
     at_once = (work.columns * work.dots + work.beside) * work.batch <= _AT_ONCE * device.multiprocessors
-    if work.weight_ops == 1:
-        ways: tuple[tuple[int, int, int], ...] = ((4, 2, 2), (4, 1, 2), (8, 2, 2))
-    elif work.weight_bytes < 0.8:
+    if work.weight_bytes < 0.8:
         ways = ((8, 8, 2), (4, 4, 2)) if at_once else ((8, 4, 2), (16, 4, 2), (8, 2, 2))
     else:
         ways = ((8, 4, 3), (4, 4, 2)) if at_once else ((4, 4, 2), (4, 2, 2), (8, 4, 2))
     for sums, warps, stages in ways:
-        block_k = min(32 * warps * 16, max(128, next_power_of_two(work.k)))
-        yield Tile(1, _share(sums, work.dots, 1), block_k, num_warps=warps, num_stages=stages)
+        yield _sixteen_each(work, sums, warps, stages)
+
+
+def converted_tiles(work: ProductWork) -> Iterator[Tile]:
+    """For a product of one row with weights that are only converted, as floats of 8 bits: few elements in a thread."""
+    for sums, warps in ((4, 2), (4, 1), (8, 2)):
+        yield _sixteen_each(work, sums, warps, 2)
+
+
+def _sixteen_each(work: ProductWork, sums: int, warps: int, stages: int) -> Tile:
+    """A tile of one row in which a thread has 16 elements of each of the ``sums``."""
+    block_k = min(32 * warps * 16, max(128, next_power_of_two(work.k)))
+    return Tile(1, _share(sums, work.dots, 1), block_k, num_warps=warps, num_stages=stages)
 
 
 def few_rows_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
