@@ -1,10 +1,12 @@
 // Matrix products with many rows (a prompt): arithmetic sets the time.
 //
 // Weights stay row-major; each thread packs a panel of PANEL weight rows, transposed, into its scratch, and multiplies
-// all rows of activations with it, a register tile of up to TILE_ROWS x PANEL sums at a time. A panel is read from the
-// second-level cache once per register tile, which is rare enough that K need not be blocked for the caches.
+// all rows of activations with it, a register tile of up to TILE_ROWS x PANEL sums at a time (bf16 with AMX: four of its
+// tiles). A panel is read from the second-level cache once per register tile, which is rare enough that K need not be
+// blocked for the caches.
 #pragma once
 
+#include "amx.h"
 #include "parallel.h"
 #include "transpose.h"
 
@@ -126,6 +128,37 @@ static inline void multiply_rows(int rows, const activation_t<W>* a, long lda, c
     }
 }
 
+// Multiplies rows of activations with panels, for one thread. Rows: of activations that a register tile holds; AMX has
+// its own number of them, where the processor has it and the operating system lends it.
+template <class W, int Rows = TILE_ROWS>
+class Multiplier {
+    static constexpr bool may_have_tiles = std::is_same_v<activation_t<W>, bf16> && AMX_ROWS > 0;
+    static_assert(!may_have_tiles || (AMX_COLUMNS == PANEL && AMX_UNITS == VW), "panels are what AMX reads");
+
+  public:
+    static constexpr int most_rows = may_have_tiles && AMX_ROWS > Rows ? AMX_ROWS : Rows;
+
+    int rows() const { return in_tiles_ ? AMX_ROWS : Rows; }
+
+    // c[m * ldc + j] (+)= sum over units of a[m][unit] * panel[unit][j], for count <= rows() rows m. What lies behind the
+    // last unit, up to a multiple of VW, is zero in a and in the panel.
+    template <bool Accumulate>
+    void multiply(int count, const activation_t<W>* a, long lda, const float* panel, long units, float* c, long ldc) {
+        if constexpr (may_have_tiles) {
+            if (in_tiles_) return tiles_.multiply<Accumulate>(count, a, lda, panel, units, c, ldc);
+        }
+        multiply_rows<W, Accumulate, Rows>(count, a, lda, panel, units < SUM_BLOCK ? units : SUM_BLOCK, c, ldc);
+        for (long u = SUM_BLOCK; u < units; u += SUM_BLOCK) {
+            multiply_rows<W, true, Rows>(count, a + u * packed<W>::per_unit, lda, panel + u * PANEL,
+                                         units - u < SUM_BLOCK ? units - u : SUM_BLOCK, c, ldc);
+        }
+    }
+
+  private:
+    const bool in_tiles_ = may_have_tiles && has_tiles();
+    Tiles tiles_;
+};
+
 // This worker's rectangle of the result: columns are split first, rows only when there are too few panels.
 struct Share {
     Range rows, columns;
@@ -148,9 +181,11 @@ static inline void gemm(const Worker& worker, long rows, long columns, long k, c
     const Share share = share_of(worker, rows, columns);
     const long count = units<W>(k), panel_size = panel_floats<W>(k, 1);
     const long height = share.rows.end - share.rows.begin;
-    const long tiles = (height + Rows - 1) / Rows;
     if (height <= 0) return;
-    alignas(64) float tile[D * Rows * PANEL];
+    Multiplier<W, Rows> multiplier;
+    const long tiles = (height + multiplier.rows() - 1) / multiplier.rows();
+    constexpr long per_dot = long(Multiplier<W, Rows>::most_rows) * PANEL;
+    alignas(64) float tile[D * per_dot];
     for (long n0 = share.columns.begin; n0 < share.columns.end; n0 += PANEL) {
         const int n = int(share.columns.end - n0 < PANEL ? share.columns.end - n0 : PANEL);
         for (int d = 0; d < D; d++) pack(d, n0, n, scratch + d * panel_size);
@@ -158,15 +193,10 @@ static inline void gemm(const Worker& worker, long rows, long columns, long k, c
             const long m0 = share.rows.begin + height * t / tiles;
             const int m = int(share.rows.begin + height * (t + 1) / tiles - m0);
             for (int d = 0; d < D; d++) {
-                const float* panel = scratch + d * panel_size;
-                float* out = tile + d * Rows * PANEL;
-                multiply_rows<W, false, Rows>(m, a + m0 * lda, lda, panel, count < SUM_BLOCK ? count : SUM_BLOCK, out, PANEL);
-                for (long u = SUM_BLOCK; u < count; u += SUM_BLOCK) {
-                    multiply_rows<W, true, Rows>(m, a + m0 * lda + u * packed<W>::per_unit, lda, panel + u * PANEL,
-                                           count - u < SUM_BLOCK ? count - u : SUM_BLOCK, out, PANEL);
-                }
+                multiplier.template multiply<false>(m, a + m0 * lda, lda, scratch + d * panel_size, count,
+                                                    tile + d * per_dot, PANEL);
             }
-            epilogue(m0, m, n0, n, tile, long(Rows) * PANEL, long(PANEL));
+            epilogue(m0, m, n0, n, tile, per_dot, long(PANEL));
         }
     }
 }
