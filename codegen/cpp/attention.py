@@ -67,15 +67,14 @@ def _print_whole(
     if f64:
         writer.line(f"tw::attend_f64<{kind}>(worker, shape, {tensors}, {result});")
     else:
-        scratch = "reinterpret_cast<float*>(own), reinterpret_cast<float*>(shared)"
+        scratch = "own, reinterpret_cast<float*>(shared)"
         writer.line(f"tw::attend<{kind}>(worker, shape, {tensors}, {result}, {scratch});")
     if not f64:
         batch, heads, queries = (print_index(n) for n in form.op.operands[0].shape[:3])
         parts = f"tw::attention_parts_floats({batch}, {heads}, {queries}, {sizes[1]}, threads)"
         kernel.workspace.shared.append(f"tw::bytes<float>({parts})")
-        kernel.workspace.private.append(
-            f"tw::bytes<float>(tw::attention_scratch_floats({sizes[0]}, {sizes[1]}))"
-        )
+        element_types = ", ".join(STORAGE[x.dtype] for x in form.op.operands[:2])
+        kernel.workspace.private.append(f"tw::PromptScratch<{element_types}>::size({sizes[0]}, {sizes[1]})")
 
 
 def _print_split(kernel: KernelContext, form: AttentionForm, kind: str, tensors: str) -> None:

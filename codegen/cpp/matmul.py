@@ -36,8 +36,7 @@ class _Printer:
             kernel, [group.forms[0].a, *(s.value for g in group.segments for s in g.stores)]
         )
         self.scalars.hide(d for f in group.forms for d in f.dots)
-        # Weights that are computed are packed as floats, so their activations are floats too.
-        self.weight = "float" if group.weight is None else STORAGE[group.weight]
+        self.weight = STORAGE[group.factor]
 
     # -- layout ------------------------------------------------------------------------------------------------
 
@@ -154,7 +153,8 @@ class _Printer:
         writer = self.writer
         with writer.block("const auto pack = [&](int d, long first, int count, float* panel)", "};"):
             writer.line(
-                f"tw::pack_blocks<{kind}>(panel, count, k, [&](int j) {{ return weight_block(d, first + j); }});"
+                f"tw::pack_blocks<{kind}, W>(panel, count, k, "
+                "[&](int j) { return weight_block(d, first + j); });"
             )
 
     def pack(self, form: MatmulForm) -> None:

@@ -74,6 +74,15 @@ class Group:
         return loads.pop() if len(loads) == 1 else None
 
     @property
+    def factor(self) -> DType:
+        """What the weights are multiplied as: their own type, and floats where they are computed. Codes that are
+        expanded for rows of bf16 become bf16, as eager mode would have such weights."""
+        if self.weight is not None:
+            return self.weight
+        expanded = self.stored is not None and not self.few_rows
+        return DType.bf16 if expanded and self.forms[0].a.dtype is DType.bf16 else DType.f32
+
+    @property
     def row_values(self) -> tuple[Node, ...]:
         """What the epilogues need that is reduced once per row, such as the scale of RMSNorm."""
         symbols = {a.symbol for a in self.rows}

@@ -97,6 +97,18 @@ def quantized_gated(kind: str, dtype: DType, rows: str) -> Case:
     return Case(made.module, made.dims, given)
 
 
+@case("quantized_prompt", *((kind,) for kind in KINDS))
+def quantized_prompt(kind: str) -> Case:
+    """Many rows of bf16: codes in blocks become bf16 there, not floats. A gate beside its up-projection."""
+    b = Builder()
+    x = b.param_value("x", rows_type(DType.bf16, "many", 96))
+    w, given = stored(b, "w", (96, 96), kind, "blocks", DType.bf16)
+    y = b.add("matmul", x, w)
+    gate, up = (view(b, y, [*x.shape[:-1], 48], "i0", "i1", f"i2 + {n}") for n in (0, 48))
+    made = finish(b, b.add("mul", b.add("mul", gate, b.add("sigmoid", gate)), up), B=2, S=19)
+    return Case(made.module, made.dims, given)
+
+
 @case("rounded", *((kind, rows) for kind in KINDS for rows in (1, 3, 8, 16)))
 def rounded(kind: str, rows: int) -> Case:
     """Activations in int8: a gate beside its up-projection, so two dot products per column."""

@@ -53,20 +53,24 @@ def has_simde() -> bool:
 SOME = tuple(
     next(name for name in CASES if name.startswith(kind))
     for kind in (
-        "linear-f32", "linear-bf16", "linear-f16", "layer_norm-f32", "attention", "merge",
-        "quantized-int8-blocks", "quantized-int4-blocks", "rounded-int8", "rounded-int8_groups", "rounded-int4",
+        "linear-f32", "linear-bf16", "linear-f16", "layer_norm-f32", "attention", "attention-bf16", "merge",
+        "quantized-int8-blocks", "quantized-int4-blocks", "quantized_prompt-int8", "quantized_prompt-int4",
+        "rounded-int8", "rounded-int8_groups", "rounded-int4",
         "causal_conv1d-bf16", "selective_scan-f32",
     )
 )  # fmt: skip
-WITHOUT_BF16 = ("-mno-avx512bf16",)
-WITHOUT_VNNI = ("-mno-avx512bf16", "-mno-avx512vnni", "-mno-avxvnni")
+WITHOUT_AMX = ("-mno-amx-bf16",)
+WITHOUT_BF16 = (*WITHOUT_AMX, "-mno-avx512bf16")
+WITHOUT_VNNI = (*WITHOUT_BF16, "-mno-avx512vnni", "-mno-avxvnni")
 AVX2 = ("-mno-avx512f",)
 BASELINE = ("-march=x86-64",)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
 @pytest.mark.parametrize(
-    "flags", [WITHOUT_BF16, WITHOUT_VNNI, AVX2, BASELINE], ids=["vnni", "avx512", "avx2", "baseline"]
+    "flags",
+    [WITHOUT_AMX, WITHOUT_BF16, WITHOUT_VNNI, AVX2, BASELINE],
+    ids=["bf16", "vnni", "avx512", "avx2", "baseline"],
 )
 def test_older_processors(flags: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same kernels, compiled for less than this machine offers."""
@@ -76,7 +80,12 @@ def test_older_processors(flags: tuple[str, ...], folder: Path, monkeypatch: pyt
 
 
 EMULATOR = Path(__file__).parent / "include" / "emulated_avx512.h"
-EMULATED = {"avx512": (), "vnni": ("-DEMULATE_VNNI",), "vnni and bf16": ("-DEMULATE_VNNI", "-DEMULATE_BF16")}
+EMULATED = {
+    "avx512": (),
+    "vnni": ("-DEMULATE_VNNI",),
+    "vnni and bf16": ("-DEMULATE_VNNI", "-DEMULATE_BF16"),
+    "vnni, bf16 and amx": ("-DEMULATE_VNNI", "-DEMULATE_BF16", "-DEMULATE_AMX"),
+}
 
 
 @pytest.mark.skipif(not has_simde(), reason="needs x86 with AVX2 and SIMDe (Debian and Ubuntu: libsimde-dev)")

@@ -1,6 +1,7 @@
 // Lets the AVX-512 paths of the headers run on a processor without AVX-512: SIMDe gives each intrinsic in portable C++.
 //
-// Compile with -mavx2 -mfma -mf16c and -include this file; -DEMULATE_VNNI and -DEMULATE_BF16 add those extensions. SIMDe
+// Compile with -mavx2 -mfma -mf16c and -include this file; -DEMULATE_VNNI, -DEMULATE_BF16 and -DEMULATE_AMX add those
+// extensions. SIMDe
 // 0.7 lacks a dozen intrinsics, which follow here, lane by lane.
 #pragma once
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -58,6 +59,12 @@ static inline __m512 cvtph_ps(__m256i x) {
     for (int i = 0; i < 16; i++) to.lane[i] = _cvtsh_ss(from.lane[i]);
     return to;
 }
+static inline __m256i cvtneps_pbh(__m512 x) {
+    Lanes<uint32_t, __m512> from(x);
+    Lanes<uint16_t, __m256i> to;
+    for (int i = 0; i < 16; i++) to.lane[i] = uint16_t((from.lane[i] + 0x7fffu + (from.lane[i] >> 16 & 1u)) >> 16);
+    return to;
+}
 static inline __m512i srai_epi32(__m512i x, unsigned count) {
     Ints lanes(x);
     for (int32_t& lane : lanes.lane) lane >>= count;
@@ -97,6 +104,7 @@ static inline void mask_storeu_ps(float* p, uint32_t mask, __m512 x) {
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtph_ps emulated::cvtph_ps
+#define _mm512_cvtneps_pbh emulated::cvtneps_pbh
 #define _mm512_srai_epi32 emulated::srai_epi32
 #define _mm512_reduce_add_ps emulated::reduce_add_ps
 #define _mm512_extractf32x8_ps emulated::extractf32x8_ps
@@ -108,3 +116,7 @@ static inline void mask_storeu_ps(float* p, uint32_t mask, __m512 x) {
 // SIMDe 0.7.4 gives this name to the masked form.
 #undef _mm512_madd_epi16
 #define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
+
+#if defined(EMULATE_AMX)
+#include "emulated_amx.h"
+#endif

@@ -8,22 +8,57 @@ namespace tw {
 
 static inline long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Floats of scratch that one thread of `attend_many` needs.
-static inline long attention_scratch_floats(long d, long dv) {
-    const long dvp = round_up(dv, PANEL);
-    return QUERY_ROWS * (d + KEY_TILE + dvp) + KEY_TILE * (round_up(d, VW) + dvp);
-}
+// What queries, keys, weights and values are multiplied as: pairs of bf16 where all of them are bf16 and the processor
+// multiplies those (weights of the softmax are then rounded, as eager mode rounds them), else floats.
+template <class T, class C>
+using attention_factor =
+    std::conditional_t<std::is_same_v<T, bf16> && std::is_same_v<C, bf16>, activation_t<bf16>, float>;
+
+// How one thread's scratch of `attend_many` is divided: rows of queries and of softmax weights (padded to whole vectors
+// of units), scores, sums, and packed tiles of keys and values.
+template <class T, class C>
+struct PromptScratch {
+    using F = attention_factor<T, C>;
+    static constexpr long step = long(VW) * packed<F>::per_unit;
+    static_assert(KEY_TILE % step == 0 && KEY_TILE % PANEL == 0, "tiles of keys need no padding");
+
+    F *q, *weights;
+    float *scores, *acc, *keys, *values;
+
+    static long query_size(long d) { return round_up(d, step); }
+    static long value_size(long dv) { return round_up(dv, PANEL); }
+    static long size(long d, long dv) {
+        return bytes<F>(QUERY_ROWS * query_size(d)) + bytes<F>(QUERY_ROWS * KEY_TILE) +
+               bytes<float>(QUERY_ROWS * KEY_TILE) + bytes<float>(QUERY_ROWS * value_size(dv)) +
+               bytes<float>(KEY_TILE / packed<F>::per_unit * value_size(dv)) +
+               bytes<float>(KEY_TILE * query_size(d) / packed<F>::per_unit);
+    }
+    PromptScratch(char* from, long d, long dv) {
+        q = carve<F>(from, QUERY_ROWS * query_size(d));
+        weights = carve<F>(from, QUERY_ROWS * KEY_TILE);
+        scores = carve<float>(from, QUERY_ROWS * KEY_TILE);
+        acc = carve<float>(from, QUERY_ROWS * value_size(dv));
+        values = carve<float>(from, KEY_TILE / packed<F>::per_unit * value_size(dv));
+        keys = carve<float>(from, KEY_TILE * query_size(d) / packed<F>::per_unit);
+    }
+};
 
 // One work item of a prompt: rows r = (query - q0) * heads + (head - head0), of one batch row and one KV head.
 template <class T, class C, int D, int DV>
 struct PromptBlock {
+    using Scratch = PromptScratch<T, C>;
+    using F = typename Scratch::F;
+    static constexpr int per_unit = packed<F>::per_unit;
     static constexpr int DVP = (DV + PANEL - 1) / PANEL * PANEL;
-    static constexpr int DP = (D + VW - 1) / VW * VW;
+    static constexpr int DP = (D + Scratch::step - 1) / Scratch::step * Scratch::step;
     const AttentionShape& s;
+    Scratch buffers;
     long batch, group, q0, head0, heads;
     int rows;
-    float *q, *scores, *acc, *keys, *values;
+    Multiplier<F> multiplier;
     SoftmaxRow softmax[QUERY_ROWS];
+
+    PromptBlock(const AttentionShape& s, char* scratch) : s(s), buffers(scratch, D, DV) {}
 
     long head(int r) const { return head0 + r % heads; }
     long query(int r) const { return q0 + r / heads; }
@@ -31,45 +66,80 @@ struct PromptBlock {
     void load_queries(const T* source) {
         for (int r = 0; r < rows; r++) {
             const T* from = source + s.q.at(batch, head(r), query(r));
-            for (int i = 0; i < D; i++) q[r * D + i] = to_f32(from[i]) * s.scale;
-            for (int i = 0; i < DVP; i++) acc[r * DVP + i] = 0.0f;
+            for (int i = 0; i < D; i++) buffers.q[r * DP + i] = from_f32<F>(to_f32(from[i]));
+            for (int i = D; i < DP; i++) buffers.q[r * DP + i] = F{};
+            for (int i = 0; i < DVP; i++) buffers.acc[r * DVP + i] = 0.0f;
             softmax[r] = SoftmaxRow{s.sink<T>(head(r)), s.sinks != nullptr ? 1.0f : 0.0f};
         }
     }
 
-    // Values as panels [DVP / PANEL][KEY_TILE][PANEL], zero beyond DV.
-    void pack_values(const C* source, int count) {
-        for (int p = 0; p < DVP; p += PANEL) {
-            float* panel = values + p * KEY_TILE;
-            for (int j = 0; j < count; j++) {
-                const C* from = source + j * s.v.row + p;
-                for (int i = 0; i < PANEL; i++) panel[j * PANEL + i] = p + i < DV ? to_f32(from[i]) : 0.0f;
+    // Keys as panels [KEY_TILE / PANEL][DP / per_unit][PANEL].
+    void pack_keys(const C* source, int count) {
+        for (int p = 0; p < count; p += PANEL) {
+            const int n = count - p < PANEL ? count - p : PANEL;
+            float* panel = buffers.keys + p * (DP / per_unit);
+            const auto row = [&](int j) { return source + (p + j) * s.k.row; };
+            if constexpr (per_unit == 1) {
+                pack_rows<C, widened<C>>(panel, n, D, row);
+            } else {
+                pack_rows<C, packed<C>>(panel, n, D, row);
             }
         }
     }
 
-    void step(const C* k, const C* v, long first, int count) {
-        for (int p = 0; p < count; p += PANEL) {
-            const int n = count - p < PANEL ? count - p : PANEL;
-            pack_rows<C, widened<C>>(keys + p * DP, n, D, [&](int j) { return k + (first + p + j) * s.k.row; });
-        }
-        pack_values(v + first * s.v.row, count);
-        for (int r = 0; r < rows; r += TILE_ROWS) {
-            const int m = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
-            for (int p = 0; p < count; p += PANEL) {
-                multiply_rows<float, false>(m, q + r * D, D, keys + p * DP, D, scores + r * KEY_TILE + p, KEY_TILE);
-            }
-            for (int i = r; i < r + m; i++) {
-                float* row = scores + i * KEY_TILE;
-                finish_scores(s, batch, head(i), query(i), first, count, row);
-                const float factor = softmax[i].update(row, count);
-                if (factor != 1.0f) {
-                    for (int c = 0; c < DVP; c++) acc[i * DVP + c] *= factor;
+    // Values as panels [DVP / PANEL][KEY_TILE / per_unit][PANEL], a unit being as many keys; zero beyond DV and `count`.
+    void pack_values(const C* source, int count) {
+        const int padded = int(round_up(count, Scratch::step));
+        for (int p = 0; p < DVP; p += PANEL) {
+            float* panel = buffers.values + p * (KEY_TILE / per_unit);
+            for (int j = 0; j < padded; j += per_unit, panel += PANEL) {
+                const C* from = source + j * s.v.row + p;
+                const int width = j >= count ? 0 : DV - p < PANEL ? DV - p : PANEL;
+                if constexpr (per_unit == 1) {
+                    for (int i = 0; i < width; i++) panel[i] = to_f32(from[i]);
+                } else {
+                    const C* second = from + (j + 1 < count ? s.v.row : 0);
+                    const uint32_t both = j + 1 < count ? 0xffffffffu : 0xffffu;
+                    for (int i = 0; i < width; i++) {
+                        panel[i] = bit_cast<float>((from[i].bits | uint32_t(second[i].bits) << 16) & both);
+                    }
                 }
+                for (int i = width; i < PANEL; i++) panel[i] = 0.0f;
             }
+        }
+    }
+
+    // Scores of a row become weights of its values, and what it summed before is scaled to them.
+    void weigh(int r, long first, int count) {
+        float* row = buffers.scores + r * KEY_TILE;
+#pragma omp simd
+        for (int j = 0; j < count; j++) row[j] *= s.scale;
+        finish_scores(s, batch, head(r), query(r), first, count, row);
+        const float factor = softmax[r].update(row, count);
+        if (factor != 1.0f) {
+            for (int c = 0; c < DVP; c++) buffers.acc[r * DVP + c] *= factor;
+        }
+        F* weights = buffers.weights + r * KEY_TILE;
+#pragma omp simd
+        for (int j = 0; j < count; j++) weights[j] = from_f32<F>(row[j]);
+        for (int j = count; j < round_up(count, Scratch::step); j++) weights[j] = F{};
+    }
+
+    void step(const C* k, const C* v, long first, int count) {
+        pack_keys(k + first * s.k.row, count);
+        pack_values(v + first * s.v.row, count);
+        const long units = (count + per_unit - 1) / per_unit;
+        for (int r = 0, m; r < rows; r += m) {
+            m = rows - r < multiplier.rows() ? rows - r : multiplier.rows();
+            for (int p = 0; p < count; p += PANEL) {
+                multiplier.template multiply<false>(m, buffers.q + r * DP, DP, buffers.keys + p * (DP / per_unit),
+                                                    (D + per_unit - 1) / per_unit, buffers.scores + r * KEY_TILE + p, KEY_TILE);
+            }
+            for (int i = r; i < r + m; i++) weigh(i, first, count);
             for (int p = 0; p < DVP; p += PANEL) {
-                multiply_rows<float, true>(m, scores + r * KEY_TILE, KEY_TILE, values + p * KEY_TILE, count,
-                                           acc + r * DVP + p, DVP);
+                multiplier.template multiply<true>(m, buffers.weights + r * KEY_TILE, KEY_TILE,
+                                                   buffers.values + p * (KEY_TILE / per_unit), units,
+                                                   buffers.acc + r * DVP + p, DVP);
             }
         }
     }
@@ -78,26 +148,20 @@ struct PromptBlock {
         for (int r = 0; r < rows; r++) {
             T* to = out + s.out.at(batch, head(r), query(r));
             const float inverse = softmax[r].total > 0.0f ? 1.0f / softmax[r].total : 0.0f;
-            for (int i = 0; i < DV; i++) to[i * s.out.column] = from_f32<T>(acc[r * DVP + i] * inverse);
+            for (int i = 0; i < DV; i++) to[i * s.out.column] = from_f32<T>(buffers.acc[r * DVP + i] * inverse);
         }
     }
 };
 
-// Attention of many queries (a prompt); every worker of the team calls it. scratch: attention_scratch_floats(D, DV).
+// Attention of many queries (a prompt); every worker of the team calls it. scratch: PromptScratch::size(D, DV) bytes.
 template <class T, class C, int D, int DV>
 static inline void attend_many(const Worker& worker, const AttentionShape& s, const T* q, const C* k, const C* v,
-                               T* out, float* scratch) {
-    using Block = PromptBlock<T, C, D, DV>;
+                               T* out, char* scratch) {
     const long per_group = s.heads_per_group();
     const long heads = per_group < QUERY_ROWS ? per_group : QUERY_ROWS, positions = QUERY_ROWS / heads;
     const long cuts = (per_group + heads - 1) / heads;  // of a group with more heads than rows
     const long blocks = (s.queries + positions - 1) / positions, parts = s.batch * s.groups * cuts;
-    Block block{s};
-    block.q = scratch;
-    block.scores = block.q + QUERY_ROWS * D;
-    block.acc = block.scores + QUERY_ROWS * KEY_TILE;
-    block.keys = block.acc + QUERY_ROWS * Block::DVP;
-    block.values = block.keys + KEY_TILE * Block::DP;
+    PromptBlock<T, C, D, DV> block(s, scratch);
     // Longest blocks first, dealt out in turn: causality makes late queries the most expensive.
     for (long item = worker.id; item < blocks * parts; item += worker.size()) {
         const long part = item % parts, cut = part % cuts;

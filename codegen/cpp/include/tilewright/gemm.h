@@ -27,9 +27,11 @@ struct widened {
     TW_INLINE vf load(const W* p, long n) { return n >= VW ? vload(p) : vload_n(p, int(n)); }
 };
 
-// What a weight panel holds: 32-bit units, each one element of k, or a pair of them where bf16 has a dot product.
+// What a weight panel holds: 32-bit units, each one element of k, or a pair of them where bf16 has a dot product. `unit`
+// makes vectors of units from vectors of floats, one for each element of a unit.
 template <class W>
 struct packed : widened<W> {
+    TW_INLINE vf unit(const vf* x) { return x[0]; }
     TW_INLINE vf broadcast(const activation_t<W>* a, long unit) { return vset(to_f32(a[unit])); }
     TW_INLINE vf add(vf a, vf b, vf sum) { return vfma(a, b, sum); }
 };
@@ -39,6 +41,11 @@ struct packed<bf16> {
     static constexpr int per_unit = 2;
     TW_INLINE vf load(const bf16* p, long n) {
         return _mm512_castsi512_ps((__m512i)(n >= 32 ? dot<bf16>::load(p) : dot<bf16>::load_n(p, int(n))));
+    }
+    TW_INLINE vf unit(const vf* x) {
+        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x[0]));
+        const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x[1]));
+        return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
     TW_INLINE vf broadcast(const bf16* a, long unit) {
         int32_t pair;

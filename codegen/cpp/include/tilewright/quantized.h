@@ -5,7 +5,7 @@
 // A vector thus holds one row per lane, sums need no adding across lanes, and a thread that walks its share of the rows
 // reads linear streams. Scales lie as [N / 16][groups][16]: for int8 f32, one per row or one per 32 columns of it; for
 // int4 f16 scale and minimum per 32 columns. With few rows of activations, these are rounded to int8 in groups of 32 and
-// multiplied as integers; with many, weights become floats once per panel of gemm.h.
+// multiplied as integers; with many, weights become floats, or pairs of bf16, once per panel of gemm.h.
 #pragma once
 
 #include "bytes.h"
@@ -63,6 +63,14 @@ static inline void round_row(const float* x, long k, const ByteRow& to) {
     }
 }
 
+// Rows k to k + 3 of a panel of gemm.h, at some of its columns.
+template <class W>
+TW_INLINE void store_four(float* panel, long k, const vf (&rows)[4]) {
+    constexpr int per_unit = packed<W>::per_unit;
+    float* to = panel + k / per_unit * PANEL;
+    for (int at = 0; at < 4; at += per_unit, to += PANEL) vstore(to, packed<W>::unit(rows + at));
+}
+
 // How weights are stored, and what a block of ROW_BLOCK rows contributes. `Scales` are the addresses of a block's factors.
 template <bool Grouped>  // whether each group of columns has a scale, or each row
 struct Int8 {
@@ -103,16 +111,17 @@ struct Int8 {
             for (int m = 0; m < M; m++) vstore(out + m * ldo + h * VI, vmul(sum[h][m], scale));
         }
     }
-    // panel[k][ldp]: the block's rows as floats, a column per row.
-    TW_INLINE void expand(const Block& w, long k, float* panel, long ldp) {
+    // The block's rows as columns of a panel of gemm.h.
+    template <class W>
+    TW_INLINE void expand(const Block& w, long k, float* panel) {
         for (int h = 0; h < HALVES; h++) {
             for (long quad = 0; quad < k / 4; quad++) {
                 const long g = Grouped ? quad / (ACTIVATION_GROUP / 4) : 0;
                 const vf scale = vload(w.scale + g * ROW_BLOCK + h * VI);
                 const vi wv = bload(w.codes + quad * 4 * ROW_BLOCK + h * 4 * VI);
-                for (int at = 0; at < 4; at++) {
-                    vstore(panel + (quad * 4 + at) * ldp + h * VI, vmul(to_float(signed_byte(wv, at)), scale));
-                }
+                vf four[4];
+                for (int at = 0; at < 4; at++) four[at] = vmul(to_float(signed_byte(wv, at)), scale);
+                store_four<W>(panel + h * VI, quad * 4, four);
             }
         }
     }
@@ -159,7 +168,8 @@ struct Int4 {
         for (int h = 0; h < HALVES; h++)
             for (int m = 0; m < M; m++) vstore(out + m * ldo + h * VI, sum[h][m]);
     }
-    TW_INLINE void expand(const Block& w, long k, float* panel, long ldp) {
+    template <class W>
+    TW_INLINE void expand(const Block& w, long k, float* panel) {
         for (int h = 0; h < HALVES; h++) {
             for (long octet = 0; octet < k / 8; octet++) {
                 const long g = octet / (ACTIVATION_GROUP / 8);
@@ -167,25 +177,27 @@ struct Int4 {
                 const vf minimum = vload(w.minimum + g * ROW_BLOCK + h * VI);
                 const vi both = bload(w.codes + octet * 4 * ROW_BLOCK + h * 4 * VI);
                 const vi low = low_nibbles(both), high = high_nibbles(both);
+                vf first[4], second[4];
                 for (int at = 0; at < 4; at++) {
-                    float* to = panel + (octet * 8 + at) * ldp + h * VI;
-                    vstore(to, vfma(to_float(unsigned_byte(low, at)), scale, minimum));
-                    vstore(to + 4 * ldp, vfma(to_float(unsigned_byte(high, at)), scale, minimum));
+                    first[at] = vfma(to_float(unsigned_byte(low, at)), scale, minimum);
+                    second[at] = vfma(to_float(unsigned_byte(high, at)), scale, minimum);
                 }
+                store_four<W>(panel + h * VI, octet * 8, first);
+                store_four<W>(panel + h * VI, octet * 8 + 4, second);
             }
         }
     }
 };
 
 // A panel of gemm.h from blocks of codes: block(j) gives the addresses of the block at column j < count of the panel.
-template <class Q, class Block>
+template <class Q, class W, class Block>
 static inline void pack_blocks(float* panel, int count, long k, const Block& block) {
     for (int j = 0; j < PANEL; j += ROW_BLOCK) {
         if (j < count) {
-            Q::expand(block(j), k, panel + j, PANEL);
+            Q::template expand<W>(block(j), k, panel + j);
             continue;
         }
-        for (long i = 0; i < k; i++)
+        for (long i = 0; i < units<W>(k); i++)
             for (int lane = 0; lane < ROW_BLOCK; lane++) panel[i * PANEL + j + lane] = 0.0f;
     }
 }
