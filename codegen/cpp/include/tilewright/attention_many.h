@@ -57,19 +57,19 @@ struct PromptBlock {
     int rows;
     Multiplier<F> multiplier;
     SoftmaxRow softmax[QUERY_ROWS];
+    long head[QUERY_ROWS], query[QUERY_ROWS];
 
     PromptBlock(const AttentionShape& s, char* scratch) : s(s), buffers(scratch, D, DV) {}
 
-    long head(int r) const { return head0 + r % heads; }
-    long query(int r) const { return q0 + r / heads; }
-
     void load_queries(const T* source) {
         for (int r = 0; r < rows; r++) {
-            const T* from = source + s.q.at(batch, head(r), query(r));
+            head[r] = head0 + r % heads;
+            query[r] = q0 + r / heads;
+            const T* from = source + s.q.at(batch, head[r], query[r]);
             for (int i = 0; i < D; i++) buffers.q[r * DP + i] = from_f32<F>(to_f32(from[i]));
             for (int i = D; i < DP; i++) buffers.q[r * DP + i] = F{};
             for (int i = 0; i < DVP; i++) buffers.acc[r * DVP + i] = 0.0f;
-            softmax[r] = SoftmaxRow{s.sink<T>(head(r)), s.sinks != nullptr ? 1.0f : 0.0f};
+            softmax[r] = SoftmaxRow{s.sink<T>(head[r]), s.sinks != nullptr ? 1.0f : 0.0f};
         }
     }
 
@@ -114,7 +114,7 @@ struct PromptBlock {
         float* row = buffers.scores + r * KEY_TILE;
 #pragma omp simd
         for (int j = 0; j < count; j++) row[j] *= s.scale;
-        finish_scores(s, batch, head(r), query(r), first, count, row);
+        finish_scores(s, batch, head[r], query[r], first, count, row);
         const float factor = softmax[r].update(row, count);
         if (factor != 1.0f) {
             for (int c = 0; c < DVP; c++) buffers.acc[r * DVP + c] *= factor;
@@ -146,7 +146,7 @@ struct PromptBlock {
 
     void store(T* out) const {
         for (int r = 0; r < rows; r++) {
-            T* to = out + s.out.at(batch, head(r), query(r));
+            T* to = out + s.out.at(batch, head[r], query[r]);
             const float inverse = softmax[r].total > 0.0f ? 1.0f / softmax[r].total : 0.0f;
             for (int i = 0; i < DV; i++) to[i * s.out.column] = from_f32<T>(buffers.acc[r * DVP + i] * inverse);
         }

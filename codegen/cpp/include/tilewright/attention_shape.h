@@ -101,15 +101,19 @@ struct SoftmaxRow {
         float highest = top;
 #pragma omp simd reduction(max : highest)
         for (int j = 0; j < count; j++) highest = scores[j] > highest ? scores[j] : highest;
-        float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (int j = 0; j < count; j++) {
-            const float score = scores[j], weight = tw::exp(score - highest);
-            scores[j] = score > 0.5f * MASKED ? weight : 0.0f;
-            sum += scores[j];
+        if (highest <= 0.5f * MASKED) {  // no key yet
+            for (int j = 0; j < count; j++) scores[j] = 0.0f;
+            return 1.0f;
         }
-        const float factor = tw::exp(top - highest);
-        total = total * factor + sum;
+#pragma omp simd
+        for (int j = 0; j < count; j++) scores[j] = tw::exp_negative(scores[j] - highest);
+        // Added up apart from the loop above: GCC would add the lanes of its sum one by one.
+        vf sum = vset(0.0f);
+        int j = 0;
+        for (; j + VW <= count; j += VW) sum = vadd(sum, vload(scores + j));
+        if (j < count) sum = vadd(sum, vload_n(scores + j, count - j));
+        const float factor = top == highest ? 1.0f : tw::exp_negative(top - highest);
+        total = total * factor + vsum(sum);
         top = highest;
         return factor;
     }
