@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,6 +20,10 @@ from benchmarks.system import LeftOut
 
 INSTALL = 'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install llama-cpp-python'
 """Without the option, pip builds it for any processor with AVX2: pip's builds are meant to be repeatable elsewhere."""
+
+WITHOUT_AMX = " ".join(
+    f"-DCMAKE_{language}_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'" for language in ("C", "CXX")
+)
 
 EXTENSIONS = {"avx2": "AVX2", "avx512f": "AVX512", "avx512_bf16": "AVX512_BF16", "avx512_vnni": "AVX512_VNNI"}
 """Vector extensions as ``machine.describe`` and as llama.cpp call them."""
@@ -44,6 +51,28 @@ def system_info() -> str:
 def unused_extensions(info: str, machine: Sequence[str]) -> list[str]:
     """Extensions of the machine that llama.cpp, by its ``system_info``, was built without."""
     return [name for name in machine if name in EXTENSIONS and f"{EXTENSIONS[name]} = 1" not in info]
+
+
+def require_survivor(file: Path, threads: int) -> None:
+    """Try a prompt and a token in a process of its own: an instruction that a machine refuses ends the process, and all
+    that was measured goes with it. Raises LeftOut that names the signal."""
+    lines = (
+        "from pathlib import Path",
+        "from benchmarks.llama_context import LlamaContext",
+        f"context = LlamaContext(Path({str(file)!r}), {threads}, 128)",
+        "context.evaluate(range(100, 164))",
+        "context.evaluate([1])",
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=root, capture_output=True, check=False
+    )
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise LeftOut(
+            f"llama.cpp dies of {name} with {file.name}; with AMX, build it without: "
+            f'CMAKE_ARGS="-DGGML_NATIVE=ON {WITHOUT_AMX}" pip install --no-cache-dir --force-reinstall llama-cpp-python'
+        )
 
 
 class LlamaContext:

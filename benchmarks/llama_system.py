@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from benchmarks.llama_context import LlamaContext
+from benchmarks.llama_context import LlamaContext, require_survivor
 from benchmarks.results import DECODE, FIRST_TOKEN, LLAMA_CPP, PREFILL
 
 KV_ITEMSIZE = 2
@@ -25,6 +25,7 @@ class LlamaCpp:
     tasks = frozenset({DECODE, PREFILL, FIRST_TOKEN})
 
     def __init__(self, file: Path, threads: int, room: int, kv_bytes: int) -> None:
+        require_survivor(file, threads)
         self._context = LlamaContext(file, threads, room)
         self._kv_bytes = kv_bytes
         self._held: list[int] = []

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.llama_context import LlamaContext
+from benchmarks.llama_context import LlamaContext, require_survivor
 from benchmarks.results import LLAMA_CPP
 
 Piece = tuple[slice, slice, Tensor]
@@ -74,6 +74,7 @@ class LlamaPredictor:
 
     def __init__(self, precision: str, file: Path, threads: int, length: int, through: Through) -> None:
         self.precision = precision
+        require_survivor(file, threads)
         self._context = LlamaContext(file, threads, length)
         self._through = through
 

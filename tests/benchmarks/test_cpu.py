@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 import tilewright as tw
 from benchmarks import build, cpu, memory, models, picture, stored
 from benchmarks.build import Plan
-from benchmarks.llama_context import LeftOut, unused_extensions
+from benchmarks.llama_context import LeftOut, require_survivor, unused_extensions
 from benchmarks.measure import Task
 from benchmarks.probe import bandwidth_probe
 from benchmarks.results import DECODE, EAGER, OURS, Results
@@ -202,6 +202,17 @@ def test_torch_compile_decodes_what_the_model_does(
 def test_extensions_that_llama_cpp_leaves_unused_are_seen() -> None:
     info = "CPU : AVX = 1 | AVX2 = 1 | AVX512 = 1 | OPENMP = 1 |"
     assert unused_extensions(info, ["avx2", "avx512f", "avx512_vnni", "asimd"]) == ["avx512_vnni"]
+
+
+def test_llama_cpp_may_die_and_the_rest_is_still_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = tmp_path / "python"
+    refused.write_text("#!/bin/sh\nkill -ILL $$\n")
+    refused.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(refused))
+    with pytest.raises(LeftOut, match=r"dies of SIGILL with model\.gguf"):
+        require_survivor(tmp_path / "model.gguf", 1)
 
 
 def test_llama_cpp_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
