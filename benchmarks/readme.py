@@ -32,8 +32,8 @@ NOTHING = "No run is stored in `benchmarks/results` yet, so there are no figures
 def current(folder: Path = stored.FOLDER) -> str:
     """What should stand between the markers now."""
     parts = []
-    if found := results.newest(folder):
-        parts.append(speed(found[1], found[0].with_suffix(".svg")))
+    for n, (file, run) in enumerate(results.latest(folder)):
+        parts.append(speed(run, file.with_suffix(".svg"), whole=n == 0))
     if quality := quality_results.newest(folder):
         parts.append(closeness(quality[1]))
     charts = chart_results.latest("paper", folder)
@@ -44,10 +44,12 @@ def current(folder: Path = stored.FOLDER) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
-def speed(found: Results, picture: Path) -> str:
-    """The picture, if it is there, the tables of a run, and what they were measured with."""
-    parts = [f"![Tokens per second by precision and system]({_link(picture)})"] if picture.exists() else []
-    parts += [rows.markdown() for rows in tables.tables(found)]
+def speed(found: Results, picture: Path, whole: bool = True) -> str:
+    """The picture, if it is there, the tables of a run, and what they were measured with. whole: not only the rates."""
+    parts = []
+    if whole and picture.exists():
+        parts.append(f"![Tokens per second by precision and system]({_link(picture)})")
+    parts += [rows.markdown() for rows in (tables.tables(found) if whole else [tables.speed(found)])]
     versions = found.versions
     llama = f", llama-cpp-python {versions['llama-cpp-python']}" if "llama-cpp-python" in versions else ""
     threads = f"{found.settings['threads']} threads"

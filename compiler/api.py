@@ -57,6 +57,7 @@ from .phases import (
     without_losers,
 )
 from .progress import SILENT, Advance, Progress
+from .quantize_native import quantizer
 from .report import Fallback, Memory, PhaseReport, Report
 from .shown_outputs import ShownOutputs, split_outputs
 from .trials import Trial
@@ -172,7 +173,7 @@ class _Compilation:
                 self.per_request = PerRequest.of(once[0], programs[-1], parts.names, captured.per_request)
             require_memory(programs, captured.tensors, self.options)
             used = {b.name for program in programs for _, b in program.of_kind(BufferKind.param)}
-            bound = bind_weights(modules, captured.tensors, used)
+            bound = bind_weights(modules, captured.tensors, used, quantizer(self.options.backend))
             if self.options.weights:
                 wide = (line for m, p in zip(modules, phases, strict=True) for line in kept_wide(m, p.passes))
                 self.notes += tuple(dict.fromkeys(wide))

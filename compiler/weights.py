@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tilewright.ir.index import IndexMap
 from tilewright.ir.module import Function, Module, Op
+from tilewright.ir.quantization import Quantize, quantize
 from tilewright.ir.reference import Evaluation, join_scope
 from tilewright.ir.types import Value, concrete
 
@@ -39,9 +40,13 @@ class BoundWeights:
 
 
 def bind_weights(
-    modules: Iterable[Module], tensors: Mapping[str, Tensor], used: Iterable[str]
+    modules: Iterable[Module],
+    tensors: Mapping[str, Tensor],
+    used: Iterable[str],
+    quantize: Quantize = quantize,
 ) -> BoundWeights:
     """Compute prepared weights for every call scope of the modules; ``used`` are the names that programs read.
+    quantize: see ``Evaluation``.
 
     The modules are phases of one model, so a prepared weight that several of them name is one weight. Parameters that
     go into a rearranged weight are re-pointed at it; their values do not change.
@@ -63,7 +68,7 @@ def bind_weights(
             bound[name] = buffer
         pruned = _pruned(function, computed)
         sources |= {join_scope(scope, str(op.attr("name"))) for op in pruned.ops if op.opcode == "param"}
-        for value, buffer in _compute(module, pruned, scope, bound):
+        for value, buffer in _compute(module, pruned, scope, bound, quantize):
             copied += buffer.nbytes
             bound[join_scope(scope, value.name)] = buffer
     # Detached, as a parameter that is moved or cast leaves the memory whose address kernels were given.
@@ -104,13 +109,13 @@ def _pruned(function: Function, values: Sequence[Value]) -> Function:
 
 
 def _compute(
-    module: Module, function: Function, scope: str, bound: Mapping[str, Tensor]
+    module: Module, function: Function, scope: str, bound: Mapping[str, Tensor], quantize: Quantize
 ) -> list[tuple[Value, Tensor]]:
     """Evaluate what a ``.weights`` function returns."""
     if not function.returns:
         return []
     with torch.no_grad():
-        results = Evaluation(module, bound, {}).call(function, (), scope)
+        results = Evaluation(module, bound, {}, quantize=quantize).call(function, (), scope)
     return [(v, t.contiguous()) for v, t in zip(function.returns, results, strict=True)]
 
 

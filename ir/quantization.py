@@ -28,6 +28,10 @@ _F16_SMALLEST = 2.0**-24
 _EXACT = 2.0**-18  # relative to the step of the grid: a group this close to it lies on it
 
 
+Quantize = Callable[[Tensor, int, int], tuple[Tensor, ...]]
+"""A function with the arguments and results of :func:`quantize`."""
+
+
 def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, ...]:
     """A matrix [N, K] as (codes, scale) for 8 bits or (codes, scale, minimum) for 4 bits.
 

@@ -23,7 +23,7 @@ from .index import IndexMap, extents_of, linear_index, simplify, sym
 from .module import Function, Module, Op
 from .ops import attention_extras
 from .pointwise import POINTWISE
-from .quantization import dequantize, quantize, round_activations
+from .quantization import Quantize, dequantize, quantize, round_activations
 from .recurrent import RECURRENT, causal_conv1d, selective_scan
 from .types import F8_LARGEST, DType, Value, concrete
 
@@ -34,13 +34,15 @@ MASKED = -1e30
 @dataclass
 class Evaluation:
     """One run: weights by absolute name, dim sizes, and the state by absolute slot name, updated in place: keys and
-    values [B, G, past, D], and what ``recurrent.py`` says of recurrent layers."""
+    values [B, G, past, D], and what ``recurrent.py`` says of recurrent layers. quantize: computes that op, which may be
+    done faster than it is defined."""
 
     module: Module
     weights: Mapping[str, Tensor]
     dims: Mapping[str, int]
     state: dict[str, Tensor] = field(default_factory=dict)
     exact: bool = False
+    quantize: Quantize = quantize
 
     def dtype(self, dtype: DType) -> torch.dtype:
         """How a value of ``dtype`` is held. f8 stays what it is: it says which numbers are stored."""
@@ -81,7 +83,7 @@ class Evaluation:
         if op.opcode == "call_torch":
             return run_torch_call(op.attr("target"), op.attr("template"), args)
         if op.opcode == "quantize":
-            return quantize(args[0], op.attr("bits"), op.attr("group"))
+            return self.quantize(args[0], op.attr("bits"), op.attr("group"))
         if op.opcode in RECURRENT:
             return self._recurrent(op, args, scope)
         if op.opcode == "experts_order":

@@ -92,6 +92,12 @@ def test_the_newest_stored_runs_are_shown(tmp_path: Path) -> None:
     assert readme.current(tmp_path) == readme.speed(made_up(), NO_PICTURE)
     file.with_suffix(".svg").write_text("<svg/>")
     assert readme.current(tmp_path).startswith("![Tokens per second by precision and system](run.svg)\n")
+    older = replace(made_up("2025-01-01T00:00:00+00:00"), machine=made_up().machine | {"cpu": "Older CPU"})
+    stored.save(older, tmp_path / "older" / "run.json")
+    rates = readme.speed(older, NO_PICTURE, whole=False)
+    assert readme.current(tmp_path).endswith(f"\n\n{rates}")
+    assert "Older CPU" in rates
+    assert "Memory bandwidth" not in rates
     stored.save(made_up_quality(), tmp_path / "quality.json")
     assert readme.current(tmp_path).endswith(readme.closeness(made_up_quality()))
 

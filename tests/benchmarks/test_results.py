@@ -52,12 +52,22 @@ def test_the_newest_run_of_a_kind_counts_whatever_its_file_is_called(tmp_path: P
     stored.save(made_up(), tmp_path / "b" / "z.json")
     quality = made_up_quality("2026-06-01T00:00:00+00:00")
     other = stored.save(quality, tmp_path / "c.json")
-    assert results.newest(tmp_path) == (file, later)
+    assert results.latest(tmp_path) == [(file, later)]
     assert quality_results.newest(tmp_path) == (other, quality)
 
 
 def test_an_empty_folder_has_no_newest_run(tmp_path: Path) -> None:
-    assert results.newest(tmp_path) is None
+    assert results.latest(tmp_path) == []
+    assert quality_results.newest(tmp_path) is None
+
+
+def test_each_processor_has_its_newest_run(tmp_path: Path) -> None:
+    other = replace(made_up("2026-03-01T00:00:00+00:00"), machine=made_up().machine | {"cpu": "Another CPU"})
+    second = stored.save(other, tmp_path / "a.json")
+    stored.save(made_up(), tmp_path / "b.json")
+    later = made_up("2026-05-01T00:00:00+00:00")
+    first = stored.save(later, tmp_path / "c.json")
+    assert results.latest(tmp_path) == [(first, later), (second, other)]
 
 
 def test_figures_of_a_decode_measure() -> None:
