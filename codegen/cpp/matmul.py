@@ -12,6 +12,7 @@ from sympy import Integer
 
 from tilewright.codegen.tunables import NONE, Changes, tuned
 from tilewright.ir.loops import Axis, MatmulForm, Segment
+from tilewright.ir.types import DType
 
 from .ctypes_of import STORAGE, scalar
 from .expression import print_index
@@ -61,6 +62,8 @@ class _Printer:
             needed.append(f"tw::bytes<tw::activation_t<{weight}>>({block} * tw::padded<{weight}>({depth}))")
         if self.values:
             needed.append(f"{len(self.values)} * tw::bytes<double>({block})")
+        if self.few and self.group.weight is DType.bf16:
+            needed.append(f"tw::few_tiles_bytes<{weight}, {rows}>({depth})")
         target = space.private if self.few else space.shared
         target.append(" + ".join(needed) or "0")
         if not self.few:
@@ -274,7 +277,8 @@ def _print_few_rows(printer: _Printer) -> None:
             printer.weight_rows(form)
             shape = f"{printer.group.row_count}, {len(form.dots)}, {printer.tile.unroll}, {printer.tile.weight_rows}"
             call = f"tw::gemv<W, {shape}>"
-            writer.line(f"{call}(worker, {columns}, k, a, lda, weight_row, epilogue);")
+            spare = "scratch" if printer.group.weight is DType.bf16 else "nullptr"
+            writer.line(f"{call}(worker, {columns}, k, a, lda, weight_row, epilogue, {spare});")
 
 
 def _print_blocks(printer: _Printer) -> None:

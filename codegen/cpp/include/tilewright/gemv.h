@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "gemv_amx.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -86,23 +87,39 @@ struct RowStream {
         if (d + 1 < D) return row(d + 1, begin + n < end ? begin + n : end - 1);
         return row(0, end + n < range.end ? end + n : range.end - 1);
     }
+
+    // The distance of `count` rows from column `begin` of dot d on, in elements; 0 where they are not evenly spaced.
+    long even_stride(int d, long begin, int count) const {
+        const auto* first = row(d, begin);
+        const long stride = row(d, begin + 1) - first;
+        for (int n = 2; n < count; n++)
+            if (row(d, begin + n) - first != n * stride) return 0;
+        return stride;
+    }
 };
 
 // Products of M rows of activations with D weight rows per column, over this worker's share of the columns.
 // row(d, n) is the address of the weight row of dot d at column n; the epilogue is that of gemm.h. U vectors of R rows are
-// multiplied at a time (see tiling.py).
+// multiplied at a time (see tiling.py), or tiles of AMX where this worker has few_tiles_bytes(k) bytes of scratch for it.
 template <class W, int M, int D, int U, int R, class Row, class Epilogue>
 TW_INLINE void gemv(const Worker& worker, long columns, long k, const activation_t<W>* a, long lda, const Row& row,
-                    const Epilogue& epilogue) {
+                    const Epilogue& epilogue, char* scratch = nullptr) {
     const Range range = split(worker, columns, 16);
     const RowStream<D, Row> stream{row, range};
     const long row_bytes = k * long(sizeof(W)), distance = worker.team.prefetch_bytes;
     const bool within = row_bytes >= distance;  // a long row: ahead in the same row
     const long rows_ahead = (distance + row_bytes - 1) / row_bytes, part = columns_at_a_time<M, W>(k);
+    static_assert(GEMV_TILE == AMX_WEIGHT_ROWS);
+    FewTiles<W, M> tiles(a, lda, k, scratch);
     alignas(64) float tile[D * M * GEMV_TILE];
     for (long n0 = range.begin; n0 < range.end; n0 += GEMV_TILE) {
         const int count = int(range.end - n0 < GEMV_TILE ? range.end - n0 : GEMV_TILE);
         for (int d = 0; d < D; d++) {
+            const long stride = tiles.in_use() && count == GEMV_TILE ? stream.even_stride(d, n0, count) : 0;
+            if (stride != 0) {
+                tiles.multiply(row(d, n0), stride, stream.at(d, n0, count), tile + d * M * GEMV_TILE, GEMV_TILE);
+                continue;
+            }
             for (long begin = 0; begin < k; begin += part) {
                 const long size = k - begin < part ? k - begin : part;
                 const auto walk = [&](int first, auto number) __attribute__((always_inline)) {
