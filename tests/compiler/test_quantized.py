@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 import tilewright as tw
 from tests.closeness import FACTOR, assert_no_further
-from tilewright.ir.quantization import dequantize, quantize, round_activations
+from tilewright.ir.quantization import dequantize, round_activations
+from tilewright.quantize_native import quantizer
 
 from .models import DECODERS, tiny
 
@@ -58,20 +59,25 @@ def is_table(model: nn.Module, module: Any) -> bool:
     return isinstance(model, PreTrainedModel) and module.weight is model.get_input_embeddings().weight
 
 
-def through_codes(weight: Tensor, weights: str, table: bool) -> Tensor:
-    """What is left of a matrix [N, K], in float32. (Models stack q, k and v first, but rows are coded one by one.)"""
+def through_codes(weight: Tensor, weights: str, table: bool, backend: str) -> Tensor:
+    """What is left of a matrix [N, K], in float32. (Models stack q, k and v first, but rows are coded one by one.)
+    backend: each has codes of its own where two are equally good (``test_quantize_native.py``)."""
     if weights == "fp8":
         scale = weight.float().abs().amax(1, keepdim=True) / 448
         return (weight.float() / scale).to(torch.float8_e4m3fn).float() * scale
     bits = 8 if weights == "int8" or table else 4
     group = GROUP if bits == 4 or table else weight.shape[1]
-    codes, scale, *minimum = quantize(weight.contiguous(), bits, group)
+    codes, scale, *minimum = quantizer(backend)(weight.contiguous(), bits, group)
     return dequantize(codes, scale, minimum[0] if minimum else None, bits, group, torch.float32)
 
 
 @torch.no_grad()
 def twin_of(
-    model: PreTrainedModel, weights: str, dtype: torch.dtype = torch.float32, wide: tuple[str, ...] = ()
+    model: PreTrainedModel,
+    weights: str,
+    dtype: torch.dtype = torch.float32,
+    wide: tuple[str, ...] = (),
+    backend: str = "cpp",
 ) -> Any:
     """A copy with coded weights: all but those whose names end in one of ``wide``. A tied embedding is int8 in
     groups."""
@@ -81,7 +87,7 @@ def twin_of(
         turned = isinstance(module, Conv1D)
         if not name.endswith(wide or ("-",)):
             weight = original.weight.detach()
-            coded = through_codes(weight.T if turned else weight, weights, table)
+            coded = through_codes(weight.T if turned else weight, weights, table, backend)
             module.weight.copy_(coded.T if turned else coded)
     return twin
 
@@ -101,7 +107,7 @@ def compiled(
     """A model, what it is compiled to, and Hugging Face on the same coded weights."""
     model = model_of(family)
     fast = compile_as(model, weights, backend, sizes)
-    return model, fast, twin_of(model, weights)
+    return model, fast, twin_of(model, weights, backend=backend)
 
 
 def compile_as(model: Any, weights: str | None, backend: str = "cpp", sizes: tuple[int, ...] = (3,)) -> Any:
@@ -149,7 +155,7 @@ def in_two_bytes(dtype: torch.dtype) -> tuple[PreTrainedModel, Any, str]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_prefill_in_two_bytes(dtype: torch.dtype) -> None:
-    """Codes become numbers in float32 and are rounded with the results alone: no further off than eager."""
+    """Codes become numbers in float32, or in bfloat16 where the processor multiplies that: no further off than eager."""
     model, fast, weights = in_two_bytes(dtype)
     ids, mask = batch(3)
     ours, eager, exact = (
@@ -168,8 +174,8 @@ def test_prefill_in_bfloat16_on_the_reference_backend() -> None:
         m(ids, attention_mask=mask).logits[mask.bool()]
         for m in (
             compile_as(model, "int4", "reference"),
-            twin_of(model, "int4", torch.bfloat16),
-            twin_of(model, "int4", torch.float64),
+            twin_of(model, "int4", torch.bfloat16, backend="reference"),
+            twin_of(model, "int4", torch.float64, backend="reference"),
         )
     )
     assert_no_further(ours, eager, exact)
@@ -407,7 +413,8 @@ def test_weights_without_a_code_stay_wide(where: str, value: float) -> None:
     place, stay, named = SPOILED[where]
     # Token 5 is not in the batch, so that a tied embedding does not spoil every result.
     model.get_submodule(place).weight[5, 7] = value
-    fast, twin = compile_as(model, "int4", "reference"), twin_of(model, "int4", wide=stay)
+    fast = compile_as(model, "int4", "reference")
+    twin = twin_of(model, "int4", wide=stay, backend="reference")
     ids, mask = batch(3)
     found, expected, before = (m(ids, attention_mask=mask).logits[mask.bool()] for m in (fast, twin, model))
     torch.testing.assert_close(found, expected, **CLOSE, equal_nan=True)
