@@ -155,7 +155,7 @@ def in_two_bytes(dtype: torch.dtype) -> tuple[PreTrainedModel, Any, str]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_prefill_in_two_bytes(dtype: torch.dtype) -> None:
-    """Codes become numbers in float32, or in bfloat16 where the processor multiplies that: no further off than eager."""
+    """Codes become float32, or bfloat16 where the processor multiplies that: no further off than eager."""
     model, fast, weights = in_two_bytes(dtype)
     ids, mask = batch(3)
     ours, eager, exact = (
