@@ -62,6 +62,13 @@ def test_every_measure_has_its_row() -> None:
     assert "2026-01-02" in text
 
 
+def test_shares_beyond_the_probe_are_explained() -> None:
+    decode = made_up().measures[0]
+    quick = replace(decode, probe=tuple(rate / 3 for rate in decode.probe))
+    assert "last cache" in readme.speed(replace(made_up(), measures=(quick,)), NO_PICTURE)
+    assert "last cache" not in readme.speed(made_up(), NO_PICTURE)
+
+
 def test_precisions_of_a_task_stand_together() -> None:
     lines = readme.speed(made_up(), NO_PICTURE).splitlines()
     first = next(n for n, line in enumerate(lines) if line.startswith("| decode at context 64, f32"))
