@@ -67,8 +67,8 @@ def speed(found: Results, picture: Path, whole: bool = True) -> str:
         m.share_of_probe(o).median > 1.1 for m in found.measures if m.task == DECODE and (o := m.of(OURS))
     ):
         parts[-1] += (
-            " Shares beyond 100% come of a last cache that keeps part of the weights from one step to the next, for which "
-            "the probe's buffer is too large, or of a machine whose speed changed in between."
+            " Shares beyond 100% come of a last cache that keeps part of the weights from one step to the next, for "
+            "which the probe's buffer is too large, or of a machine whose speed changed in between."
         )
     return "\n\n".join(parts)
 
