@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "parallel.h"
-#include "types.h"
+#include "vec.h"
 
 namespace tw {
 
@@ -14,6 +14,18 @@ constexpr float LARGEST_CODE = 15.0f;
 constexpr float SHRINK[] = {1.0f, 0.96f, 0.92f, 0.88f, 0.84f};  // of the range that a grid spans
 constexpr float SMALLEST_SCALE = 0x1p-24f;
 constexpr float EXACT = 0x1p-18f;  // relative to the step of the grid: a group this close to it lies on it
+
+// Sums over a group, spelled out: GCC would add the lanes of a reduction one by one.
+TW_INLINE float group_sum(const float* x) {
+    vf sum = vset(0.0f);
+    for (int i = 0; i < CODE_GROUP; i += VW) sum = vadd(sum, vload(x + i));
+    return vsum(sum);
+}
+TW_INLINE float group_dot(const float* x, const float* y) {
+    vf sum = vset(0.0f);
+    for (int i = 0; i < CODE_GROUP; i += VW) sum = vfma(vload(x + i), vload(y + i), sum);
+    return vsum(sum);
+}
 
 // A grid, the codes of a group on it, and the sum of its squared errors.
 struct Grid {
@@ -31,29 +43,18 @@ struct Grid {
         }
     }
     void measure(const float* x) {
-        float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (int i = 0; i < CODE_GROUP; i++) {
-            const float difference = codes[i] * scale + minimum - x[i];
-            sum += difference * difference;
-        }
-        error = sum;
+        alignas(64) float difference[CODE_GROUP];
+#pragma omp simd
+        for (int i = 0; i < CODE_GROUP; i++) difference[i] = codes[i] * scale + minimum - x[i];
+        error = group_dot(difference, difference);
     }
     // The grid that brings these codes closest to x, by least squares; this one where all codes are equal.
     Grid fitted(const float* x) const {
-        float code_sum = 0.0f, sum = 0.0f, spread = 0.0f, product = 0.0f;
-#pragma omp simd reduction(+ : code_sum, sum)
-        for (int i = 0; i < CODE_GROUP; i++) {
-            code_sum += codes[i];
-            sum += x[i];
-        }
-        const float mean_code = code_sum / CODE_GROUP, mean = sum / CODE_GROUP;
-#pragma omp simd reduction(+ : spread, product)
-        for (int i = 0; i < CODE_GROUP; i++) {
-            const float centred = codes[i] - mean_code;
-            spread += centred * centred;
-            product += centred * x[i];
-        }
+        alignas(64) float centred[CODE_GROUP];
+        const float mean_code = group_sum(codes) / CODE_GROUP, mean = group_sum(x) / CODE_GROUP;
+#pragma omp simd
+        for (int i = 0; i < CODE_GROUP; i++) centred[i] = codes[i] - mean_code;
+        const float spread = group_dot(centred, centred), product = group_dot(centred, x);
         const float slope = spread > 0.0f ? product / spread : 0.0f;
         return slope > 0.0f ? Grid(slope, mean - slope * mean_code) : *this;
     }
