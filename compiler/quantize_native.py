@@ -1,4 +1,4 @@
-"""Weights on a CPU become 4-bit codes in C++ (``quantize.h``), twenty times as fast as in torch.
+"""Weights on a CPU become 4-bit codes in C++ (``quantize.h``), eight times as fast as in torch.
 
 The method is that of :func:`tilewright.ir.quantization.quantize`, which goes on to define the op, and which everything
 else is left to: weights on a GPU, other widths and groups, and machines without a C++ compiler.
