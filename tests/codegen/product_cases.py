@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from tilewright.ir.module import Module
 from tilewright.ir.ops import Builder
 from tilewright.ir.types import DType, Value, tensor_type
@@ -27,6 +29,26 @@ def biased(dtype: DType, rows: str, k: int, **dims: int) -> Case:
         b.add("add", b.add("erf", b.add("mul", y, b.const(0.7071067811865476, dtype))), b.const(1.0, dtype)),
     )
     return finish(b, b.add("add", gelu, b.param_value("residual", y.type)), **{"B": 2, "S": 19, **dims})
+
+
+@case("even_linear", (DType.bf16, "many"), (DType.bf16, "four"))
+def even_linear(dtype: DType, rows: str) -> Case:
+    """The same with K a multiple of everything, where nothing is masked: five tiles of a matrix unit."""
+    return biased(dtype, rows, 160)
+
+
+@case("between_others", *ROWS)
+def between_others(dtype: DType, rows: str) -> Case:
+    """Weights in rows that go on with what is no number: whatever reads beyond its 70 columns shows."""
+    b = Builder()
+    x, wide = (
+        b.param_value("x", rows_type(dtype, rows, 70)),
+        b.param_value("w", tensor_type(dtype, [96, 104])),
+    )
+    made = finish(b, b.add("matmul", x, view(b, wide, [96, 70], "i0", "i1")), B=2, S=19)
+    weights = torch.randn(96, 104, generator=torch.Generator().manual_seed(9)).to(dtype.torch)
+    weights[:, 70:] = torch.nan
+    return Case(made.module, made.dims, {"w": weights})
 
 
 @case("parts", *ROWS)

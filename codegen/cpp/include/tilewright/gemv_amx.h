@@ -17,11 +17,11 @@ constexpr bool few_in_tiles = AMX_ROWS > 0 && std::is_same_v<activation_t<W>, bf
 // Bytes of scratch that FewTiles needs for k columns.
 template <class W, int M>
 static inline long few_tiles_bytes(long k) {
-    return few_in_tiles<W, M> ? bytes<uint32_t>(padded<W>(k) / 2 * M) : 0;
+    return few_in_tiles<W, M> ? bytes<uint32_t>(k / 2 * M) : 0;
 }
 
-// M rows of activations, ready to meet weights in tiles, for one thread. Without scratch, or where nothing is to be had
-// of AMX, it stays unused.
+// M rows of activations, ready to meet weights in tiles, for one thread. Without scratch, where nothing is to be had of
+// AMX, or where the last tile would reach beyond a row of weights (what follows need not be a number), it stays unused.
 template <class W, int M, bool Possible = few_in_tiles<W, M>>
 class FewTiles {
   public:
@@ -36,7 +36,8 @@ template <class W, int M>
 class FewTiles<W, M, true> {
   public:
     FewTiles(const bf16* a, long lda, long k, char* scratch)
-        : units_(reinterpret_cast<uint32_t*>(scratch)), count_(padded<W>(k) / 2), in_use_(scratch != nullptr && has_tiles()) {
+        : units_(reinterpret_cast<uint32_t*>(scratch)), count_(k / 2),
+          in_use_(scratch != nullptr && k % (2 * AMX_UNITS) == 0 && has_tiles()) {
         if (!in_use_) return;
         for (int m = 0; m < M; m++) {
             const bf16* row = a + m * lda;
