@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from tilewright import codegen
+from tilewright.codegen.cpp.build import processor
 from tilewright.runtime.files import write_atomically
 
 from .settings import cache_dir
@@ -24,7 +24,7 @@ def choice_key(texts: Sequence[object], backend: str, device: torch.device) -> s
     kernels are printed, device, threads and library versions."""
     parts = (
         backend,
-        torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         str(os.cpu_count()),
         str(torch.get_num_threads()),
         torch.__version__,
@@ -32,17 +32,6 @@ def choice_key(texts: Sequence[object], backend: str, device: torch.device) -> s
         *map(str, texts),
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-@lru_cache(maxsize=1)
-def _processor() -> str:
-    """The CPU's model name; where Linux does not tell it, what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = {line for line in lines if line.startswith(("model name", "CPU implementer", "CPU part"))}
-    return " ".join((platform.machine(), *sorted(names or {platform.processor()})))
 
 
 @lru_cache(maxsize=1)

@@ -77,7 +77,7 @@ def key_of(source: str) -> str:
     """The name under which a source's library is kept: what its bytes depend on, less the compiler's version, so that
     a process on a machine without a compiler finds it too."""
     digest = hashlib.sha256()
-    for part in (_FORMAT, source, _headers(), *FLAGS, _processor()):
+    for part in (_FORMAT, source, _headers(), *FLAGS, processor()):
         digest.update(part.encode())
         digest.update(b"\0")
     return digest.hexdigest()[:40]
@@ -89,8 +89,8 @@ def _headers() -> str:
 
 
 @lru_cache(maxsize=1)
-def _processor() -> str:
-    """What -march=native depends on: the instruction sets of this machine."""
+def processor() -> str:
+    """The name and the instruction sets of this machine, on which -march=native depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -93,11 +93,11 @@ def test_keys_name_what_matters() -> None:
 def test_keys_name_the_processor_and_the_printers(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = [Module((Function("main", (), (), ()),))]
     before = choice_key(modules, "cpp", CPU)
-    for part in ("_processor", "_printers"):
+    for part in ("processor", "_printers"):
         with monkeypatch.context() as patch:
             patch.setattr(choices, part, lambda: "another")
             assert choice_key(modules, "cpp", CPU) != before
-    assert len(choices._processor()) > len(platform.machine())
+    assert len(choices.processor()) > len(platform.machine())
     assert choices._printers() != hashlib.sha256().hexdigest()
 
 
