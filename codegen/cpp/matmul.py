@@ -38,6 +38,7 @@ class _Printer:
         )
         self.scalars.hide(d for f in group.forms for d in f.dots)
         self.weight = STORAGE[group.factor]
+        self.tiled = self.few and group.weight is DType.bf16  # where the processor has a matrix unit
 
     # -- layout ------------------------------------------------------------------------------------------------
 
@@ -62,7 +63,7 @@ class _Printer:
             needed.append(f"tw::bytes<tw::activation_t<{weight}>>({block} * tw::padded<{weight}>({depth}))")
         if self.values:
             needed.append(f"{len(self.values)} * tw::bytes<double>({block})")
-        if self.few and self.group.weight is DType.bf16:
+        if self.tiled:
             needed.append(f"tw::few_tiles_bytes<{weight}, {rows}>({depth})")
         target = space.private if self.few else space.shared
         target.append(" + ".join(needed) or "0")
@@ -277,7 +278,7 @@ def _print_few_rows(printer: _Printer) -> None:
             printer.weight_rows(form)
             shape = f"{printer.group.row_count}, {len(form.dots)}, {printer.tile.unroll}, {printer.tile.weight_rows}"
             call = f"tw::gemv<W, {shape}>"
-            spare = "scratch" if printer.group.weight is DType.bf16 else "nullptr"
+            spare = "scratch" if printer.tiled else "nullptr"
             writer.line(f"{call}(worker, {columns}, k, a, lda, weight_row, epilogue, {spare});")
 
 

@@ -49,6 +49,13 @@ struct alignas(64) TileShapes {
     }
 };
 
+// GCC does not say that tile instructions read and write memory: this stands where they must not pass other accesses.
+TW_INLINE void tile_fence() { asm volatile("" ::: "memory"); }
+TW_INLINE void shape_tiles(const TileShapes& shapes) {
+    tile_fence();
+    _tile_loadconfig(&shapes);
+}
+
 // While it lives, this thread's tile registers are in use; multiply is called by that thread alone.
 class Tiles {
   public:
@@ -64,22 +71,19 @@ class Tiles {
     template <bool Accumulate>
     void multiply(int rows, const bf16* a, long lda, const float* panel, long units, float* c, long ldc) {
         shape(rows);
-        // GCC does not say that tile instructions read and write memory.
-        asm volatile("" ::: "memory");
+        tile_fence();
         if (rows > 16) {
             multiply_tiles<Accumulate, true>(a, lda, panel, units, c, ldc);
         } else {
             multiply_tiles<Accumulate, false>(a, lda, panel, units, c, ldc);
         }
-        asm volatile("" ::: "memory");
+        tile_fence();
     }
 
   private:
     void shape(int rows) {
         if (rows == shaped_) return;
-        const TileShapes shapes(rows);
-        asm volatile("" ::: "memory");
-        _tile_loadconfig(&shapes);
+        shape_tiles(TileShapes(rows));
         shaped_ = rows;
     }
 

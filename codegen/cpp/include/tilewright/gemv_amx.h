@@ -45,8 +45,7 @@ class FewTiles<W, M, true> {
         }
         TileShapes shapes(AMX_WEIGHT_ROWS);
         for (const int t : {0, 1, 6}) shapes.bytes[t] = M * sizeof(float);
-        asm volatile("" ::: "memory");
-        _tile_loadconfig(&shapes);
+        shape_tiles(shapes);
     }
     ~FewTiles() {
         if (in_use_) _tile_release();
@@ -63,7 +62,7 @@ class FewTiles<W, M, true> {
         constexpr long unit_bytes = M * sizeof(uint32_t);
         const char* next = reinterpret_cast<const char*>(ahead);
         alignas(64) float sums[AMX_WEIGHT_ROWS * M];
-        asm volatile("" ::: "memory");
+        tile_fence();
         _tile_zero(0);
         _tile_zero(1);
         for (long u = 0; u < count_; u += AMX_UNITS, next += AMX_WEIGHT_ROWS * 64) {
@@ -76,7 +75,7 @@ class FewTiles<W, M, true> {
         }
         _tile_stored(0, sums, M * long(sizeof(float)));
         _tile_stored(1, sums + 16 * M, M * long(sizeof(float)));
-        asm volatile("" ::: "memory");
+        tile_fence();
         for (int m = 0; m < M; m++)
             for (int r = 0; r < AMX_WEIGHT_ROWS; r++) out[m * ldo + r] = sums[r * M + m];
     }
