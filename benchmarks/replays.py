@@ -4,9 +4,10 @@ to its own, as the profiler saw them. With events around launches no kernel woul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -33,9 +34,15 @@ def replayed_seconds(program: Program, executor: Executor, trial: Trial) -> dict
         for _ in range(_RUNS):
             executor.run(trial.inputs, trial.dims, trial.state, trial.outputs)
         torch.cuda.synchronize()
+    return by_kernel(names, kernel_ends(seen.events(), names))
+
+
+def kernel_ends(events: Iterable[Any], names: Sequence[str]) -> list[tuple[str, float]]:
+    """Of the profiler's events, the kernels with these names, and the seconds at which they ended."""
     ours = set(names)
-    events = (e for e in seen.events() if e.device_type is DeviceType.CUDA and e.name in ours)
-    return by_kernel(names, [(e.name, e.time_range.end * 1e-6) for e in events])
+    # The enum's members are made anew for every event, so none of them *is* another.
+    seen = (e for e in events if e.device_type == DeviceType.CUDA and e.name in ours)
+    return [(e.name, e.time_range.end * 1e-6) for e in seen]
 
 
 def by_kernel(names: Sequence[str], ends: Sequence[tuple[str, float]]) -> dict[str, float]:
@@ -45,7 +52,7 @@ def by_kernel(names: Sequence[str], ends: Sequence[tuple[str, float]]) -> dict[s
     kernels that are not those of runs.
     """
     ordered = sorted(ends, key=lambda pair: pair[1])
-    if [name for name, _ in ordered] != list(names) * (len(ordered) // len(names)):
+    if not ordered or [name for name, _ in ordered] != list(names) * (len(ordered) // len(names)):
         raise ValueError("the profiler saw other kernels than the program has")
     found: dict[str, list[float]] = {}
     for (_, before), (name, after) in pairwise(ordered):

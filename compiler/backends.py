@@ -37,7 +37,7 @@ SPLITS = {"cpp": 0, "triton": 16, "reference": 4}
 # Rows of quantised weights that are interleaved in memory: the C++ kernels have a row per lane.
 ROW_BLOCK = {"cpp": 16, "triton": 1, "reference": 1}
 # Activations that share a scale where decode steps with quantised weights multiply integers; 0: they stay floats.
-ACTIVATION_GROUP = {"cpp": 32, "triton": 0, "reference": 0}
+ACTIVATION_GROUP = {"cpp": 32, "triton": 32, "reference": 0}
 # Where the backend has no kernel for experts, a pass says them in ordinary ops.
 SPELL_OUT_EXPERTS = {"cpp": False, "triton": True, "reference": False}
 # Most rows of the blocks in which many tokens are grouped by the experts that they chose: with more, a tile's sums

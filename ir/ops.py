@@ -40,9 +40,9 @@ Scores are scaled, capped, biased, then masked. ``extras`` names the operands th
 - distances f32[H, R], R odd: ``distances[h, R // 2 + key - query]`` is added to each score, or the first or last of
   them beyond either end (T5's relative positions: Raffel et al., "Exploring the Limits of Transfer Learning", 2020)
 
-``matmul`` may carry ``activation_group``: runs of that many values of a's rows may then be rounded to int8, each run
-with a scale of its own, so that a kernel can multiply integers. Codes and scales are those of ``quantization``.
-With ``wide`` its result is the float32 of the accumulation.
+``matmul`` may carry ``activation_group``: runs of that many values of a's rows, or equal parts of such runs, may then
+be rounded to int8, each with a scale of its own, so that a kernel can multiply integers. Codes and scales are those of
+``quantization``. With ``wide`` its result is the float32 of the accumulation.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 
+from .codes import UNIT
 from .cost_model import FEW_QUERIES, INFEASIBLE, product_load, seconds, vector_load
 from .device import Device
 from .text import next_power_of_two
@@ -131,7 +132,7 @@ def vector_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
     """For a product of one row. Pipelines through shared memory were faster than loads to registers wherever they leave
     room for four programs on a multiprocessor; eight warps wait for each other too long."""
     if work.weight_ops:
-        yield from (code_tiles(work, device) if work.weight_ops > 1 else converted_tiles(work))
+        yield from code_tiles(work) if work.rounded else converted_tiles(work)
         return
     for block_n, block_k, warps in product((1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048), (2, 4, 8)):
         elements = block_n * block_k * work.dots
@@ -145,33 +146,25 @@ def vector_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
                 yield piped
 
 
-_AT_ONCE = 48
-"""Sums of a kernel for each multiprocessor up to which all its programs run at a time."""
+_COLUMNS = 8192
+"""Columns of K that a program walks at a time: most models' hidden sizes, padded, are no more."""
 
 
-def code_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
-    """For a product of one row with weights that are codes and their factors: few sums, each over 16 codes of a thread
-    (see ``code_sums``), in the tiles that were fastest as measured. Where all programs run at a time, nothing else
-    covers the latency of their loads, so they have more warps or a pipeline."""
-    at_once = (work.columns * work.dots + work.beside) * work.batch <= _AT_ONCE * device.multiprocessors
-    if work.weight_bytes < 0.8:
-        ways = ((8, 8, 2), (4, 4, 2)) if at_once else ((8, 4, 2), (16, 4, 2), (8, 2, 2))
-    else:
-        ways = ((8, 4, 3), (4, 4, 2)) if at_once else ((4, 4, 2), (4, 2, 2), (8, 4, 2))
-    for sums, warps, stages in ways:
-        yield _sixteen_each(work, sums, warps, stages)
+def code_tiles(work: ProductWork) -> Iterator[Tile]:
+    """For a product of one row with weights that are codes (see ``code_sums``): all of K at a time where that is not
+    too long, and up to eight warps for it. With many sums the row is rounded less often."""
+    columns = UNIT * (2 if work.weight_bytes < 0.8 else 1)
+    block_k = max(32 * columns, min(_COLUMNS, next_power_of_two(work.k)))
+    for sums in (16, 8, 4):
+        warps = min(8, block_k // (32 * columns))
+        yield Tile(1, _share(sums, work.dots, 1), block_k, num_warps=warps, num_stages=2)
 
 
 def converted_tiles(work: ProductWork) -> Iterator[Tile]:
     """For a product of one row with weights that are only converted, as floats of 8 bits: few elements in a thread."""
     for sums, warps in ((4, 2), (4, 1), (8, 2)):
-        yield _sixteen_each(work, sums, warps, 2)
-
-
-def _sixteen_each(work: ProductWork, sums: int, warps: int, stages: int) -> Tile:
-    """A tile of one row in which a thread has 16 elements of each of the ``sums``."""
-    block_k = min(32 * warps * 16, max(128, next_power_of_two(work.k)))
-    return Tile(1, _share(sums, work.dots, 1), block_k, num_warps=warps, num_stages=stages)
+        block_k = min(32 * warps * 16, max(128, next_power_of_two(work.k)))
+        yield Tile(1, _share(sums, work.dots, 1), block_k, num_warps=warps, num_stages=2)
 
 
 def few_rows_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:

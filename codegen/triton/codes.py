@@ -11,7 +11,6 @@ in which both halves read the same byte: codes are loaded once, in whole vectors
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
 
 from sympy import Expr, Integer, Symbol
 
@@ -99,19 +98,20 @@ def stored_codes(form: MatmulForm) -> Codes | None:
     return Codes(group, _halves(form))
 
 
-def unit_of(form: MatmulForm, columns: int) -> Codes | None:
-    """Codes of a product in runs of up to 16 bytes and, if possible, ``columns`` that lie within a group, and that one
-    thread may thus sum up by itself; None for weights that have no such runs."""
-    halves, extent = _halves(form), form.k.extent
+UNIT = 16
+"""Bytes of codes that a thread loads at once."""
+
+
+def unit_of(form: MatmulForm) -> Codes | None:
+    """Codes of a product in runs of 16 bytes, of which a row and what shares factors are whole ones, so that one thread
+    may sum each up by itself; None for weights that have no such runs."""
+    k, extent, columns = form.k.symbol, form.k.extent, UNIT * _halves(form)
     weights = [w for w in map(weight_of, (d.b for d in form.dots)) if w is not None]
     factors = [f for w in weights for f in (w.scale, w.minimum) if f is not None]
-    if not extent.is_Integer or not all(_is_per_group(f, form.k.symbol) for f in factors):
+    if not extent.is_Integer or not all(_is_per_group(f, k) for f in factors):
         return None
-    whole = gcd(int(extent), *(g for f in factors for g in _groups_of(f, form.k.symbol)), 16 * halves)
-    smallest = 4 * halves
-    if whole % smallest or whole & (whole - 1):
-        return None
-    return Codes(max(smallest, min(whole, 1 << max(0, columns.bit_length() - 1))), halves)
+    runs = {int(extent)}.union(*(_groups_of(f, k) for f in factors))
+    return None if any(run % columns for run in runs) else Codes(columns, _halves(form))
 
 
 def _halves(form: MatmulForm) -> int:
@@ -165,47 +165,63 @@ class GroupLoop:
     places: str
 
     @staticmethod
-    def begin(base: Scope, codes: Codes, extent: Expr, columns: int, stages: int = 0) -> GroupLoop:
+    def begin(
+        base: Scope, codes: Codes, extent: Expr, columns: int, stages: int = 0, whole: bool = False
+    ) -> GroupLoop:
         """Open a loop over ``extent`` columns, about ``columns`` of them per iteration; ``stages`` as in
-        ``loop_range``."""
+        ``loop_range``. whole: one iteration has all of them, so that no loop is needed."""
         size = max(1, columns // codes.group)
         groups = FloorDiv(extent, Integer(codes.group))
         block_g, places = base.constant("BLOCK_G", size), base.constant("PLACES", codes.places)
         place = base.bind(f"tl.arange(0, {places})[None, None, :]", "place")
-        scope = base.open(f"for start in {loop_range(groups, block_g, stages)}:")
-        g = scope.bind(f"(start + tl.arange(0, {block_g}))[None, :, None]", "g")
+        if whole:
+            scope, start = base, ""
+        else:
+            scope, start = base.open(f"for start in {loop_range(groups, block_g, stages)}:"), "start + "
+        g = scope.bind(f"({start}tl.arange(0, {block_g}))[None, :, None]", "g")
         even = groups.is_Integer and int(groups) % size == 0
         mask = "" if even else scope.bind(f"{g} < {print_index(groups)}", "g_ok")
         blocks = {GROUP: Block(g, mask, scope, groups), PLACE: Block(place, "", base, Integer(codes.places))}
         return GroupLoop(scope, blocks, size, block_g, places)
+
+    def end(self, base: Scope) -> None:
+        """Close the loop."""
+        if self.scope is not base:
+            base.close(self.scope)
 
     def shape(self, first: str) -> str:
         """The shape of a block of ``first`` columns of the result."""
         return f"[{first}, {self.block_g}, {self.places}]"
 
 
+_HELPERS: dict[Expr, str] = {Integer(0): "low_codes", Integer(4): "high_codes"}
+"""What unpacks four bits of a byte, by the first of them."""
+
+
 def unpacked(column: Context, code: Node) -> tuple[str, int]:
     """Codes as float32, and what they are too large by."""
-    half = _half(column, code)
-    if half is not None:
-        value = column.load(half[0], convert=False)
-        return value.scope.bind(f"{half[1]}_codes({value.text})", "code"), CODE_BIAS
-    if isinstance(code, Load) and code.dtype is DType.i8:
-        value = column.load(code, convert=False)
-        return value.scope.bind(f"bytes_to_float({value.text})", "code"), 0
+    if (found := bytes_of(code)) is not None:
+        stored, shift = found
+        helper = "bytes_to_float" if shift is None else _HELPERS.get(column.over_blocks(shift))
+        if helper is not None:
+            value = column.load(stored, convert=False)
+            text = value.scope.bind(f"{helper}({value.text})", "code")
+            return text, 0 if shift is None else CODE_BIAS
     value = column.named(code)
     return value.scope.bind(f"{value.text}.to(tl.float32)", "code"), 0
 
 
-def _half(column: Context, code: Node) -> tuple[Load, str] | None:
-    """The bytes of which codes are the "low" or the "high" four bits; None for other codes."""
+def bytes_of(code: Node) -> tuple[Load, Expr | None] | None:
+    """The bytes that hold codes, and the bit at which a code of four bits begins there (None where a code is a byte);
+    None for codes that are computed otherwise."""
     match code:
+        case Load(dtype=DType.i8):
+            return code, None
         case Apply(
             op="and",
             args=(Apply(op="shr", args=(Load(dtype=DType.u8) as load, Index(expr=shift))), Const(value=15)),
         ):
-            which = {0: "low", 4: "high"}.get(column.over_blocks(shift))
-            return (load, which) if which else None
+            return load, shift
     return None
 
 

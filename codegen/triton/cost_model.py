@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .codes import UNIT
 from .device import Device
 from .text import next_power_of_two
 from .tiling import Tile
@@ -44,6 +45,13 @@ _WAIT = 0.3e-6
 # Seconds of an iteration on tensor cores beside its loads; of one that makes its rows first, which has nothing under
 # way meanwhile; and in which four warps make 1024 elements of rows.
 _ITERATION, _ALONE, _MADE_ROWS = 0.1e-6, 0.9e-6, 0.3e-6
+
+
+# Instructions for a unit of codes of 8 and of 4 bits, to sum it over a program's threads, and to round an element of
+# the row: what they take, waits for each other included.
+_UNIT, _PACKED_UNIT, _FOLD, _ROUND = 16.0, 50.0, 12.0, 20.0
+# Of weights that are loaded before the kernel before has ended, what costs no time of their own.
+_EARLY = 0.7
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,9 @@ def seconds(work: Work, tile: Tile, device: Device) -> float:
     """Estimated time of a segment's launch; infinite for a tile that does not fit."""
     match work:
         case ProductWork():
-            return (_tiles if work.rows else _vectors)(work, tile, device)
+            if work.rows:
+                return _tiles(work, tile, device)
+            return (_codes if work.rounded else _vectors)(work, tile, device)
         case AttentionWork():
             return _attention(work, tile, device)
         case RecurrentWork():
@@ -178,9 +188,9 @@ def _vectors(work: ProductWork, tile: Tile, device: Device) -> float:
     unique = work.batch * work.columns * (work.k * work.dots * work.weight_bytes + work.stored_bytes) + float(
         work.batch * work.k * work.itemsize
     )
-    # An element is widened, or unpacked, and multiplied and added in one; the row's cost more, as every program makes
+    # An element is widened, or converted, and multiplied and added in one; the row's cost more, as every program makes
     # its own. A thread has addresses and a branch in each step besides, and a sum over its neighbours at the end.
-    each = 2.3 if not work.weight_ops else 3.4 if work.weight_bytes > 0.8 else 2.9
+    each = 3.4 if work.weight_ops else 2.3
     step = elements * each + (4.0 + work.row_ops) * tile.block_k + 2.0 * threads
     instructions = steps * step + 230.0 * threads * load.programs
     runs = 1 + _RUN / (tile.block_k * work.weight_bytes)
@@ -194,6 +204,37 @@ def _vectors(work: ProductWork, tile: Tile, device: Device) -> float:
     )
 
 
+def _codes(work: ProductWork, tile: Tile, device: Device) -> float:
+    """One row, with weights that are codes: sums of integers in registers (see ``code_sums``)."""
+    threads, packed = 32 * tile.num_warps, work.weight_bytes < 0.8
+    sums, columns = tile.block_n * work.dots, UNIT * (2 if packed else 1)
+    units, whole = tile.block_k / columns, work.k <= tile.block_k
+    each = units / threads  # of a thread and a sum
+    registers = 32 + sums * (each * UNIT / 4 + (4 if packed else 0.5)) * (1 if whole else 0.5)
+    block = units * UNIT * sums
+    load = Load(
+        programs=_blocks(work.columns, tile.block_n) * work.batch,
+        threads=threads,
+        registers=int(registers),
+        shared=0,
+        under_way=block if whole else min(block, 64.0 * threads),
+    )
+    # Every program rounds the row for itself.
+    unit = sums * (_PACKED_UNIT if packed else _UNIT) + columns * (_ROUND + work.row_ops)
+    steps = _blocks(work.k, tile.block_k)
+    step = threads * math.ceil(each) * unit
+    instructions = load.programs * (steps * step + threads * (100.0 + _FOLD * sums))
+    row = work.batch * work.columns * (work.k * work.dots * work.weight_bytes + work.stored_bytes)
+    early = min(row, load.resident(device) * device.multiprocessors * block) if whole else 0.0
+    return (-device.latency if whole else steps * _WAIT) + _total(
+        load,
+        device,
+        memory=row + float(work.batch * work.k * work.itemsize) - _EARLY * early,
+        cache=load.programs * work.k * (sums * work.weight_bytes + work.itemsize),
+        plain=instructions / (device.vector_flops / 2),
+    )
+
+
 def vector_load(work: ProductWork, tile: Tile) -> Load:
     """What the tiles of a product of one row ask of a multiprocessor. Blocks of weights are under way one at a time, to
     registers, or several, to shared memory."""
@@ -201,21 +242,17 @@ def vector_load(work: ProductWork, tile: Tile) -> Load:
     elements = tile.block_n * tile.block_k * work.dots
     block, ahead = elements * work.weight_bytes, tile.num_stages - 1 if tile.num_stages > 2 else 0
     each = elements / threads
-    if work.weight_ops:
-        registers = 40 + 7 * tile.block_n * work.dots
-    elif ahead:
+    if ahead:
         registers = 60 + int(each * (1 + (work.dots - 1) / 3))
     else:
         registers = 20 + int(1.95 * each)
     row = tile.block_k * work.itemsize * (2 if work.row_ops else 1)
-    # Codes that go to registers are summed column by column, with a few loads of 16 bytes on their way to a thread.
-    held = min(block, 64.0 * threads) if work.weight_ops else block
     return Load(
         programs=_blocks(work.columns, tile.block_n) * work.batch,
         threads=threads,
         registers=registers,
         shared=int(ahead * (block + row)),
-        under_way=ahead * block or held,
+        under_way=ahead * block or block,
     )
 
 

@@ -8,11 +8,14 @@ three stages and more, are under way to shared memory while the ones before are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sympy import Expr
 
 from tilewright.ir.loops import Dot, Load
 
-from .code_sums import code_sums
+from .code_sums import CodeSums, code_sums
+from .dependence import wait_for_predecessor
 from .expression import Block, Context, Operand
 from .product import N, ProductPrinter, index_range
 from .row_loops import K, KBlock, RowLoop, Stage
@@ -26,10 +29,10 @@ class VectorPrinter(ProductPrinter):
         n = index_range(base, "n", pid, self.block_n, self.tile.block_n, self.columns, "")
         mask = base.bind(f"{n.mask}[:, None]", "nb_ok") if n.mask else ""
         self.down = Block(base.bind(f"{n.text}[:, None]", "nb"), mask, base, self.columns)
-        self.begin(self.context.extended(self.column_axes, {N: self.down}), "[None, :]")
+        loops = [code_sums(self, stage.reduces) if stage.dots else None for stage in self.stages]
+        self._start(pid, [codes for codes in loops if codes is not None and codes.whole])
         loop = RowLoop(base, f"[{self.block_k}]", 0, False, "[]", wide=True, stages=self.tile.num_stages)
-        for stage in self.stages:
-            codes = code_sums(self, stage.reduces) if stage.dots else None
+        for stage, codes in zip(self.stages, loops, strict=True):
             if codes is None:
                 self._stage(stage, loop)
                 continue
@@ -38,6 +41,17 @@ class VectorPrinter(ProductPrinter):
             codes.emit(pid)
         self.store(self.context.extended(self.column_axes, {N: n}), N)
         return tiles * self.batch
+
+    def _start(self, pid: str, whole: Sequence[CodeSums]) -> None:
+        """What may be done before the kernel before has ended: load weights where registers have room for all of a
+        program's, or request the first ones."""
+        if not self.tile.dependent:
+            return
+        for codes in whole:
+            codes.load(pid)
+        if not whole:
+            self.request(self.context.extended(self.column_axes, {N: self.down}), "[None, :]")
+        wait_for_predecessor(self.base)
 
     def _stage(self, stage: Stage, loop: RowLoop) -> None:
         context, base = self.context, self.base

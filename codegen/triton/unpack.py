@@ -65,6 +65,37 @@ def multiply_pairs(x, y):
         "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }",
         "=r,r,r", [x, y], dtype=tl.bfloat16, is_pure=True, pack=2,
     )
+
+
+@triton.jit
+def pack_bytes(a, b, c, d, factor):
+    """Four floats times a factor, rounded to bytes of a word: the float 3 * 2^22 + x has x in its lowest byte."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 f<4>;"
+        "fma.rn.f32 f0, $1, $5, 0f4B400000; fma.rn.f32 f1, $2, $5, 0f4B400000;"
+        "fma.rn.f32 f2, $3, $5, 0f4B400000; fma.rn.f32 f3, $4, $5, 0f4B400000;"
+        "prmt.b32 f0, f0, f1, 0x0040; prmt.b32 f2, f2, f3, 0x0040; prmt.b32 $0, f0, f2, 0x5410; }",
+        "=r,f,f,f,f,f", [a, b, c, d, factor], dtype=tl.int32, is_pure=True, pack=1,
+    )
+
+
+@triton.jit
+def dot_bytes(x, y):
+    """The sum of the products of the four signed bytes of two words."""
+    return tl.inline_asm_elementwise(
+        "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1,
+    )
+
+
+@triton.jit
+def dot_nibbles(x, low, high):
+    """The sum of the products of the low four bits of each byte with the bytes of one word, and of the high ones with
+    those of another."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 u, v; and.b32 u, $1, 0x0F0F0F0F; shr.b32 v, $1, 4; and.b32 v, v, 0x0F0F0F0F;"
+        "dp4a.s32.s32 u, u, $2, 0; dp4a.s32.s32 $0, v, $3, u; }",
+        "=r,r,r,r", [x, low, high], dtype=tl.int32, is_pure=True, pack=1,
+    )
 '''
 
 ARITHMETIC = '''\
@@ -96,9 +127,64 @@ def widen(x):
 def multiply_pairs(x, y):
     """A product in bfloat16, rounded once."""
     return (x.to(tl.float32) * y.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def round_to_byte(x):
+    """The nearest integer, of two the even one, in the lowest byte."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True) & 255
+
+
+@triton.jit
+def pack_bytes(a, b, c, d, factor):
+    """Four floats times a factor, rounded to bytes of a word."""
+    low = round_to_byte(a * factor) | round_to_byte(b * factor) << 8
+    return low | round_to_byte(c * factor) << 16 | round_to_byte(d * factor) << 24
+
+
+@triton.jit
+def dot_bytes(x, y):
+    """The sum of the products of the four signed bytes of two words."""
+    total = (x >> 24) * (y >> 24)
+    for n in tl.static_range(1, 4):
+        total += (x << 8 * n >> 24) * (y << 8 * n >> 24)
+    return total
+
+
+@triton.jit
+def dot_nibbles(x, low, high):
+    """The sum of the products of the low four bits of each byte with the bytes of one word, and of the high ones with
+    those of another."""
+    return dot_bytes(x & 0x0F0F0F0F, low) + dot_bytes(x >> 4 & 0x0F0F0F0F, high)
 '''
+
+WORDS = '''\
+@triton.jit
+def rounded_words(x, factor, BLOCK_G: tl.constexpr, WORDS: tl.constexpr):
+    """Runs of floats [1, G, 4 * WORDS] times a factor, as bytes of words [1, G, WORDS]."""
+    even, odd = tl.split(tl.reshape(x, [1, BLOCK_G, WORDS, 2, 2]))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return pack_bytes(a, b, c, d, tl.broadcast_to(factor, [1, BLOCK_G, WORDS]))
+
+
+@triton.jit
+def sum_bytes(x):
+    """The sum of the four signed bytes of a word."""
+    return dot_bytes(x, tl.full(x.shape, 0x01010101, tl.int32))
+
+
+@triton.jit
+def words_of(x, BLOCK_G: tl.constexpr, WORDS: tl.constexpr):
+    """Bytes [N, G, 4 * WORDS] as words [N, G, WORDS], which is what a register has them in already."""
+    even, odd = tl.split(tl.reshape(x.to(tl.int32) & 255, [x.shape[0], BLOCK_G, WORDS, 2, 2]))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a | b << 8 | c << 16 | d << 24
+'''
+"""What is made of them, the same for both."""
 
 
 def unpacking(interpret: bool) -> str:
     """The helpers, for a GPU or for the interpreter."""
-    return ARITHMETIC if interpret else ASSEMBLY
+    return f"{ARITHMETIC if interpret else ASSEMBLY}\n\n{WORDS}"

@@ -13,6 +13,7 @@ from tilewright.ir.loops import Apply, AttentionForm, Load, Node, Reduce, Segmen
 from tilewright.ir.module import Op
 from tilewright.ir.types import DType, Value
 
+from .codes import weight_of
 from .descriptors import matrix_load
 from .product import Product
 from .row_loops import below
@@ -27,6 +28,7 @@ class ProductWork:
     a factor of an element of the right and of the left operand. stored_bytes: of an element of the result. plain: the
     right operands are matrices as they are multiplied, which TMA may copy. matrices: how many different right operands
     a batch has; 0 where each of its products has its own. beside: columns of other products in the same kernel.
+    rounded: right operands are integers of which runs share factors, and the row may be rounded to int8.
     """
 
     rows: int
@@ -42,6 +44,7 @@ class ProductWork:
     plain: bool = False
     matrices: int = 0
     beside: int = 0
+    rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def product_work(product: Product, segment: Segment, sizes: Sizes) -> ProductWor
     form = product.form
     columns, k = sizes.of(*(a.extent for a in form.columns)), sizes.of(form.k.extent)
     inside = {n for d in form.dots for n in below(d.b)}
+    rounded = all(d.activation_group and weight_of(d.b) is not None for d in form.dots)
     batch = sizes.of(*(a.extent for a in form.batch))
     rows = batch * columns * len(form.dots)
     weights = _read_bytes(
@@ -128,6 +132,7 @@ def product_work(product: Product, segment: Segment, sizes: Sizes) -> ProductWor
         row_ops=sum(map(_is_instruction, below(form.a))),
         batch=batch,
         plain=all(matrix_load(d.b, form.k.symbol) is not None for d in form.dots),
+        rounded=rounded,
     )
 
 

@@ -86,7 +86,8 @@ class Reduce(Node):
 class Dot(Node):
     """The sum over ``axis`` of ``a * b``, accumulated in float32 (float64 for f64).
 
-    ``activation_group`` (0: none): runs of so many values of ``a`` may be rounded to int8, each with its own scale."""
+    ``activation_group`` (0: none): runs of so many values of ``a``, or equal parts of them, may be rounded to int8,
+    each with its own scale."""
 
     a: Node
     b: Node

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
 
-from benchmarks.replays import by_kernel
+import pytest
+from torch.autograd import DeviceType
+
+from benchmarks.replays import by_kernel, kernel_ends
 
 NAMES = ["first", "layer", "layer", "last"]
 
@@ -33,6 +36,23 @@ def test_other_kernels_than_the_programs_are_refused() -> None:
         ends[:-1],
         [*ends, ("first", 99.0)],
         [("other", end) if n == 5 else (name, end) for n, (name, end) in enumerate(ends)],
+        [],
     ):
         with pytest.raises(ValueError, match="other kernels"):
             by_kernel(NAMES, wrong)
+
+
+def test_kernels_of_the_program_are_picked_from_the_profilers_events() -> None:
+    """Each event has an object of its own for its kind of device, as the profiler makes them."""
+
+    def event(name: str, kind: int, end: float) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=DeviceType(kind), time_range=SimpleNamespace(end=end))
+
+    cpu, cuda = (int(kind.value) for kind in (DeviceType.CPU, DeviceType.CUDA))
+    events = [
+        event("first", cuda, 1e6),
+        event("first", cpu, 2e6),
+        event("copy", cuda, 3e6),
+        event("last", cuda, 4e6),
+    ]
+    assert kernel_ends(events, NAMES) == [("first", 1.0), ("last", 4.0)]

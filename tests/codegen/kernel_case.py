@@ -32,12 +32,20 @@ class Case:
         return op
 
     def meanings(self) -> tuple[Module, ...]:
-        """The modules of which a kernel may compute any: with activations rounded where it may, and without."""
-        body = tuple(op.with_attrs(activation_group=None) for op in self.kernel.body)
-        if body == self.kernel.body:
+        """The modules of which a kernel may compute any: with activations rounded where it may, in runs as long as may
+        be or in halves of those, and without."""
+        groups = [group for op in self.kernel.body if isinstance(group := op.attr("activation_group"), int)]
+        if not groups:
             return (self.module,)
+        return tuple(self._rounded(group) for group in (max(groups), max(groups) // 2, None))
+
+    def _rounded(self, group: int | None) -> Module:
+        body = tuple(
+            op.with_attrs(activation_group=group) if op.attr("activation_group") else op
+            for op in self.kernel.body
+        )
         main = self.module.main.with_ops((replace(self.kernel, body=body),))
-        return self.module, self.module.with_functions((main,))
+        return self.module.with_functions((main,))
 
     def inputs(self) -> dict[str, Tensor]:
         """A tensor for every parameter; deterministic."""

@@ -81,17 +81,18 @@ def quantized(kind: str, layout: str, rows: str, group: int = 0) -> Case:
 
 @case(
     "quantized_gated",
-    *((kind, dtype, "one") for kind in KINDS for dtype in (DType.f32, DType.f16, DType.bf16)),
-    *((kind, DType.bf16, "four") for kind in KINDS),
+    *((kind, dtype, "one", 32) for kind in KINDS for dtype in (DType.f32, DType.f16, DType.bf16)),
+    *((kind, DType.bf16, rows) for kind in KINDS for rows in ("one", "four")),
 )
-def quantized_gated(kind: str, dtype: DType, rows: str) -> Case:
+def quantized_gated(kind: str, dtype: DType, rows: str, group: int = 0) -> Case:
     """RMSNorm whose row scale was commuted past the product, silu(gate) * up: a sum over the row beside two dots, from
-    elements that are a product themselves."""
+    elements that are a product themselves. The row may be rounded, or not."""
     b = Builder()
     x = b.param_value("x", rows_type(dtype, rows, 96))
     g = b.param_value("g", tensor_type(dtype, [96]))
     w, given = stored(b, "w", (88, 96), kind, "rows", dtype)
-    y = b.add("mul", cast(b, b.add("matmul", b.add("mul", x, g), w), DType.f32), rms_scale(b, x))
+    product = b.add("matmul", b.add("mul", x, g), w, activation_group=group or None)
+    y = b.add("mul", cast(b, product, DType.f32), rms_scale(b, x))
     gate, up = (view(b, y, [*x.shape[:-1], 44], "i0", "i1", f"i2 + {n}") for n in (0, 44))
     made = finish(b, cast(b, b.add("mul", b.add("mul", gate, b.add("sigmoid", gate)), up), dtype))
     return Case(made.module, made.dims, given)

@@ -4,7 +4,7 @@ interpreter nor a machine without a GPU runs it, and one wrong digit in a permut
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -29,6 +29,17 @@ def _lop3(a: int, b: int, c: int, table: int) -> int:
 
 def _add(a: int, b: int) -> int:
     return _bits(_float(a) + _float(b))
+
+
+def _fma(a: int, b: int, c: int) -> int:
+    """Rounded once: a product of two float32 is exact in float64, and so is its sum with a number of this size."""
+    return _bits(np.float32(np.float64(_float(a)) * np.float64(_float(b)) + np.float64(_float(c))))
+
+
+def _dp4a(a: int, b: int, c: int) -> int:
+    """A sum of four products of signed bytes."""
+    x, y = (np.array([n], np.uint32).view(np.int8).astype(np.int64) for n in (a, b))
+    return (int((x * y).sum()) + c) & 0xFFFFFFFF
 
 
 def _fma_pairs(a: int, b: int, c: int) -> int:
@@ -57,6 +68,8 @@ MODEL: dict[str, Callable[..., int]] = {
     "shr.b32": lambda a, n: a >> n,
     "mov.b32": lambda a: a,
     "add.f32": _add,
+    "fma.rn.f32": _fma,
+    "dp4a.s32.s32": _dp4a,
     "fma.rn.bf16x2": _fma_pairs,
 }
 
@@ -113,3 +126,27 @@ def test_pairs_are_multiplied() -> None:
     found = [run("multiply_pairs", a & 0xFFFFFFFF, b & 0xFFFFFFFF)[0] for a, b in words]
     expected = (x * y).view(torch.int32).tolist()
     assert found == [n & 0xFFFFFFFF for n in expected]
+
+
+def _words(values: Sequence[int]) -> int:
+    """Four bytes as a word, the first lowest."""
+    return int.from_bytes(bytes(n & 255 for n in values), "little")
+
+
+def test_rows_are_rounded_to_words_of_bytes() -> None:
+    """To the nearest integer, of two to the even one, from one end to the other."""
+    values = [0.0, 1.0, 0.5, 1.5, -0.5, -1.5, -2.49, 126.6, -127.0, 127.0, 63.499, -0.0]
+    for four in (values[n : n + 4] for n in range(0, len(values), 4)):
+        halves = [_bits(np.float32(x / 2)) for x in four]
+        (word,) = run("pack_bytes", *halves, _bits(np.float32(2.0)))
+        assert word == _words([int(np.rint(x)) for x in four])
+
+
+def test_dot_products_of_words() -> None:
+    """Of bytes at both ends of their range; of four bits, whose high ones meet a word of their own."""
+    rng = np.random.default_rng(0)
+    x, y = np.array([127, -127, 1, -128]), np.array([127, 127, -1, 127])
+    assert run("dot_bytes", _words(x.tolist()), _words(y.tolist())) == [int((x * y).sum()) & 0xFFFFFFFF]
+    codes, low, high = rng.integers(0, 256, 4), rng.integers(-127, 128, 4), rng.integers(-127, 128, 4)
+    expected = int(((codes & 15) * low + (codes >> 4) * high).sum()) & 0xFFFFFFFF
+    assert run("dot_nibbles", *(_words(v.tolist()) for v in (codes, low, high))) == [expected]

@@ -130,13 +130,16 @@ def test_small_tiles_match_reference(name: str, interpret: Callable[[str], list[
     assert interpret(f"{name} {SMALL}") == []
 
 
-CODES = [n for n in CASES if n.startswith("quantized") and "one" in n.split("-")]
+CODES = [
+    n for n in CASES if n.startswith(("quantized", "rounded")) and {"one", "1", "32"} & set(n.split("-"))
+]
+CODES += [n for n in CASES if n.startswith("rounded_halves")]
 
 
 @pytest.mark.parametrize("name", CODES)
 def test_sums_of_codes_match_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
-    """One row and codes, whose columns are printed one by one: units of 4 to 16 bytes, of which the last are beyond the
-    row, and columns beyond the last."""
+    """One row and codes, whose columns are printed one by one: several iterations and one, units beyond the row, and
+    columns beyond the last."""
     for fields in ("block_n=8 block_k=64", "block_n=1 block_k=256", "block_n=4 block_k=1024 num_warps=1"):
         assert interpret(f"{name} {fields}") == []
 

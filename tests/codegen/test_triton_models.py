@@ -90,7 +90,12 @@ def test_every_kernel_compiles_and_fits(
 
 @pytest.mark.parametrize(
     ("name", "batch_sizes", "weights"),
-    [("llama2-7b", (1, 16), ""), ("llama2-13b", (4,), "int4"), ("opt-6.7b", (64,), "int8")],
+    [
+        ("llama2-7b", (1, 16), ""),
+        ("llama2-13b", (1, 4), "int4"),
+        ("llama2-7b", (1,), "int8"),
+        ("opt-6.7b", (64,), "int8"),
+    ],
 )
 def test_large_models_compile_and_fit(name: str, batch_sizes: tuple[int, ...], weights: str) -> None:
     """Decoding with the widths of the models that the charts of the field are drawn for, each form of weights once."""
@@ -102,8 +107,9 @@ def test_large_models_compile_and_fit(name: str, batch_sizes: tuple[int, ...], w
     # Nothing is known of what runs before a program, so its first kernel waits for all of it.
     assert all("griddepcontrol" not in r.ptx for r in found if r.kernel == "main_0_gather")
     for kernel in (r for r in found if r.kernel.endswith("matmul")):
-        # The first weights are requested before the kernel waits for its predecessor.
-        assert kernel.ptx.index("prefetch.global.L2") < kernel.ptx.index("griddepcontrol.wait")
+        # The first weights are requested, or all that a program sums, before the kernel waits for its predecessor.
+        early = kernel.ptx[: kernel.ptx.index("griddepcontrol.wait")]
+        assert "prefetch.global.L2" in early or early.count("ld.global.v4.b32") >= 8
         # Codes come in whole words, never byte by byte.
         assert not re.search(r"ld\.global[.\w:]*\.[bus]8\b", kernel.ptx)
 

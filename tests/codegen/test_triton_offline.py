@@ -43,14 +43,19 @@ def test_compiles_for_ampere(name: str) -> None:
 @pytest.mark.parametrize("kind", ["int8", "int8_groups", "int4"])
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize("arch", [80, 90])
-def test_codes_become_floats_without_conversions(kind: str, dtype: str, arch: int) -> None:
-    """Each thread loads its codes in whole vectors and unpacks them; shared memory is for the results alone."""
+def test_codes_are_multiplied_as_they_are_loaded(kind: str, dtype: str, arch: int) -> None:
+    """Each thread loads its codes in whole vectors, whose words are factors without being taken apart; shared memory is
+    for the results alone."""
     tile = {"block_n": 4, "block_k": 1024 if kind == "int4" else 512, "num_warps": 1}
-    found = _compile(f"quantized_gated-{kind}-{dtype}-one", arch, tile)
+    found = _compile(f"quantized_gated-{kind}-{dtype}-one-32", arch, tile)
     assert found.fits
     assert found.shared <= 64
-    assert "ld.global.v4.b32" in found.ptx
-    assert not re.search(r"cvt\.rn\.f32\.[su]", found.ptx)
+    loads = re.findall(r"ld\.global\.v4\.b32 \{([^}]*)\}", found.ptx)
+    words = {word.strip() for load in loads for word in load.split(",")}
+    taken = r"shr\.b32 v, (%r\d+), 4" if kind == "int4" else r"dp4a\.s32\.s32 %r\d+, (%r\d+), %r\d+, 0"
+    assert (
+        len(words.intersection(re.findall(taken, found.ptx))) == 2 * 4 * 4
+    )  # dots, columns, words of a unit
 
 
 @pytest.mark.parametrize("name", ["linear-bf16-four", "norm_linear-f16-four", "gated-bf16-four"])

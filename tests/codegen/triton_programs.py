@@ -48,7 +48,7 @@ def plan(
     if captured.kind == "decoder":
         for size in batch_sizes:
             dims = (("B", size), ("S", 1), ("L", 1))
-            passes = PassOptions(dims, last_tokens=True, splits=splits, weights=weights)
+            passes = PassOptions(dims, last_tokens=True, splits=splits, weights=weights, activation_group=32)
             options[f"decode_b{size}"] = ("decode", size, passes, {"T": (1, max_length), "S": (1, 1)})
         ranges = {"T": (1, max_length), "B": (1, largest), "S": (1, min(chunk, max_length))}
         options["prefill"] = ("prefill", largest, PassOptions(last_tokens=True, weights=weights), ranges)
