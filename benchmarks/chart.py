@@ -21,6 +21,7 @@ from benchmarks import chart_picture, chart_results, chart_tables, machine, stor
 from benchmarks.chart_results import FORMS, Chart
 from benchmarks.chart_run import Run, Settings
 from benchmarks.chart_scales import SCALES
+from benchmarks.gpu_results import GpuCheck
 from benchmarks.options import command_line, known
 from benchmarks.results import EAGER, TORCH_COMPILE
 from benchmarks.system import LeftOut
@@ -87,10 +88,20 @@ def main(
     show: Annotated[
         Path | None, typer.Option(help="Measure nothing; print the tables of this file and draw its picture.")
     ] = None,
+    add: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure nothing; add the points of this file of benchmarks.gpu_check to the device's newest chart."
+        ),
+    ] = None,
 ) -> None:
     """Measure what is missing of the chart, write it point by point, and draw it."""
     if show is not None:
         _show(stored.of_file(Chart, show), show)
+        return
+    if add is not None:
+        file, chart = _added(stored.of_file(GpuCheck, add))
+        _show(chart, stored.save(chart, file))
         return
     (name,) = known("--scale", scale, tuple(SCALES))[:1]
     plan = SCALES[name].only(points)
@@ -150,8 +161,22 @@ def _difference(old: Chart, new: Chart) -> str:
 
 
 def _resumed(old: Chart, new: Chart) -> Chart:
-    commands = dict.fromkeys((*old.command.split("; "), new.command))
-    return replace(old, command="; ".join(commands))
+    return replace(old, command=chart_results.together(old.command, new.command))
+
+
+def _added(check: GpuCheck) -> tuple[Path, Chart]:
+    """The newest chart of a check's device and versions with what the check has of it, and its file.
+
+    Raises OptionError for a check without a chart.
+    """
+    new = check.found.chart
+    if new is None:
+        raise OptionError("the check has no points of the chart")
+    new = replace(new, command=check.command)
+    found = chart_results.newest(new.scale, new.machine["device"])
+    if found is None or _difference(found[1], new):
+        return stored.place(new), new
+    return found[0], found[1].joined(new)
 
 
 if __name__ == "__main__":

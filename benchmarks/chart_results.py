@@ -170,6 +170,13 @@ class Chart:
         days = sorted({e.date[:10] for e in (*self.points, *self.prompts)} or {self.date[:10]})
         return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
+    @property
+    def commits(self) -> str:
+        """Of the code that measured, in the order in which it did."""
+        entries = sorted((*self.points, *self.prompts), key=lambda entry: entry.date)
+        found = dict.fromkeys(entry.commit for entry in entries if entry.commit)
+        return ", ".join(found) or self.versions.get("commit", "")
+
     def point(self, model: str, batch: int, context: int) -> Point | None:
         """The point, if it was measured."""
         return next((p for p in self.points if p.key == (model, batch, context)), None)
@@ -187,9 +194,23 @@ class Chart:
         others = (g for g in self.gaps if (g.model, g.system) != (new.model, new.system))
         return replace(self, gaps=(*others, new))
 
+    def joined(self, other: Chart) -> Chart:
+        """With all that another chart of the same device and versions has, which replaces what is here of it."""
+        chart = replace(self, command=together(self.command, other.command))
+        for new in (*other.points, *other.prompts, *other.gaps):
+            chart = chart.having(new)
+        for missing in other.left_out:
+            chart = chart.lacking(missing)
+        return chart
+
     def lacking(self, missing: Missing) -> Chart:
         """With one thing more that could not be measured."""
         return replace(self, left_out=tuple(dict.fromkeys((*self.left_out, missing))))
+
+
+def together(*commands: str) -> str:
+    """Commands of several runs, each once, in order."""
+    return "; ".join(dict.fromkeys(command for text in commands for command in text.split("; ")))
 
 
 def ratio(measure: Measure, system: str, other: str) -> Spread | None:

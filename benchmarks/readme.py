@@ -109,8 +109,10 @@ def gpu(found: GpuCheck, whole: bool) -> str:
 
 
 def _made_with(found: Chart | GpuCheck, days: str) -> str:
-    named = ("torch", "transformers", "triton", "commit")
-    versions = ", ".join(f"{name} {found.versions[name]}" for name in named if name in found.versions)
+    named = found.versions | ({"commit": found.commits} if isinstance(found, Chart) else {})
+    versions = ", ".join(
+        f"{name} {named[name]}" for name in ("torch", "transformers", "triton", "commit") if name in named
+    )
     return f"{found.machine['device']}; random weights; {versions}; {days}; `{found.command}`."
 
 
