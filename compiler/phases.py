@@ -18,7 +18,7 @@ from tilewright.passes.plan_memory import plan_memory
 from .backends import (
     ACTIVATION_GROUP,
     GROUP_EXPERTS,
-    PLAIN_ROWS,
+    PLAIN_FACTORS,
     ROW_BLOCK,
     SPELL_OUT_EXPERTS,
     SPLITS,
@@ -78,7 +78,7 @@ def phases_of(
     """
     spelled = PassOptions(spell_out_experts=SPELL_OUT_EXPERTS[options.backend])
     grouped = replace(
-        spelled, group_experts=GROUP_EXPERTS[options.backend], plain_rows=PLAIN_ROWS[options.backend]
+        spelled, group_experts=GROUP_EXPERTS[options.backend], plain_factors=PLAIN_FACTORS[options.backend]
     )
     known = {name: (low, high) for name, low, high in lowered.symbols}
     if captured.kind != "decoder":

@@ -10,10 +10,11 @@ from tilewright.ir.types import concrete
 from .groups import COSTLY, SOURCES, Groups, is_loop
 
 
-def grow_prologue(groups: Groups, group: int, plain_rows: bool) -> None:
+def grow_prologue(groups: Groups, group: int, plain_factors: bool) -> None:
     """Add the ops above a product that are used in it alone, and keep those that save bytes between kernels.
 
-    plain_rows: of the rows only views, since every tile of columns would compute its rows again."""
+    plain_factors: no codes as weights and of the rows only views, since every tile of rows would unpack its weights
+    again, and every tile of columns compute its rows."""
     core = groups.groups[group]
     if any(groups.ops[n].opcode in PRIMITIVES for n in core):
         return
@@ -21,7 +22,7 @@ def grow_prologue(groups: Groups, group: int, plain_rows: bool) -> None:
     for n in range(max(members), -1, -1):
         if n in groups.owner or not _recomputable(groups, n, members):
             continue
-        if plain_rows and groups.ops[n].opcode != "view" and _makes_rows(groups, n, members):
+        if plain_factors and _makes_factor(groups, n, members):
             continue
         if groups.is_legal(members | {n}):
             members.add(n)
@@ -32,8 +33,11 @@ def grow_prologue(groups: Groups, group: int, plain_rows: bool) -> None:
     groups.adopt(group, members)
 
 
-def _makes_rows(groups: Groups, n: int, members: set[int]) -> bool:
-    """True when the product's rows are made of op n's result, through views at most."""
+def _makes_factor(groups: Groups, n: int, members: set[int]) -> bool:
+    """True when op n unpacks codes, or when it is no view and the product's rows are made of its result, through views
+    at most."""
+    if groups.ops[n].opcode in ("view", "dequantize"):
+        return groups.ops[n].opcode == "dequantize"
     rows = next(groups.ops[m].operands[0] for m in members if groups.ops[m].opcode == "matmul")
     while (at := groups.at.get(rows)) is not None and at != n:
         if groups.ops[at].opcode != "view":
