@@ -20,7 +20,7 @@ from benchmarks.step_gaps import StepGap
 from benchmarks.time_limit import TimeUpError
 from tilewright.errors import OptionError
 
-from .sample_results import BF16, made_up_chart, point, prompt
+from .sample_results import BF16, made_up_chart, made_up_check, point, prompt
 
 TINY = ("--scale", "tiny", "--models", "tiny-llama", "--device", "cpu", "--repeats", "1")
 
@@ -243,3 +243,31 @@ def test_a_file_is_shown_without_measuring(tmp_path: Path, monkeypatch: pytest.M
 def test_ours_is_named_by_the_form_of_its_weights() -> None:
     assert set(FORMS.values()) == {"bf16", "int8", "int4"}
     assert SYSTEMS[:2] == (EAGER, TORCH_COMPILE)
+
+
+def test_a_checks_points_join_the_chart_of_its_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the check measured replaces older figures, everything else stays; its command and commit are named."""
+    monkeypatch.setattr(chart_results.stored, "FOLDER", tmp_path)
+    monkeypatch.setattr(chart_results.newest, "__defaults__", (tmp_path,))
+    old = made_up_chart(
+        point("llama2-7b", context=1024, ours=2.0), point("opt-6.7b", context=128), scale="paper"
+    )
+    file = stored.save(old, tmp_path / "some-gpu" / "chart.json")
+    found = made_up_check().found
+    newer = replace(point("llama2-7b", context=1024), commit="def", date="2026-01-05T03:04:05+00:00")
+    check = replace(made_up_check(), found=replace(found, chart=made_up_chart(newer, scale="paper")))
+    given = stored.save(check, tmp_path / "some-gpu" / "check.json")
+    result = run(chart.main, "--add", str(given))
+    assert result.exit_code == 0, result.output
+    joined = stored.of_file(Chart, file)
+    assert {p.key: p.commit for p in joined.points} == {
+        ("llama2-7b", 1, 1024): "def",
+        ("opt-6.7b", 1, 128): "abc",
+    }
+    assert joined.commits == "abc, def"
+    assert joined.command == "python -m benchmarks.chart; python -m benchmarks.gpu_check"
+    assert file.with_suffix(".svg").exists()
+    bare = stored.save(replace(check, found=replace(found, chart=None)), tmp_path / "some-gpu" / "bare.json")
+    assert "no points" in run(chart.main, "--add", str(bare)).output
