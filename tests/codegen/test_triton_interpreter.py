@@ -41,6 +41,8 @@ def interpret() -> Iterator[Callable[[str], list[str]]]:
     [
         "llama:float32",
         "llama:bfloat16",
+        "llama:bfloat16:0:int8",
+        "llama:bfloat16:0:int4",
         "opt:float32",
         "gpt2:float32",
         "bloom:float32",
@@ -130,9 +132,7 @@ def test_small_tiles_match_reference(name: str, interpret: Callable[[str], list[
     assert interpret(f"{name} {SMALL}") == []
 
 
-CODES = [
-    n for n in CASES if n.startswith(("quantized", "rounded")) and {"one", "1", "32"} & set(n.split("-"))
-]
+CODES = [n for n in CASES if n.startswith(("quantized", "rounded")) and {"1", "32"} & set(n.split("-"))]
 CODES += [n for n in CASES if n.startswith("rounded_halves")]
 
 

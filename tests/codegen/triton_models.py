@@ -56,11 +56,18 @@ def engines(
 
 
 def model_errors(
-    family: str, dtype: torch.dtype, folder: Path, device: str, interpret: bool, residents: int = 0
+    family: str,
+    dtype: torch.dtype,
+    folder: Path,
+    device: str,
+    interpret: bool,
+    residents: int = 0,
+    weights: str = "",
 ) -> list[str]:
-    """Where generated code and the reference disagree: on a left-padded prompt in two pieces, then on decode steps."""
+    """Where generated code and the reference disagree: on a left-padded prompt in two pieces, then on decode steps.
+    weights: compile's option."""
     model = tiny(family).to(dtype)
-    planned = plan(model, (1, 3), LENGTH)
+    planned = plan(model, (1, 3), LENGTH, weights=weights, plain_factors=bool(weights))
     ours, theirs = engines(planned, folder, device, interpret, 128, residents)
     ids, mask = left_padded()
     tolerance = 2e-5 if dtype == torch.float32 else 4e-2

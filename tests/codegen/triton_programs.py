@@ -38,8 +38,9 @@ def plan(
     splits: int = 3,
     chunk: int = 512,
     weights: str = "",
+    plain_factors: bool = False,
 ) -> Planned:
-    """Capture, lower, fuse and plan a model; ``weights`` is compile's option."""
+    """Capture, lower, fuse and plan a model; ``weights`` is compile's option, ``plain_factors`` that of prompts."""
     captured = capture(model)
     lowered = lower(captured)
     largest = max(batch_sizes)
@@ -51,7 +52,8 @@ def plan(
             passes = PassOptions(dims, last_tokens=True, splits=splits, weights=weights, activation_group=32)
             options[f"decode_b{size}"] = ("decode", size, passes, {"T": (1, max_length), "S": (1, 1)})
         ranges = {"T": (1, max_length), "B": (1, largest), "S": (1, min(chunk, max_length))}
-        options["prefill"] = ("prefill", largest, PassOptions(last_tokens=True, weights=weights), ranges)
+        passes = PassOptions(last_tokens=True, weights=weights, plain_factors=plain_factors)
+        options["prefill"] = ("prefill", largest, passes, ranges)
     else:
         ranges = {"B": (1, largest), "S": (1, max_length)}
         options["forward"] = ("forward", largest, PassOptions(weights=weights), ranges)

@@ -2,9 +2,9 @@
 
 A name is that of a case, perhaps with fields of its tile changed, as in ``case block_m=16 transposed=1``
 (``never_again=1`` takes the second walk out of an agreed softmax);
-``model:family:dtype`` or, with persistent kernels, ``model:family:dtype:residents``; ``moe:family``, one of
-``test_architectures``; ``experts:name``, one of ``experts_cases``, or ``experts:name:block``, perhaps with fields as
-above, for tokens in blocks by expert; or ``random:count``: so many random modules.
+``model:family:dtype`` or, with persistent kernels and quantised weights, ``model:family:dtype:residents:weights``;
+``moe:family``, one of ``test_architectures``; ``experts:name``, one of ``experts_cases``, or ``experts:name:block``,
+perhaps with fields as above, for tokens in blocks by expert; or ``random:count``: so many random modules.
 
 The interpreter must be chosen before triton is imported, so it cannot share a process with tests that compile.
 """
@@ -46,8 +46,10 @@ def main() -> None:
             try:
                 kind, *rest = line.strip().split(":")
                 if kind == "model":
-                    dtype, residents = getattr(torch, rest[1]), int(*rest[2:] or "0")
-                    answer = model_errors(rest[0], dtype, Path(folder), "cpu", True, residents)
+                    family, dtype, residents, weights = *rest, *("", "", "0", "")[len(rest) :]
+                    answer = model_errors(
+                        family, getattr(torch, dtype), Path(folder), "cpu", True, int(residents), weights
+                    )
                 elif kind == "moe":
                     answer = moe_errors(rest[0])
                 elif kind == "experts":

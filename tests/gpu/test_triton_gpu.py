@@ -31,6 +31,12 @@ def test_tiny_model_matches_reference(family: str, dtype: torch.dtype, tmp_path:
     assert model_errors(family, dtype, tmp_path, "cuda", False) == []
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_integer_weights_match_reference(weights: str, tmp_path: Path) -> None:
+    """Steps of one sequence load their weights before the last kernel has ended; kernels by themselves do not."""
+    assert model_errors("llama", torch.bfloat16, tmp_path, "cuda", False, weights=weights) == []
+
+
 @pytest.mark.parametrize("block", [0, 16, 128])
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_match_reference(name: str, block: int, tmp_path: Path) -> None:
