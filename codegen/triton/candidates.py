@@ -19,7 +19,7 @@ from dataclasses import replace
 from itertools import product
 
 from .codes import UNIT
-from .cost_model import FEW_QUERIES, INFEASIBLE, product_load, seconds, vector_load
+from .cost_model import FEW_QUERIES, INFEASIBLE, code_load, product_load, seconds, vector_load
 from .device import Device
 from .text import next_power_of_two
 from .tiling import Tile, pointwise_tile, reduction_tile
@@ -132,7 +132,7 @@ def vector_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
     """For a product of one row. Pipelines through shared memory were faster than loads to registers wherever they leave
     room for four programs on a multiprocessor; eight warps wait for each other too long."""
     if work.weight_ops:
-        yield from code_tiles(work) if work.rounded else converted_tiles(work)
+        yield from code_tiles(work, device) if work.rounded else converted_tiles(work)
         return
     for block_n, block_k, warps in product((1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048), (2, 4, 8)):
         elements = block_n * block_k * work.dots
@@ -150,14 +150,17 @@ _COLUMNS = 8192
 """Columns of K that a program walks at a time: most models' hidden sizes, padded, are no more."""
 
 
-def code_tiles(work: ProductWork) -> Iterator[Tile]:
+def code_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
     """For a product of one row with weights that are codes (see ``code_sums``): all of K at a time where that is not
-    too long, and up to eight warps for it. With many sums the row is rounded less often."""
+    too long, and up to eight warps for it. With many sums the row is rounded less often, as long as there is room for
+    two programs on a multiprocessor, one of which loads while the other sums."""
     columns = UNIT * (2 if work.weight_bytes < 0.8 else 1)
     block_k = max(32 * columns, min(_COLUMNS, next_power_of_two(work.k)))
     for sums in (16, 8, 4):
         warps = min(8, block_k // (32 * columns))
-        yield Tile(1, _share(sums, work.dots, 1), block_k, num_warps=warps, num_stages=2)
+        tile = Tile(1, _share(sums, work.dots, 1), block_k, num_warps=warps, num_stages=2)
+        if sums == 4 or code_load(work, tile).resident(device) > 1:
+            yield tile
 
 
 def converted_tiles(work: ProductWork) -> Iterator[Tile]:

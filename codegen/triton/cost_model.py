@@ -206,26 +206,15 @@ def _vectors(work: ProductWork, tile: Tile, device: Device) -> float:
 
 def _codes(work: ProductWork, tile: Tile, device: Device) -> float:
     """One row, with weights that are codes: sums of integers in registers (see ``code_sums``)."""
-    threads, packed = 32 * tile.num_warps, work.weight_bytes < 0.8
-    sums, columns = tile.block_n * work.dots, UNIT * (2 if packed else 1)
-    units, whole = tile.block_k / columns, work.k <= tile.block_k
-    each = units / threads  # of a thread and a sum
-    registers = 32 + sums * (each * UNIT / 4 + (4 if packed else 0.5)) * (1 if whole else 0.5)
-    block = units * UNIT * sums
-    load = Load(
-        programs=_blocks(work.columns, tile.block_n) * work.batch,
-        threads=threads,
-        registers=int(registers),
-        shared=0,
-        under_way=block if whole else min(block, 64.0 * threads),
-    )
+    load, units, packed = code_load(work, tile), _units(work, tile), work.weight_bytes < 0.8
+    sums, columns, whole = tile.block_n * work.dots, tile.block_k / units, work.k <= tile.block_k
     # Every program rounds the row for itself.
     unit = sums * (_PACKED_UNIT if packed else _UNIT) + columns * (_ROUND + work.row_ops)
     steps = _blocks(work.k, tile.block_k)
-    step = threads * math.ceil(each) * unit
-    instructions = load.programs * (steps * step + threads * (100.0 + _FOLD * sums))
+    step = load.threads * math.ceil(units / load.threads) * unit
+    instructions = load.programs * (steps * step + load.threads * (100.0 + _FOLD * sums))
     row = work.batch * work.columns * (work.k * work.dots * work.weight_bytes + work.stored_bytes)
-    early = min(row, load.resident(device) * device.multiprocessors * block) if whole else 0.0
+    early = min(row, load.resident(device) * device.multiprocessors * load.under_way) if whole else 0.0
     return (-device.latency if whole else steps * _WAIT) + _total(
         load,
         device,
@@ -233,6 +222,27 @@ def _codes(work: ProductWork, tile: Tile, device: Device) -> float:
         cache=load.programs * work.k * (sums * work.weight_bytes + work.itemsize),
         plain=instructions / (device.vector_flops / 2),
     )
+
+
+def code_load(work: ProductWork, tile: Tile) -> Load:
+    """What the tiles of a product of one row and codes ask of a multiprocessor: all bytes of a program are under way
+    where an iteration has them, else a few loads of 16 bytes of each thread."""
+    threads, packed = 32 * tile.num_warps, work.weight_bytes < 0.8
+    sums, units, whole = tile.block_n * work.dots, _units(work, tile), work.k <= tile.block_k
+    held = sums * (units / threads * UNIT / 4 + (4 if packed else 0.5))
+    block = units * UNIT * sums
+    return Load(
+        programs=_blocks(work.columns, tile.block_n) * work.batch,
+        threads=threads,
+        registers=int(32 + held * (1 if whole else 0.5)),
+        shared=0,
+        under_way=block if whole else min(block, 64.0 * threads),
+    )
+
+
+def _units(work: ProductWork, tile: Tile) -> float:
+    """Of codes, of each sum and in an iteration."""
+    return tile.block_k / (UNIT * (2 if work.weight_bytes < 0.8 else 1))
 
 
 def vector_load(work: ProductWork, tile: Tile) -> Load:

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 
 from tests.strategies import examples
 from tilewright.codegen.triton.candidates import FEW_ROWS, interpreter_tile, ranked
-from tilewright.codegen.triton.cost_model import INFEASIBLE, floor_seconds, seconds, start_seconds
+from tilewright.codegen.triton.cost_model import (
+    INFEASIBLE,
+    code_load,
+    floor_seconds,
+    seconds,
+    start_seconds,
+)
 from tilewright.codegen.triton.device import A100, H100, Device, device_like
 from tilewright.codegen.triton.environment import Environment
 from tilewright.codegen.triton.estimate import candidates, estimated_seconds
@@ -50,6 +56,18 @@ PRODUCTS = st.builds(
     weight_ops=st.sampled_from([0, 6]),
     stored_bytes=st.sampled_from([2, 4]),
     plain=st.booleans(),
+)
+CODES = st.builds(
+    ProductWork,
+    rows=st.just(0),
+    columns=st.sampled_from([1, 100, 4096, 32000]),
+    k=st.sampled_from([32, 64, 4096, 5120, 8192, 11008]),
+    dots=st.sampled_from([1, 2, 4]),
+    itemsize=st.sampled_from([2, 4]),
+    weight_bytes=st.sampled_from([0.625, 1.0, 1.125]),
+    weight_ops=st.just(3),
+    stored_bytes=st.just(2),
+    rounded=st.just(True),
 )
 ATTENTIONS = st.builds(
     AttentionWork,
@@ -90,6 +108,17 @@ def test_no_estimate_is_below_the_floor(work: ProductWork, device: Device) -> No
     # A single row is multiplied on the plain units whatever its dtype.
     half = work.itemsize == 2 and work.rows > 0
     assert seconds(work, ranked(work, device)[0], device) > floor_seconds(weights, flops, half, device)
+
+
+@examples(100)
+@given(CODES)
+def test_sums_of_codes_leave_room_for_a_second_program(work: ProductWork) -> None:
+    """One that loads while the other sums; and threads have whole units, at most half of which lie beyond the row."""
+    first = ranked(work, H100)[0]
+    assert code_load(work, first).resident(H100) > 1
+    columns = 32 if work.weight_bytes < 0.8 else 16
+    assert first.block_k % (32 * first.num_warps * columns) == 0
+    assert first.block_k < max(2 * work.k, 64 * columns)
 
 
 def test_memory_binds_decoding_and_arithmetic_binds_prefill() -> None:
