@@ -15,7 +15,8 @@ from tilewright.ir.types import TensorType, Value
 
 from .base import PassOptions, Rewriter
 
-_S, _L = sym("S"), sym("L")
+_S, LAST = sym("S"), sym("L")
+"""Positions of a sequence, and the last ones, whose logits are wanted."""
 
 
 def last_tokens(module: Module, options: PassOptions) -> Module:
@@ -44,7 +45,7 @@ def _slice(value: Value, rewriter: Rewriter, made: dict[Value, Op], done: dict[V
     op = made.get(value)
     if op is None or not _row_wise(op):
         index = list(index_symbols(value.type.rank))
-        index[1] = index[1] + _S - _L
+        index[1] = index[1] + _S - LAST
         type = _shorter(value.type)
         new = rewriter.add("view", value, type=type, map=IndexMap(value.type.rank, tuple(index)))
     else:
@@ -56,7 +57,7 @@ def _slice(value: Value, rewriter: Rewriter, made: dict[Value, Op], done: dict[V
 
 
 def _shorter(type: TensorType) -> TensorType:
-    return TensorType(type.dtype, (type.shape[0], _L, *type.shape[2:]))
+    return TensorType(type.dtype, (type.shape[0], LAST, *type.shape[2:]))
 
 
 def _has_rows(value: Value, rank: int) -> bool:

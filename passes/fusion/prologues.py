@@ -6,6 +6,7 @@ import sympy
 
 from tilewright.ir.loops import PRIMITIVES
 from tilewright.ir.types import concrete
+from tilewright.passes.last_tokens import LAST
 
 from .groups import COSTLY, SOURCES, Groups, is_loop
 
@@ -13,8 +14,8 @@ from .groups import COSTLY, SOURCES, Groups, is_loop
 def grow_prologue(groups: Groups, group: int, plain_factors: bool) -> None:
     """Add the ops above a product that are used in it alone, and keep those that save bytes between kernels.
 
-    plain_factors: no codes as weights and of the rows only views, since every tile of rows would unpack its weights
-    again, and every tile of columns compute its rows."""
+    plain_factors: no codes as weights (but of the last positions' products, whose rows are few) and of the rows only
+    views, since every tile of rows would unpack its weights again, and every tile of columns compute its rows."""
     core = groups.groups[group]
     if any(groups.ops[n].opcode in PRIMITIVES for n in core):
         return
@@ -34,11 +35,13 @@ def grow_prologue(groups: Groups, group: int, plain_factors: bool) -> None:
 
 
 def _makes_factor(groups: Groups, n: int, members: set[int]) -> bool:
-    """True when op n unpacks codes, or when it is no view and the product's rows are made of its result, through views
-    at most."""
-    if groups.ops[n].opcode in ("view", "dequantize"):
-        return groups.ops[n].opcode == "dequantize"
+    """True when op n unpacks codes for many rows, or when it is no view and the product's rows are made of its result,
+    through views at most."""
     rows = next(groups.ops[m].operands[0] for m in members if groups.ops[m].opcode == "matmul")
+    if groups.ops[n].opcode == "dequantize":
+        return not any(LAST in extent.free_symbols for extent in rows.shape)
+    if groups.ops[n].opcode == "view":
+        return False
     while (at := groups.at.get(rows)) is not None and at != n:
         if groups.ops[at].opcode != "view":
             return False
