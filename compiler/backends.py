@@ -46,7 +46,7 @@ GROUP_EXPERTS = {"cpp": 0, "triton": 128, "reference": 0}
 # Whether products of many rows read them as they are multiplied. Tensor cores take a tile from shared memory, where it
 # is copied by itself; a norm computed on the way there costs such products more than half of their speed (measured on
 # an H100: a gated product of 1024 rows of Llama2-7B takes 0.57 ms at best with it, at a floor of 0.23 ms).
-PLAIN_FACTORS = {"cpp": False, "triton": True, "reference": False}
+PLAIN_ROWS = {"cpp": False, "triton": True, "reference": False}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tilewright.passes.plan_memory import plan_memory
 from .backends import (
     ACTIVATION_GROUP,
     GROUP_EXPERTS,
-    PLAIN_FACTORS,
+    PLAIN_ROWS,
     ROW_BLOCK,
     SPELL_OUT_EXPERTS,
     SPLITS,
@@ -78,7 +78,10 @@ def phases_of(
     """
     spelled = PassOptions(spell_out_experts=SPELL_OUT_EXPERTS[options.backend])
     grouped = replace(
-        spelled, group_experts=GROUP_EXPERTS[options.backend], plain_factors=PLAIN_FACTORS[options.backend]
+        spelled,
+        group_experts=GROUP_EXPERTS[options.backend],
+        plain_rows=PLAIN_ROWS[options.backend],
+        plain_weights=PLAIN_ROWS[options.backend],
     )
     known = {name: (low, high) for name, low, high in lowered.symbols}
     if captured.kind != "decoder":
@@ -122,15 +125,17 @@ def phases_of(
 
 def quantized_phases(phases: list[Phase], options: Options, keep_wide: tuple[str, ...]) -> list[Phase]:
     """The phases with quantised weights. Where many rows share a weight, time goes into arithmetic on floats, so only
-    decode steps round their activations."""
+    decode steps round their activations; and where several do, into rows that are made anew for each tile, while there
+    are fewer bytes of weights to wait for."""
 
     def quantized(phase: Phase) -> PassOptions:
-        group = ACTIVATION_GROUP[options.backend] if phase.phase == "decode" else 0
+        decodes = phase.phase == "decode"
         return replace(
             phase.passes,
             weights=options.weights,
             row_block=ROW_BLOCK[options.backend],
-            activation_group=group,
+            activation_group=ACTIVATION_GROUP[options.backend] if decodes else 0,
+            plain_rows=PLAIN_ROWS[options.backend] and not (decodes and phase.batch == 1),
             keep_wide=keep_wide,
         )
 

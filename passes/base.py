@@ -23,8 +23,9 @@ class PassOptions:
     quantised. kv_cache: element type in which keys and values are kept where it is narrower than their own; "" for
     that. spell_out_experts: experts become ordinary ops, for a backend that has no kernel for them.
     group_experts: most rows of the blocks in which tokens are multiplied that chose the same expert; 0 groups none.
-    plain_factors: products read their factors from memory as they are multiplied: what prepares rows (a norm) and what
-    makes weights of codes are kernels of their own, which pays where each is read for many tiles.
+    plain_rows: products read their rows from memory as they are multiplied: what prepares rows (a norm) is a kernel of
+    its own, which pays where each row is read for many tiles of columns. plain_weights: the same of weights that are
+    made of codes, which pays where each is read for many tiles of rows.
     """
 
     fixed: tuple[tuple[str, int], ...] = ()
@@ -39,7 +40,8 @@ class PassOptions:
     kv_cache: str = ""
     spell_out_experts: bool = False
     group_experts: int = 0
-    plain_factors: bool = False
+    plain_rows: bool = False
+    plain_weights: bool = False
 
 
 @dataclass(frozen=True)

@@ -75,4 +75,4 @@ def _commute(rewriter: Rewriter, op: Op, path: list[Op]) -> Value:
 
 def commute_row_factors(module: Module, options: PassOptions) -> Module:
     """See above. Rows that are read from memory as they are multiplied have their factors already."""
-    return module if options.plain_factors else per_function(_function)(module, options)
+    return module if options.plain_rows else per_function(_function)(module, options)

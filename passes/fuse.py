@@ -10,7 +10,8 @@ Four steps, none of which knows a model:
    attention's results pass through views only) and the bytes that escape do not grow. Experts and recurrent
    layers stay by themselves.
 2. *Prologues*: upwards from each matmul, ops whose every use lies in such kernels; they are recomputed there, so only
-   cheap ones, or those with one value per row; with ``plain_factors`` only casts of the weights, and views.
+   cheap ones, or those with one value per row; with ``plain_rows`` only what makes the weights, and views, and with
+   ``plain_weights`` no codes.
 3. *Loops*: what is left, bottom-up: an op joins the kernel of its consumers when they are one kernel, and does not
    then compute a reduction anew inside another one.
 
@@ -44,8 +45,7 @@ def fuse(module: Module, options: PassOptions) -> Module:
     """Replace every computing op by kernels; params, calls and PyTorch calls stay."""
     highs = {name: high for name, _, high in module.symbols}
     return module.with_functions(
-        f if f.name.endswith(".weights") else _fuse_function(f, highs, options.plain_factors)
-        for f in module.functions
+        f if f.name.endswith(".weights") else _fuse_function(f, highs, options) for f in module.functions
     )
 
 
@@ -101,7 +101,7 @@ def _copy_free_ops(function: Function) -> Function:
     return function.with_ops(out)
 
 
-def _fuse_function(function: Function, highs: dict[str, int], plain_factors: bool) -> Function:
+def _fuse_function(function: Function, highs: dict[str, int], options: PassOptions) -> Function:
     groups = Groups(_copy_free_ops(_copy_returns(function)), highs)
     for n, op in enumerate(groups.ops):
         if op.opcode in ANCHORS:
@@ -109,6 +109,6 @@ def _fuse_function(function: Function, highs: dict[str, int], plain_factors: boo
     for anchor in sorted(groups.anchored):
         grow_epilogue(groups, anchor)
     for anchor in sorted(groups.anchored):
-        grow_prologue(groups, anchor, plain_factors)
+        grow_prologue(groups, anchor, options)
     group_loops(groups)
     return emit(groups)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import sympy
 
 from tilewright.ir.loops import PRIMITIVES
-from tilewright.ir.types import concrete
+from tilewright.ir.types import Value, concrete
+from tilewright.passes.base import PassOptions
 from tilewright.passes.last_tokens import LAST
 
 from .groups import COSTLY, SOURCES, Groups, is_loop
 
 
-def grow_prologue(groups: Groups, group: int, plain_factors: bool) -> None:
+def grow_prologue(groups: Groups, group: int, options: PassOptions) -> None:
     """Add the ops above a product that are used in it alone, and keep those that save bytes between kernels.
 
-    plain_factors: no codes as weights (but of the last positions' products, whose rows are few) and of the rows only
-    views, since every tile of rows would unpack its weights again, and every tile of columns compute its rows."""
+    With ``plain_rows`` of the rows only views, since every tile of columns would compute them again; with
+    ``plain_weights`` no codes, since every tile of rows would unpack them again. (Rows of the last positions are
+    few.)"""
     core = groups.groups[group]
     if any(groups.ops[n].opcode in PRIMITIVES for n in core):
         return
@@ -23,7 +25,9 @@ def grow_prologue(groups: Groups, group: int, plain_factors: bool) -> None:
     for n in range(max(members), -1, -1):
         if n in groups.owner or not _recomputable(groups, n, members):
             continue
-        if plain_factors and _makes_factor(groups, n, members):
+        if options.plain_weights and _unpacks_for_many(groups, n, members):
+            continue
+        if options.plain_rows and groups.ops[n].opcode != "view" and _makes_rows(groups, n, members):
             continue
         if groups.is_legal(members | {n}):
             members.add(n)
@@ -34,19 +38,25 @@ def grow_prologue(groups: Groups, group: int, plain_factors: bool) -> None:
     groups.adopt(group, members)
 
 
-def _makes_factor(groups: Groups, n: int, members: set[int]) -> bool:
-    """True when op n unpacks codes for many rows, or when it is no view and the product's rows are made of its result,
-    through views at most."""
-    rows = next(groups.ops[m].operands[0] for m in members if groups.ops[m].opcode == "matmul")
-    if groups.ops[n].opcode == "dequantize":
-        return not any(LAST in extent.free_symbols for extent in rows.shape)
-    if groups.ops[n].opcode == "view":
-        return False
+def _unpacks_for_many(groups: Groups, n: int, members: set[int]) -> bool:
+    """True when op n makes weights of codes, for more rows than those of the last positions."""
+    last = any(LAST in extent.free_symbols for extent in _left(groups, members).shape)
+    return groups.ops[n].opcode == "dequantize" and not last
+
+
+def _makes_rows(groups: Groups, n: int, members: set[int]) -> bool:
+    """True when the product's rows are made of op n's result, through views at most."""
+    rows = _left(groups, members)
     while (at := groups.at.get(rows)) is not None and at != n:
         if groups.ops[at].opcode != "view":
             return False
         (rows,) = groups.ops[at].operands
     return at == n
+
+
+def _left(groups: Groups, members: set[int]) -> Value:
+    """The left operand of the kernel's matrix product."""
+    return next(groups.ops[m].operands[0] for m in members if groups.ops[m].opcode == "matmul")
 
 
 def _without(groups: Groups, n: int, members: set[int], core: set[int]) -> set[int]:
@@ -78,5 +88,5 @@ def _recomputable(groups: Groups, n: int, members: set[int]) -> bool:
 
 def _rows(groups: Groups, members: set[int]) -> int:
     """Rows of the kernel's matrix product."""
-    product = next(groups.ops[n] for n in members if groups.ops[n].opcode == "matmul")
-    return concrete((sympy.prod(product.operands[0].shape[:-1], start=sympy.Integer(1)),), groups.highs)[0]
+    rows = _left(groups, members)
+    return concrete((sympy.prod(rows.shape[:-1], start=sympy.Integer(1)),), groups.highs)[0]

@@ -41,8 +41,8 @@ def interpret() -> Iterator[Callable[[str], list[str]]]:
     [
         "llama:float32",
         "llama:bfloat16",
-        "llama:bfloat16:0:int8",
-        "llama:bfloat16:0:int4",
+        "llama:float32:0:int8",
+        "llama:float32:0:int4",
         "opt:float32",
         "gpt2:float32",
         "bloom:float32",

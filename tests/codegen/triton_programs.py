@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -38,9 +38,10 @@ def plan(
     splits: int = 3,
     chunk: int = 512,
     weights: str = "",
-    plain_factors: bool = False,
+    plain: bool = False,
 ) -> Planned:
-    """Capture, lower, fuse and plan a model; ``weights`` is compile's option, ``plain_factors`` that of prompts."""
+    """Capture, lower, fuse and plan a model. weights: compile's option. plain: factors of products are, as they are on
+    a GPU for prompts, and rows for batches with quantised weights."""
     captured = capture(model)
     lowered = lower(captured)
     largest = max(batch_sizes)
@@ -49,10 +50,12 @@ def plan(
     if captured.kind == "decoder":
         for size in batch_sizes:
             dims = (("B", size), ("S", 1), ("L", 1))
-            passes = PassOptions(dims, last_tokens=True, splits=splits, weights=weights, activation_group=32)
+            passes = PassOptions(dims, True, splits, weights=weights)
+            # The reference rounds wherever it may, kernels for one row only.
+            passes = replace(passes, activation_group=32 if size == 1 else 0, plain_rows=plain and size > 1)
             options[f"decode_b{size}"] = ("decode", size, passes, {"T": (1, max_length), "S": (1, 1)})
         ranges = {"T": (1, max_length), "B": (1, largest), "S": (1, min(chunk, max_length))}
-        passes = PassOptions(last_tokens=True, weights=weights, plain_factors=plain_factors)
+        passes = PassOptions(last_tokens=True, weights=weights, plain_rows=plain, plain_weights=plain)
         options["prefill"] = ("prefill", largest, passes, ranges)
     else:
         ranges = {"B": (1, largest), "S": (1, max_length)}

@@ -29,7 +29,8 @@ def options_for(case: Case, splits: int = 0, vendor: bool = False, plain: bool =
         case.fixed if decode else (),
         splits=splits if decode else 0,
         vendor_matmul=vendor,
-        plain_factors=plain,
+        plain_rows=plain,
+        plain_weights=plain,
     )
 
 
