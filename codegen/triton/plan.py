@@ -103,8 +103,12 @@ def _segment(segment: Segment, sizes: Sizes) -> Plan:
         return Plan("matmul", work, segment, lambda t, c, i: emit_matmul(product, segment, t, c, "pid", i))
     stream, stages = stream_work(segment, sizes), plan_stages(segment, row_symbols(segment))
     if stages:
+        rows = sizes.of(*(a.extent for a in segment.axes if a.symbol in row_symbols(segment)))
         return Plan(
-            "reduction", stream, segment, lambda t, c, i: emit_reduction(segment, stages, t, c, "pid")
+            "reduction",
+            replace(stream, points=rows),
+            segment,
+            lambda t, c, i: emit_reduction(segment, stages, t, c, "pid"),
         )
     if stages is None:
         # Its reductions are loops around blocks of points: blocks are those of a pointwise kernel.

@@ -67,7 +67,8 @@ class AttentionWork:
 
 @dataclass(frozen=True)
 class StreamWork:
-    """``points`` that are computed one by one. longest: of the reduced axes; 0 without one, None at run time only."""
+    """``points`` that are computed one by one, or the rows of a reduction. longest: of the reduced axes; 0 without one,
+    None at run time only."""
 
     points: int
     longest: int | None

@@ -26,10 +26,12 @@ from tilewright.codegen.triton.environment import Environment
 from tilewright.codegen.triton.estimate import candidates, estimated_seconds
 from tilewright.codegen.triton.plan import plan_parts
 from tilewright.codegen.triton.tiling import Tile
-from tilewright.codegen.triton.work import AttentionWork, ProductWork, StreamWork, Work
+from tilewright.codegen.triton.work import AttentionWork, ProductWork, StreamWork, Work, sizes_of
 from tilewright.codegen.tunables import tuned
+from tilewright.ir.ops import Builder
+from tilewright.ir.types import tensor_type
 
-from .kernel_case import CAPACITY, RANGES
+from .kernel_case import CAPACITY, RANGES, finish, rms_scale
 from .triton_cases import CASES
 
 DOWN = ProductWork(
@@ -262,3 +264,15 @@ def test_the_first_tile_is_among_the_fastest_measured(
     first = replace(ranked(work, H100)[0], max_registers=0)
     assert tiles[first] <= 1.08 * min(tiles.values())
     assert 0.75 < seconds(work, first, H100) / (tiles[first] - events) < 1.3
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_norm_takes_what_its_rows_take(rows: int) -> None:
+    """A program per row, however many elements a row has: little more than a launch."""
+    b = Builder()
+    x = b.param_value("x", tensor_type("f32", [rows, 4096]))
+    made = finish(b, b.add("mul", x, rms_scale(b, x)))
+    (plan,) = plan_parts(made.kernel, sizes_of({}))
+    assert isinstance(plan.work, StreamWork)
+    assert plan.work.points == rows
+    assert best(plan.work, H100) < 1.5 * start_seconds(H100)
