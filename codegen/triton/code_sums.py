@@ -147,9 +147,9 @@ class CodeSums:
     def _rounded_row(self, groups: GroupLoop) -> _RoundedRow:
         scope = groups.scope
         halves = [self._elements(half, groups) for half in range(self.unit.halves)]
-        largest = [scope.bind(f"tl.max(tl.abs({a}), axis=2, keep_dims=True)", "largest") for a in halves]
+        largest = [scope.bind(f"largest_of({a})", "largest") for a in halves]
         if len(halves) > 1:
-            largest = [scope.bind(f"tl.maximum({largest[0]}, {largest[1]})", "largest")]
+            largest = [scope.bind(f"larger({largest[0]}, {largest[1]})", "largest")]
         inverse = scope.bind(f"tl.where({largest[0]} > 0, {INT8_LARGEST}.0 / {largest[0]}, 0.0)", "inverse")
         step = scope.bind(f"{largest[0]} * {1 / INT8_LARGEST!r}", "step")
         words = tuple(

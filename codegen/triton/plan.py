@@ -25,7 +25,6 @@ from .reduction import emit_reduction, row_symbols
 from .row_loops import plan_stages
 from .tiling import Tile
 from .work import (
-    ProductWork,
     Sizes,
     Work,
     attention_work,
@@ -56,18 +55,7 @@ def plan_parts(op: Op, sizes: Sizes) -> tuple[Plan, ...]:
     sole = sole_op(op)
     if sole is not None:
         return (_recurrent(sole, sizes) if sole.opcode in RECURRENT else _experts(sole, sizes),)
-    return _beside_each_other(tuple(_segment(segment, sizes) for segment in scalarize(op).segments))
-
-
-def _beside_each_other(plans: tuple[Plan, ...]) -> tuple[Plan, ...]:
-    """Let products know how many columns their kernel has besides their own."""
-    columns = [p.work.columns * p.work.dots if isinstance(p.work, ProductWork) else 0 for p in plans]
-    return tuple(
-        replace(plan, work=replace(plan.work, beside=sum(columns) - own))
-        if isinstance(plan.work, ProductWork)
-        else plan
-        for plan, own in zip(plans, columns, strict=True)
-    )
+    return tuple(_segment(segment, sizes) for segment in scalarize(op).segments)
 
 
 def _attention(form: AttentionForm, sizes: Sizes) -> Plan:

@@ -68,6 +68,12 @@ def multiply_pairs(x, y):
 
 
 @triton.jit
+def largest_of(x):
+    """The largest magnitude of each run; NaN where one of it is."""
+    return tl.reduce(tl.abs(x), 2, larger, keep_dims=True)
+
+
+@triton.jit
 def pack_bytes(a, b, c, d, factor):
     """Four floats times a factor, rounded to bytes of a word: the float 3 * 2^22 + x has x in its lowest byte."""
     return tl.inline_asm_elementwise(
@@ -130,6 +136,12 @@ def multiply_pairs(x, y):
 
 
 @triton.jit
+def largest_of(x):
+    """The largest magnitude of each run; NaN where one of it is."""
+    return tl.max(tl.abs(x), axis=2, keep_dims=True) + tl.sum(x * 0.0, axis=2, keep_dims=True)
+
+
+@triton.jit
 def round_to_byte(x):
     """The nearest integer, of two the even one, in the lowest byte."""
     return (x + 12582912.0).to(tl.int32, bitcast=True) & 255
@@ -172,6 +184,12 @@ def rounded_words(x, factor, BLOCK_G: tl.constexpr, WORDS: tl.constexpr):
 def sum_bytes(x):
     """The sum of the four signed bytes of a word."""
     return dot_bytes(x, tl.full(x.shape, 0x01010101, tl.int32))
+
+
+@triton.jit
+def larger(x, y):
+    """Of two numbers the larger; NaN where one is."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -27,8 +27,8 @@ class ProductWork:
     right operand's element in memory, a fraction where several share a byte. weight_ops, row_ops: operations that make
     a factor of an element of the right and of the left operand. stored_bytes: of an element of the result. plain: the
     right operands are matrices as they are multiplied, which TMA may copy. matrices: how many different right operands
-    a batch has; 0 where each of its products has its own. beside: columns of other products in the same kernel.
-    rounded: right operands are integers of which runs share factors, and the row may be rounded to int8.
+    a batch has; 0 where each of its products has its own. rounded: right operands are integers of which runs share
+    factors, and the row may be rounded to int8.
     """
 
     rows: int
@@ -43,7 +43,6 @@ class ProductWork:
     batch: int = 1
     plain: bool = False
     matrices: int = 0
-    beside: int = 0
     rounded: bool = False
 
 

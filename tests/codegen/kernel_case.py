@@ -88,6 +88,14 @@ def comparable(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.dtype is DType.f8.torch else tensor
 
 
+def known(truth: Tensor, *others: Tensor) -> tuple[Tensor, ...] | None:
+    """What is a number in all of them: ``truth``, and the others where it is one; None if they are NaN elsewhere."""
+    lost = truth.isnan()
+    if any(not torch.equal(other.isnan(), lost) for other in others):
+        return None
+    return tuple(tensor[~lost] for tensor in (truth, *others))
+
+
 CASES: dict[str, Callable[[], Case]] = {}
 
 

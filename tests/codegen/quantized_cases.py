@@ -122,6 +122,18 @@ def rounded(kind: str, rows: int) -> Case:
     return Case(made.module, made.dims, given)
 
 
+@case("rounded_nan", *((kind, rows) for kind in KINDS for rows in (1, 3)))
+def rounded_nan(kind: str, rows: int) -> Case:
+    """A row with one element that is no number has results that are none, whatever is left of it when it is rounded."""
+    b = Builder()
+    x = b.param_value("x", tensor_type("f32", [rows, 1, 64]))
+    w, given = stored(b, "w", (96, 64), kind, "blocks")
+    made = finish(b, b.add("matmul", x, w, activation_group=32))
+    row = torch.randn(rows, 1, 64, generator=torch.Generator().manual_seed(3))
+    row[0, 0, 5] = torch.nan
+    return Case(made.module, made.dims, {**given, "x": row})
+
+
 @case("rounded_halves", *((kind, half) for kind in KINDS for half in (16, 8)))
 def rounded_halves(kind: str, half: int) -> Case:
     """The two halves of each head change places, as in RoPE; halves of 8 cut through a block of rows."""

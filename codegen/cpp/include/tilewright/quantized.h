@@ -38,18 +38,19 @@ static inline ByteRow carve_byte_row(char*& scratch, long k) {
     return {codes, scale, sum, carve<int32_t>(scratch, groups)};
 }
 
-// Round a row of k floats: in each group, the largest magnitude becomes 127.
+// Round a row of k floats: in each group, the largest magnitude becomes 127. What is not finite makes its group NaN.
 static inline void round_row(const float* x, long k, const ByteRow& to) {
     for (long g = 0; g < k / ACTIVATION_GROUP; g++) {
         const float* from = x + g * ACTIVATION_GROUP;
         int8_t* codes = to.codes + g * ACTIVATION_GROUP;
-        float largest = 0.0f;
-#pragma omp simd reduction(max : largest)
+        float largest = 0.0f, zero = 0.0f;
+#pragma omp simd reduction(max : largest) reduction(+ : zero)
         for (int i = 0; i < ACTIVATION_GROUP; i++) {
             const float size = std::fabs(from[i]);
             largest = size > largest ? size : largest;
+            zero += from[i] * 0.0f;
         }
-        const float scale = largest / 127.0f, inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+        const float scale = largest / 127.0f + zero, inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
         int32_t count = 0;
 #pragma omp simd reduction(+ : count)
         for (int i = 0; i < ACTIVATION_GROUP; i++) {
