@@ -53,9 +53,9 @@ def test_codes_are_multiplied_as_they_are_loaded(kind: str, dtype: str, arch: in
     loads = re.findall(r"ld\.global\.v4\.b32 \{([^}]*)\}", found.ptx)
     words = {word.strip() for load in loads for word in load.split(",")}
     taken = r"shr\.b32 v, (%r\d+), 4" if kind == "int4" else r"dp4a\.s32\.s32 %r\d+, (%r\d+), %r\d+, 0"
-    assert (
-        len(words.intersection(re.findall(taken, found.ptx))) == 2 * 4 * 4
-    )  # dots, columns, words of a unit
+    found_words = words.intersection(re.findall(taken, found.ptx))
+    assert len(found_words) == 2 * 4 * 4  # dots, columns, words of a unit
+    assert "max.NaN.f32" in found.ptx  # what is no number is not lost in rounding
 
 
 @pytest.mark.parametrize("name", ["linear-bf16-four", "norm_linear-f16-four", "gated-bf16-four"])
