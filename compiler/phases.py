@@ -125,17 +125,15 @@ def phases_of(
 
 def quantized_phases(phases: list[Phase], options: Options, keep_wide: tuple[str, ...]) -> list[Phase]:
     """The phases with quantised weights. Where many rows share a weight, time goes into arithmetic on floats, so only
-    decode steps round their activations; and where several do, into rows that are made anew for each tile, while there
-    are fewer bytes of weights to wait for."""
+    decode steps round their activations."""
 
     def quantized(phase: Phase) -> PassOptions:
-        decodes = phase.phase == "decode"
+        group = ACTIVATION_GROUP[options.backend] if phase.phase == "decode" else 0
         return replace(
             phase.passes,
             weights=options.weights,
             row_block=ROW_BLOCK[options.backend],
-            activation_group=ACTIVATION_GROUP[options.backend] if decodes else 0,
-            plain_rows=PLAIN_ROWS[options.backend] and not (decodes and phase.batch == 1),
+            activation_group=group,
             keep_wide=keep_wide,
         )
 

@@ -41,7 +41,7 @@ def plan(
     plain: bool = False,
 ) -> Planned:
     """Capture, lower, fuse and plan a model. weights: compile's option. plain: factors of products are, as they are on
-    a GPU for prompts, and rows for batches with quantised weights."""
+    a GPU for prompts."""
     captured = capture(model)
     lowered = lower(captured)
     largest = max(batch_sizes)
@@ -52,7 +52,7 @@ def plan(
             dims = (("B", size), ("S", 1), ("L", 1))
             passes = PassOptions(dims, True, splits, weights=weights)
             # The reference rounds wherever it may, kernels for one row only.
-            passes = replace(passes, activation_group=32 if size == 1 else 0, plain_rows=plain and size > 1)
+            passes = replace(passes, activation_group=32 if size == 1 else 0)
             options[f"decode_b{size}"] = ("decode", size, passes, {"T": (1, max_length), "S": (1, 1)})
         ranges = {"T": (1, max_length), "B": (1, largest), "S": (1, min(chunk, max_length))}
         passes = PassOptions(last_tokens=True, weights=weights, plain_rows=plain, plain_weights=plain)
