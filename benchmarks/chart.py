@@ -100,8 +100,7 @@ def main(
         _show(stored.of_file(Chart, show), show)
         return
     if add is not None:
-        file, chart = _added(stored.of_file(GpuCheck, add))
-        _show(chart, stored.save(chart, file))
+        _show(*_added(stored.of_file(GpuCheck, add)))
         return
     (name,) = known("--scale", scale, tuple(SCALES))[:1]
     plan = SCALES[name].only(points)
@@ -164,8 +163,8 @@ def _resumed(old: Chart, new: Chart) -> Chart:
     return replace(old, command=chart_results.together(old.command, new.command))
 
 
-def _added(check: GpuCheck) -> tuple[Path, Chart]:
-    """The newest chart of a check's device and versions with what the check has of it, and its file.
+def _added(check: GpuCheck) -> tuple[Chart, Path]:
+    """The newest chart of a check's device and versions with what the check has of it, and the file that has it now.
 
     Raises OptionError for a check without a chart.
     """
@@ -175,8 +174,9 @@ def _added(check: GpuCheck) -> tuple[Path, Chart]:
     new = replace(new, command=check.command)
     found = chart_results.newest(new.scale, new.machine["device"])
     if found is None or _difference(found[1], new):
-        return stored.place(new), new
-    return found[0], found[1].joined(new)
+        return new, stored.save(new, stored.place(new))
+    chart = found[1].joined(new)
+    return chart, stored.save(chart, found[0])
 
 
 if __name__ == "__main__":

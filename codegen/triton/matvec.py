@@ -45,12 +45,11 @@ class VectorPrinter(ProductPrinter):
     def _start(self, pid: str, whole: Sequence[CodeSums]) -> None:
         """What may be done before the kernel before has ended: load weights where registers have room for all of a
         program's, or request the first ones."""
-        if not self.tile.dependent:
+        if not whole or not self.tile.dependent:
+            self.begin(self.context.extended(self.column_axes, {N: self.down}), "[None, :]")
             return
         for codes in whole:
             codes.load(pid)
-        if not whole:
-            self.request(self.context.extended(self.column_axes, {N: self.down}), "[None, :]")
         wait_for_predecessor(self.base)
 
     def _stage(self, stage: Stage, loop: RowLoop) -> None:

@@ -95,17 +95,14 @@ class ProductPrinter:
     def begin(self, column: Context, subscript: str) -> None:
         """Before anything that another kernel wrote: where the kernel may start early, request the first block of each
         weight, then wait. ``column`` knows the columns; ``subscript`` shapes a block along K."""
-        if self.tile.dependent:
-            self.request(column, subscript)
-            wait_for_predecessor(self.base)
-
-    def request(self, column: Context, subscript: str) -> None:
-        """Request the first block of each weight."""
+        if not self.tile.dependent:
+            return
         for dot in self.form.dots:
             loads = [n for n in below(dot.b) if isinstance(n, Load) and not n.indirect]
             weights = [n for n in loads if n.value in self.context.pointers.constants]
             if weights:
                 self._request(max(weights, key=_size), column, subscript)
+        wait_for_predecessor(self.base)
 
     def _request(self, weight: Load, column: Context, subscript: str) -> None:
         step = LINE // weight.dtype.itemsize
