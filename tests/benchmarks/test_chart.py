@@ -75,7 +75,6 @@ def test_the_papers_points_are_all_planned() -> None:
 
 def test_a_chart_is_drawn(tmp_path: Path) -> None:
     """With three panels, the paper's range, device and days; and the same results give the same file."""
-    pytest.importorskip("matplotlib")
     names = SCALES["paper"].models
     whole = made_up_chart(*(point(name, batch) for name in names for batch in (1, 2)), scale="paper")
     files = [chart_picture.draw(whole, tmp_path / name) for name in ("c.svg", "d.svg")]
