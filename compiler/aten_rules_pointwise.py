@@ -180,6 +180,11 @@ def _floor(ctx: Context, x: Value) -> Result:
     return ctx.apply("floor", x) if x.dtype.is_float else x
 
 
+@rule("round.default")
+def _round(ctx: Context, x: Value) -> Result:
+    return ctx.apply("round", x) if x.dtype.is_float else x
+
+
 @rule("ceil.default")
 def _ceil(ctx: Context, x: Value) -> Result:
     return ctx.apply("neg", ctx.apply("floor", ctx.apply("neg", x))) if x.dtype.is_float else x

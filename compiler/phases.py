@@ -14,11 +14,13 @@ from tilewright.passes.base import PassOptions
 from tilewright.passes.hoist_per_request import hoist_per_request
 from tilewright.passes.pipeline import run_passes
 from tilewright.passes.plan_memory import plan_memory
+from tilewright.passes.weight_forms import FORMS
 
 from .backends import (
     ACTIVATION_GROUP,
     GROUP_EXPERTS,
     PLAIN_ROWS,
+    ROUNDED_ROWS,
     ROW_BLOCK,
     SPELL_OUT_EXPERTS,
     SPLITS,
@@ -129,11 +131,15 @@ def quantized_phases(phases: list[Phase], options: Options, keep_wide: tuple[str
 
     def quantized(phase: Phase) -> PassOptions:
         group = ACTIVATION_GROUP[options.backend] if phase.phase == "decode" else 0
+        rounds = bool(group) and FORMS[options.weights].matrix.rounds
+        rounded = rounds and 1 < phase.batch <= ROUNDED_ROWS[options.backend]
         return replace(
             phase.passes,
             weights=options.weights,
             row_block=ROW_BLOCK[options.backend],
             activation_group=group,
+            round_rows=rounded,
+            plain_rows=phase.passes.plain_rows or rounded,
             keep_wide=keep_wide,
         )
 

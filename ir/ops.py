@@ -12,7 +12,7 @@
 | concat | xs -> joined along ``axis`` | axis |
 | gather | table, index -> table with ``axis`` replaced by the index's shape | axis |
 | matmul | a[.., M, K], b[N, K] or b[.., N, K] -> [.., M, N]; float32 accumulation | (activation_group, wide) |
-| quantize | w[N, K] -> codes, scale (and, for 4 bits, minimum); weights only, once at load | bits, group |
+| quantize | x[N, K] -> codes, scale (and, for 4 bits, minimum: of weights only, at load) | bits, group |
 | dequantize | codes, scale (, minimum) -> float[N, K] | bits, group |
 | attention | q[B,H,S,D], k, v[B,G,S,D], extras -> [B,H,S,Dv] | scale, causal, window, softcap, slot (, extras) |
 | append | x[B,G,S,D] -> the slot's whole cache [B,G,T,D], ending in x | slot |

@@ -56,6 +56,7 @@ _ROWS = (
     Pointwise("erf", 1, "same", "float", torch.erf),
     Pointwise("sigmoid", 1, "same", "float", torch.sigmoid),
     Pointwise("floor", 1, "same", "float", torch.floor),
+    Pointwise("round", 1, "same", "float", torch.round),  # halves to even
     Pointwise("eq", 2, "bool", "any", torch.eq),
     Pointwise("ne", 2, "bool", "any", torch.ne),
     Pointwise("lt", 2, "bool", "any", torch.lt),

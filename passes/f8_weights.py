@@ -18,6 +18,7 @@ becomes the largest f8. (The format and the scaling by row: Micikevicius et al.,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tilewright.ir.index import IndexMap, index_symbols
 from tilewright.ir.module import Loc, Names, Op
@@ -30,6 +31,8 @@ from .base import PassOptions, Rewriter
 @dataclass(frozen=True)
 class F8Form:
     """Codes f8[N, K] and their scale f32[N, 1]."""
+
+    rounds: ClassVar[bool] = False
 
     def fits(self, rows: int, columns: int, options: PassOptions) -> bool:
         """Any sides do."""

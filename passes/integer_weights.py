@@ -7,6 +7,7 @@ time, the order in which a CPU kernel with one row per lane reads them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sympy import Expr, Integer
 
@@ -27,6 +28,7 @@ class IntegerForm:
 
     bits: int
     group: int | None
+    rounds: ClassVar[bool] = True
 
     def fits(self, rows: int, columns: int, options: PassOptions) -> bool:
         """Columns in whole groups and rows in whole blocks."""

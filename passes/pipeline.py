@@ -21,6 +21,7 @@ from .last_tokens import last_tokens
 from .merge_matmuls import merge_matmuls
 from .narrow_cache import narrow_cache
 from .quantize_weights import quantize_weights
+from .round_rows import round_rows
 from .specialize import specialize
 from .spell_out_experts import spell_out_experts
 from .split_attention import split_attention
@@ -39,6 +40,7 @@ PIPELINE: tuple[Pass, ...] = (
     Pass("split_attention", split_attention, "before fusion, so that the merge fuses like any other code"),
     Pass("fold_constants", fold_constants, "after merging has made expressions over weights"),
     Pass("quantize_weights", quantize_weights, "of the stacked weights, which products stream"),
+    Pass("round_rows", round_rows, "of products that quantize_weights has given integer weights"),
     Pass(
         "split_products",
         split_products,

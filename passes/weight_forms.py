@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from tilewright.ir.module import Loc, Names, Op
 from tilewright.ir.types import Value
@@ -21,7 +21,10 @@ Stored = tuple[list[Op], dict[str, Value]]
 
 
 class WeightForm(Protocol):
-    """A way to store a matrix [N, K]. ``stored`` below are the values that a function reads of it."""
+    """A way to store a matrix [N, K]. ``stored`` below are the values that a function reads of it. rounds: whether
+    products with it may round their rows, as ``options.activation_group`` says."""
+
+    rounds: ClassVar[bool]
 
     def fits(self, rows: int, columns: int, options: PassOptions) -> bool:
         """Whether the sides of a matrix fit the layout."""

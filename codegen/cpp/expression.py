@@ -114,7 +114,7 @@ OPS: dict[str, Callable[[DType, DType, Args], str]] = {
     "neg": lambda r, o, a: f"(-{a[0]})", "abs": _typed("tw::absolute"),
     "exp": _call("tw::exp"), "log": _call("tw::log"), "sqrt": _call("tw::sqrt"), "rsqrt": _call("tw::rsqrt"),
     "sin": _call("tw::sin"), "cos": _call("tw::cos"), "tanh": _call("tw::tanh"), "erf": _call("tw::erf"),
-    "sigmoid": _call("tw::sigmoid"), "floor": _call("std::floor"),
+    "sigmoid": _call("tw::sigmoid"), "floor": _call("std::floor"), "round": _call("std::nearbyint"),
     "eq": _binary("=="), "ne": _binary("!="), "lt": _binary("<"), "le": _binary("<="), "gt": _binary(">"),
     "ge": _binary(">="), "and": _binary("&"), "or": _binary("|"), "xor": _binary("^"),
     "shr": _binary(">>"),

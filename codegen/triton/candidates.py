@@ -85,6 +85,8 @@ def _tiles(work: Work, device: Device) -> Iterable[Tile]:
 
 
 def _product_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
+    if work.integers:
+        return code_tiles(work, device)
     if not work.rows:
         return vector_tiles(work, device)
     few = work.rows <= FEW_ROWS or (work.matrices and work.itemsize > 2)
@@ -132,7 +134,7 @@ def vector_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
     """For a product of one row. Pipelines through shared memory were faster than loads to registers wherever they leave
     room for four programs on a multiprocessor; eight warps wait for each other too long."""
     if work.weight_ops:
-        yield from code_tiles(work, device) if work.rounded else converted_tiles(work)
+        yield from converted_tiles(work)
         return
     for block_n, block_k, warps in product((1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048), (2, 4, 8)):
         elements = block_n * block_k * work.dots
@@ -148,17 +150,28 @@ def vector_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
 
 _COLUMNS = 8192
 """Columns of K that a program walks at a time: most models' hidden sizes, padded, are no more."""
+_MOST_SUMS = 64
+"""Of a thread: each takes a register."""
 
 
 def code_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
-    """For a product of one row with weights that are codes (see ``code_sums``): all of K at a time where that is not
-    too long, and up to eight warps for it. With many sums the row is rounded less often, as long as there is room for
-    two programs on a multiprocessor, one of which loads while the other sums."""
-    columns = UNIT * (2 if work.weight_bytes < 0.8 else 1)
-    block_k = max(32 * columns, min(_COLUMNS, next_power_of_two(work.k)))
+    """For a product of integers (see ``code_sums``). One row: all of K at a time where that is not too long, and up to
+    eight warps for it. With many sums the row is rounded less often, as long as there is room for two programs on a
+    multiprocessor, one of which loads while the other sums. Several rows: a warp or two walk K, and fold what they have
+    summed once."""
+    columns = 32 * UNIT * (2 if work.weight_bytes < 0.8 else 1)  # of a warp, at a time
+    if work.rows:
+        rows = next_power_of_two(work.rows)
+        for sums, warps in product((8, 4, 16), (1, 2)):
+            tile = Tile(rows, _share(sums, work.dots, 1), columns * warps, num_warps=warps, num_stages=2)
+            if (sums == 4 or sums * rows <= _MOST_SUMS) and (warps == 1 or work.k > columns):
+                yield tile
+        return
+    block_k = max(columns, min(_COLUMNS, next_power_of_two(work.k)))
     for sums in (16, 8, 4):
-        warps = min(8, block_k // (32 * columns))
-        tile = Tile(1, _share(sums, work.dots, 1), block_k, num_warps=warps, num_stages=2)
+        tile = Tile(
+            1, _share(sums, work.dots, 1), block_k, num_warps=min(8, block_k // columns), num_stages=2
+        )
         if sums == 4 or code_load(work, tile).resident(device) > 1:
             yield tile
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sympy import Expr, Integer, Symbol
+from sympy import Expr, Integer, Symbol, prod
 
 from tilewright.ir.index import FloorDiv, Mod, sym
 from tilewright.ir.loops import Apply, Const, Index, Load, MatmulForm, Node, free_symbols
@@ -102,6 +102,11 @@ UNIT = 16
 """Bytes of codes that a thread loads at once."""
 
 
+MOST_ROWS = 8
+"""Rows that are multiplied as integers, one by one: of more, sums fill the registers, and take longer than their weights
+take to arrive."""
+
+
 def unit_of(form: MatmulForm) -> Codes | None:
     """Codes of a product in runs of 16 bytes, of which a row and what shares factors are whole ones, so that one thread
     may sum each up by itself; None for weights that have no such runs."""
@@ -112,6 +117,31 @@ def unit_of(form: MatmulForm) -> Codes | None:
         return None
     runs = {int(extent)}.union(*(_groups_of(f, k) for f in factors))
     return None if any(run % columns for run in runs) else Codes(columns, _halves(form))
+
+
+def integer_unit(form: MatmulForm) -> Codes | None:
+    """The units of a product of integers: of one row that may be rounded to int8, or of rows that are stored as such;
+    None for other products."""
+    unit, rows, count = (
+        unit_of(form),
+        weight_of(form.a),
+        prod((a.extent for a in form.rows), start=Integer(1)),
+    )
+    if unit is None or not (count.is_Integer and count <= MOST_ROWS):
+        return None
+    for dot in form.dots:
+        weight, group = weight_of(dot.b), dot.activation_group
+        found = None if weight is None else bytes_of(weight.code)
+        if found is None or (found[1] is None) != (unit.halves == 1):
+            return None
+        if rows is None and (form.rows or not group or group % unit.group):
+            return None
+    if rows is None:
+        return unit
+    k = form.k.symbol
+    plain = rows.minimum is None and isinstance(rows.code, Load) and rows.code.dtype is DType.i8
+    shared = _is_per_group(rows.scale, k) and not any(g % unit.group for g in _groups_of(rows.scale, k))
+    return unit if plain and shared else None
 
 
 def _halves(form: MatmulForm) -> int:

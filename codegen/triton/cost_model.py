@@ -50,6 +50,9 @@ _ITERATION, _ALONE, _MADE_ROWS = 0.1e-6, 0.9e-6, 0.3e-6
 # Instructions for a unit of codes of 8 and of 4 bits, to sum it over a program's threads, and to round an element of
 # the row: what they take, waits for each other included.
 _UNIT, _PACKED_UNIT, _FOLD, _ROUND = 16.0, 50.0, 12.0, 20.0
+# Instructions to load and cut out a unit of codes, and for each of several rows that it is multiplied with (counted in
+# the kernels, not yet fitted to measurements).
+_LOAD, _ROW, _PACKED_ROW = 10.0, 10.0, 18.0
 # Of weights that are loaded before the kernel before has ended, what costs no time of their own.
 _EARLY = 0.7
 
@@ -84,9 +87,9 @@ def seconds(work: Work, tile: Tile, device: Device) -> float:
     """Estimated time of a segment's launch; infinite for a tile that does not fit."""
     match work:
         case ProductWork():
-            if work.rows:
-                return _tiles(work, tile, device)
-            return (_codes if work.rounded else _vectors)(work, tile, device)
+            if work.integers:
+                return _codes(work, tile, device)
+            return (_tiles if work.rows else _vectors)(work, tile, device)
         case AttentionWork():
             return _attention(work, tile, device)
         case RecurrentWork():
@@ -205,38 +208,51 @@ def _vectors(work: ProductWork, tile: Tile, device: Device) -> float:
 
 
 def _codes(work: ProductWork, tile: Tile, device: Device) -> float:
-    """One row, with weights that are codes: sums of integers in registers (see ``code_sums``)."""
+    """Codes times one row, or few: sums of integers in registers (see ``code_sums``)."""
     load, units, packed = code_load(work, tile), _units(work, tile), work.weight_bytes < 0.8
-    sums, columns, whole = tile.block_n * work.dots, tile.block_k / units, work.k <= tile.block_k
-    # Every program rounds the row for itself.
-    unit = sums * (_PACKED_UNIT if packed else _UNIT) + columns * (_ROUND + work.row_ops)
+    sums, columns, whole = tile.block_n * work.dots, tile.block_k / units, _is_whole(work, tile)
+    if work.rows:
+        of_row = _PACKED_ROW if packed else _ROW
+        unit = sums * (_LOAD + work.rows * of_row) + work.rows * columns / UNIT * _LOAD
+    else:  # every program rounds the row for itself
+        unit = sums * (_PACKED_UNIT if packed else _UNIT) + columns * (_ROUND + work.row_ops)
     steps = _blocks(work.k, tile.block_k)
     step = load.threads * math.ceil(units / load.threads) * unit
-    instructions = load.programs * (steps * step + load.threads * (100.0 + _FOLD * sums))
-    row = work.batch * work.columns * (work.k * work.dots * work.weight_bytes + work.stored_bytes)
-    early = min(row, load.resident(device) * device.multiprocessors * load.under_way) if whole else 0.0
+    fold = _FOLD * sums * max(1, work.rows)
+    instructions = load.programs * (steps * step + load.threads * (100.0 + fold))
+    results = max(1, work.rows) * work.stored_bytes
+    weights = work.batch * work.columns * (work.k * work.dots * work.weight_bytes + results)
+    rows = work.k * (work.rows or work.itemsize)
+    early = min(weights, load.resident(device) * device.multiprocessors * load.under_way) if whole else 0.0
     return (-device.latency if whole else steps * _WAIT) + _total(
         load,
         device,
-        memory=row + float(work.batch * work.k * work.itemsize) - _EARLY * early,
-        cache=load.programs * work.k * (sums * work.weight_bytes + work.itemsize),
+        memory=weights + float(work.batch * rows) - _EARLY * early,
+        cache=load.programs * (work.k * sums * work.weight_bytes + rows),
         plain=instructions / (device.vector_flops / 2),
     )
 
 
+def _is_whole(work: ProductWork, tile: Tile) -> bool:
+    """Whether all weights of a program are loaded at once."""
+    return not work.rows and work.k <= tile.block_k
+
+
 def code_load(work: ProductWork, tile: Tile) -> Load:
-    """What the tiles of a product of one row and codes ask of a multiprocessor: all bytes of a program are under way
-    where an iteration has them, else a few loads of 16 bytes of each thread."""
+    """What the tiles of a product of codes ask of a multiprocessor: all bytes of a program are under way where an
+    iteration has them, else a few loads of 16 bytes of each thread."""
     threads, packed = 32 * tile.num_warps, work.weight_bytes < 0.8
-    sums, units, whole = tile.block_n * work.dots, _units(work, tile), work.k <= tile.block_k
+    sums, units, whole = tile.block_n * work.dots, _units(work, tile), _is_whole(work, tile)
     held = sums * (units / threads * UNIT / 4 + (4 if packed else 0.5))
     block = units * UNIT * sums
+    # Of several rows, a unit of each and all sums are in registers.
+    several = work.rows * (sums + 5 * tile.block_k / units / UNIT) if work.rows else 0.0
     return Load(
         programs=_blocks(work.columns, tile.block_n) * work.batch,
         threads=threads,
-        registers=int(32 + held * (1 if whole else 0.5)),
+        registers=int(32 + held * (1 if whole else 0.5) + several),
         shared=0,
-        under_way=block if whole else min(block, 64.0 * threads),
+        under_way=block if whole or work.rows else min(block, 64.0 * threads),
     )
 
 

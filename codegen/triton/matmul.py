@@ -20,6 +20,7 @@ from tilewright.ir.index import linear_index
 from tilewright.ir.loops import Apply, Dot, Node, Segment
 from tilewright.ir.types import DType
 
+from .code_sums import code_sums
 from .codes import GROUP, PLACE, Codes, GroupLoop, Weight, stored_codes, weight_of, whole_weight
 from .descriptors import LARGEST, advances_by_one, descriptor_of, matrix_load
 from .expression import Block, Context, Operand
@@ -81,14 +82,17 @@ class _TilePrinter(ProductPrinter):
             self._across(self.block_m, "1"),
             wide=False,
         )
-        codes = stored_codes(self.form)
+        sums, codes = code_sums(self), stored_codes(self.form)
         for stage in self.stages:
-            if codes is None or not stage.dots:
+            if not stage.dots or (sums is None and codes is None):
                 self._stage(stage, loop, context)
                 continue
             if stage.reduces:
                 self._stage(replace(stage, dots=()), loop, context)
-            self._multiply_codes(codes, context, pid_n)
+            if sums is not None:
+                sums.emit(pid_n, self.n)
+            elif codes is not None:
+                self._multiply_codes(codes, context, pid_n)
         self.store(context.extended(self.column_axes, {N: self.n}), M, N)
         return tiles_m * tiles_n * self.batch
 

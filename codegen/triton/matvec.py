@@ -38,7 +38,7 @@ class VectorPrinter(ProductPrinter):
                 continue
             if apart := tuple(r for r in stage.reduces if r not in codes.reduces):
                 self._stage(Stage(stage.extent, apart), loop)
-            codes.emit(pid)
+            codes.emit(pid, n)
         self.store(self.context.extended(self.column_axes, {N: n}), N)
         return tiles * self.batch
 

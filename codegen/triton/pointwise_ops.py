@@ -83,6 +83,13 @@ def power(a, b):
 
 
 @triton.jit
+def rounded(x, WHOLE: tl.constexpr):
+    """The nearest integer, of two the even one. A float of WHOLE and more has no fraction: a sum is rounded to one."""
+    offset = tl.where(x < 0.0, -WHOLE, WHOLE)
+    return tl.where(tl.abs(x) < WHOLE, (x + offset) - offset, x)
+
+
+@triton.jit
 def floor_div(a, b):
     """Integer division towards minus infinity; Triton's own rounds towards zero."""
     q = a // b
@@ -217,6 +224,7 @@ TRITON: dict[str, Print] = {
     "erf": _plain("tl.erf({0})"),
     "sigmoid": _plain("1.0 / (1.0 + tl.exp(-{0}))"),
     "floor": _plain("tl.floor({0})"),
+    "round": _by_width("rounded({0}, 8388608.0)", "rounded({0}, 4503599627370496.0)"),
     "eq": _plain("{0} == {1}"),
     "ne": _plain("{0} != {1}"),
     "lt": _plain("{0} < {1}"),

@@ -14,7 +14,7 @@ from tilewright.ir.loops import Axis, Reduce, Segment, free_symbols
 
 from .expression import Block, Context, flatten
 from .row_loops import K, KBlock, RowLoop, Stage
-from .text import Scope, ceil_div, print_index
+from .text import Scope, ceil_div, next_power_of_two, print_index
 from .tiling import Tile
 
 M = sym("m")
@@ -46,24 +46,31 @@ def emit_reduction(
     context = context.extended(row_axes, {M: Block(name, mask, base, extent)})
     loop = RowLoop(base, f"[{block_m}, {block_k}]", 1, True, f"[{block_m}, 1]", wide=True)
     for stage in stages:
-        k = KBlock(block_k, tile.block_k, stage.extent)
+        k = _block(base, tile, stage.extent)
 
         def body(scope: Scope, start: str, k: KBlock = k) -> Context:
             return context.extended({}, {K: k.index(scope, start, "[None, :]")})
 
         loop.run(stage, k, body, context)
-    _store(segment, columns, KBlock(block_k, tile.block_k, flatten(columns, K)[1]), context)
+    _store(segment, columns, tile, context)
     return ceil_div(extent, tile.block_m)
 
 
-def _store(segment: Segment, columns: tuple[Axis, ...], block: KBlock, context: Context) -> None:
+def _block(base: Scope, tile: Tile, extent: Expr) -> KBlock:
+    """The block of an axis: no longer than the axis, where that is known. (A row's groups are shorter than the row.)"""
+    size = min(tile.block_k, next_power_of_two(int(extent))) if extent.is_Integer else tile.block_k
+    return KBlock(base.constant("BLOCK_K", size), size, extent)
+
+
+def _store(segment: Segment, columns: tuple[Axis, ...], tile: Tile, context: Context) -> None:
     """Store row results as [BLOCK_M, 1], others over blocks of the remaining axes."""
     base = context.base
     if not columns:
         for store in segment.stores:
             context.store(store, base, (M,))
         return
-    axes, _ = flatten(columns, K)
+    axes, extent = flatten(columns, K)
+    block = _block(base, tile, extent)
     scope = (
         base
         if block.whole

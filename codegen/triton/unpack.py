@@ -94,13 +94,11 @@ def dot_bytes(x, y):
 
 
 @triton.jit
-def dot_nibbles(x, low, high):
-    """The sum of the products of the low four bits of each byte with the bytes of one word, and of the high ones with
-    those of another."""
+def dot_halves(low, high, x, y):
+    """The sum of the products of the bytes of two words, low and high, with those of two others."""
     return tl.inline_asm_elementwise(
-        "{ .reg .b32 u, v; and.b32 u, $1, 0x0F0F0F0F; shr.b32 v, $1, 4; and.b32 v, v, 0x0F0F0F0F;"
-        "dp4a.s32.s32 u, u, $2, 0; dp4a.s32.s32 $0, v, $3, u; }",
-        "=r,r,r,r", [x, low, high], dtype=tl.int32, is_pure=True, pack=1,
+        "{ .reg .b32 u; dp4a.s32.s32 u, $1, $3, 0; dp4a.s32.s32 $0, $2, $4, u; }",
+        "=r,r,r,r,r", [low, high, x, y], dtype=tl.int32, is_pure=True, pack=1,
     )
 '''
 
@@ -164,10 +162,9 @@ def dot_bytes(x, y):
 
 
 @triton.jit
-def dot_nibbles(x, low, high):
-    """The sum of the products of the low four bits of each byte with the bytes of one word, and of the high ones with
-    those of another."""
-    return dot_bytes(x & 0x0F0F0F0F, low) + dot_bytes(x >> 4 & 0x0F0F0F0F, high)
+def dot_halves(low, high, x, y):
+    """The sum of the products of the bytes of two words, low and high, with those of two others."""
+    return dot_bytes(low, x) + dot_bytes(high, y)
 '''
 
 WORDS = '''\
@@ -184,6 +181,21 @@ def rounded_words(x, factor, BLOCK_G: tl.constexpr, WORDS: tl.constexpr):
 def sum_bytes(x):
     """The sum of the four signed bytes of a word."""
     return dot_bytes(x, tl.full(x.shape, 0x01010101, tl.int32))
+
+
+@triton.jit
+def by_half(first, second, BLOCK_G: tl.constexpr):
+    """Two runs of four words of a row, as those that belong to the low and to the high codes of four words of a
+    weight: words of the row take turns."""
+    low, high = tl.split(tl.reshape(first, [1, BLOCK_G, 2, 2]))
+    more_low, more_high = tl.split(tl.reshape(second, [1, BLOCK_G, 2, 2]))
+    return in_turn(low, more_low, BLOCK_G), in_turn(high, more_high, BLOCK_G)
+
+
+@triton.jit
+def in_turn(first, second, BLOCK_G: tl.constexpr):
+    """Two words, then two others."""
+    return tl.reshape(tl.permute(tl.join(first, second), [0, 1, 3, 2]), [1, BLOCK_G, 4])
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from tilewright.ir.loops import Apply, AttentionForm, Load, Node, Reduce, Segmen
 from tilewright.ir.module import Op
 from tilewright.ir.types import DType, Value
 
-from .codes import weight_of
+from .codes import integer_unit
 from .descriptors import matrix_load
 from .product import Product
 from .row_loops import below
@@ -27,8 +27,8 @@ class ProductWork:
     right operand's element in memory, a fraction where several share a byte. weight_ops, row_ops: operations that make
     a factor of an element of the right and of the left operand. stored_bytes: of an element of the result. plain: the
     right operands are matrices as they are multiplied, which TMA may copy. matrices: how many different right operands
-    a batch has; 0 where each of its products has its own. rounded: right operands are integers of which runs share
-    factors, and the row may be rounded to int8.
+    a batch has; 0 where each of its products has its own. integers: both operands are integers of which runs share
+    factors; of a single row, what it may be rounded to.
     """
 
     rows: int
@@ -43,7 +43,7 @@ class ProductWork:
     batch: int = 1
     plain: bool = False
     matrices: int = 0
-    rounded: bool = False
+    integers: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,6 @@ def product_work(product: Product, segment: Segment, sizes: Sizes) -> ProductWor
     form = product.form
     columns, k = sizes.of(*(a.extent for a in form.columns)), sizes.of(form.k.extent)
     inside = {n for d in form.dots for n in below(d.b)}
-    rounded = all(d.activation_group and weight_of(d.b) is not None for d in form.dots)
     batch = sizes.of(*(a.extent for a in form.batch))
     rows = batch * columns * len(form.dots)
     weights = _read_bytes(
@@ -132,7 +131,7 @@ def product_work(product: Product, segment: Segment, sizes: Sizes) -> ProductWor
         row_ops=sum(map(_is_instruction, below(form.a))),
         batch=batch,
         plain=all(matrix_load(d.b, form.k.symbol) is not None for d in form.dots),
-        rounded=rounded,
+        integers=integer_unit(form) is not None,
     )
 
 

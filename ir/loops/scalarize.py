@@ -13,7 +13,7 @@ from ..errors import VerifyError
 from ..index import FloorDiv, Mod, provably_less, provably_nonnegative, simplify, sym
 from ..module import Op
 from ..pointwise import POINTWISE
-from ..quantization import CODES
+from ..quantization import CODES, INT8_LARGEST
 from ..types import DType, Value
 from .nodes import Apply, Axis, Const, Dot, Index, Load, Loops, Node, Reduce, Segment, Store
 from .pieces import NeedSplit, Piece, cut_for, stored_space
@@ -74,6 +74,8 @@ class Scalarizer:
                 return self._matmul(op, index, ranges, depth)
             case "dequantize":
                 return self._dequantize(op, index, ranges, depth)
+            case "quantize" if op.attr("bits") == 8:
+                return self._quantize(op, value, index, ranges, depth)
         raise VerifyError(f"{op.opcode} has no loop form")
 
     def _concat(self, op: Op, index: tuple[Expr, ...], ranges: dict[sympy.Symbol, Expr], depth: int) -> Node:
@@ -144,6 +146,42 @@ class Scalarizer:
         batch = index[:-2] if b.type.rank > 2 else ()
         right = self.node(b, (*batch, index[-1], axis.symbol), inner, depth + 1)
         return self.make(Dot, op.result.dtype, left, right, axis, op.attr("activation_group", 0))
+
+    def _quantize(
+        self, op: Op, value: Value, index: tuple[Expr, ...], ranges: dict[sympy.Symbol, Expr], depth: int
+    ) -> Node:
+        """A code of 8 bits, or the scale of a group. The space of codes is cut into groups, each of which finds its own
+        scale again. No code stands for NaN, so the scale of its group is NaN."""
+        x, group = op.operands[0], Integer(op.attr("group"))
+        row, place = index
+        if value is op.results[0]:
+            if place.is_Symbol and ranges[place] != group:
+                raise NeedSplit(place, tile=group)
+            place = simplify(FloorDiv(place, group), ranges)
+        axis = Axis(sym(f"k{depth}"), group)
+        inner = ranges | {axis.symbol: group}
+
+        def apply(opcode: str, *args: Node, dtype: DType = DType.f32) -> Node:
+            return self.make(Apply, dtype, opcode, args)
+
+        def const(number: float) -> Node:
+            return self.make(Const, DType.f32, number)
+
+        def at(column: Expr, ranges: dict[sympy.Symbol, Expr], depth: int) -> Node:
+            node = self.node(x, (row, column), ranges, depth)
+            return node if node.dtype is DType.f32 else apply("cast", node)
+
+        member = at(group * place + axis.symbol, inner, depth + 1)
+        largest = self.make(Reduce, DType.f32, "max", (axis,), apply("abs", member))
+        scale = apply("div", largest, const(float(INT8_LARGEST)))
+        if value is not op.results[0]:
+            strange = apply("ne", member, member, dtype=DType.bool)
+            strange = self.make(Reduce, DType.bool, "any", (axis,), strange)
+            return apply("where", strange, const(float("nan")), scale)
+        positive = apply("gt", scale, const(0.0), dtype=DType.bool)
+        divisor = apply("where", positive, scale, const(1.0))
+        nearest = apply("round", apply("div", at(index[1], ranges, depth), divisor))
+        return apply("cast", nearest, dtype=DType.i8)
 
     def _dequantize(
         self, op: Op, index: tuple[Expr, ...], ranges: dict[sympy.Symbol, Expr], depth: int

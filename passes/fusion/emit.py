@@ -39,7 +39,9 @@ def _namer(function: str) -> Callable[[Op], str]:
     def name(op: Op) -> str:
         nonlocal count
         opcodes = [o.opcode for o in op.body]
-        kind = next((k for k in ("matmul", *PRIMITIVES, "gather", "reduce") if k in opcodes), "pointwise")
+        kind = next(
+            (k for k in ("matmul", *PRIMITIVES, "gather", "quantize", "reduce") if k in opcodes), "pointwise"
+        )
         count += 1
         return f"{function}_{count - 1}_{kind}"
 

@@ -38,7 +38,11 @@ def _closure(groups: Groups, group: int) -> set[int]:
         op = groups.ops[n]
         if n in groups.owner or not any(p in members for p in groups.producers(n)):
             continue
-        fits = op.opcode == "view" if primitive else is_loop(op) and op.opcode not in ("reduce", "gather")
+        fits = (
+            op.opcode == "view"
+            if primitive
+            else is_loop(op) and op.opcode not in ("reduce", "gather", "quantize")
+        )
         if fits and _producers_ready(groups, n, members):
             members.add(n)
     return members

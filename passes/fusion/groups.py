@@ -15,7 +15,7 @@ from ..dce import has_effect
 ATTENTION = ("attention", "attention_split")
 ANCHORS = ("matmul", *PRIMITIVES)
 SOURCES = ("const", "iota", "dim")
-_LOOPS = ("view", "concat", "gather", "reduce", "append", "dequantize", *SOURCES)
+_LOOPS = ("view", "concat", "gather", "reduce", "append", "quantize", "dequantize", *SOURCES)
 COSTLY = ("exp", "log", "sin", "cos", "tanh", "erf", "sigmoid", "pow")
 
 

@@ -15,9 +15,9 @@ from .groups import COSTLY, SOURCES, Groups, is_loop
 def grow_prologue(groups: Groups, group: int, options: PassOptions) -> None:
     """Add the ops above a product that are used in it alone, and keep those that save bytes between kernels.
 
-    With ``plain_rows`` of the rows only views, since every tile of columns would compute them again; with
-    ``plain_weights`` no codes, since every tile of rows would unpack them again. (Rows of the last positions are
-    few.)"""
+    With ``plain_rows`` of the rows only views and floats of codes, since every tile of columns would compute again what
+    they are made of; with ``plain_weights`` no codes, since every tile of rows would unpack them again. (Rows of the
+    last positions are few.)"""
     core = groups.groups[group]
     if any(groups.ops[n].opcode in PRIMITIVES for n in core):
         return
@@ -27,7 +27,7 @@ def grow_prologue(groups: Groups, group: int, options: PassOptions) -> None:
             continue
         if options.plain_weights and _unpacks_for_many(groups, n, members):
             continue
-        if options.plain_rows and groups.ops[n].opcode != "view" and _makes_rows(groups, n, members):
+        if options.plain_rows and groups.ops[n].opcode not in _AS_STORED and _makes_rows(groups, n, members):
             continue
         if groups.is_legal(members | {n}):
             members.add(n)
@@ -44,14 +44,19 @@ def _unpacks_for_many(groups: Groups, n: int, members: set[int]) -> bool:
     return groups.ops[n].opcode == "dequantize" and not last
 
 
+_AS_STORED = ("view", "dequantize")
+"""Ops that read what is in memory as a product needs it."""
+
+
 def _makes_rows(groups: Groups, n: int, members: set[int]) -> bool:
-    """True when the product's rows are made of op n's result, through views at most."""
-    rows = _left(groups, members)
-    while (at := groups.at.get(rows)) is not None and at != n:
-        if groups.ops[at].opcode != "view":
-            return False
-        (rows,) = groups.ops[at].operands
-    return at == n
+    """True when the product's rows are made of op n's result, through views and codes at most."""
+    rows = {_left(groups, members)}
+    while made := {at for v in rows if (at := groups.at.get(v)) is not None}:
+        if n in made:
+            return True
+        made = {at for at in made if groups.ops[at].opcode in _AS_STORED}
+        rows = {v for at in made for v in groups.ops[at].operands}
+    return False
 
 
 def _left(groups: Groups, members: set[int]) -> Value:
@@ -83,7 +88,7 @@ def _recomputable(groups: Groups, n: int, members: set[int]) -> bool:
         return False
     if n in groups.returned or any(u not in members for u in groups.users[n]):
         return False
-    return op.opcode not in (*COSTLY, "reduce") or groups.points([n]) <= _rows(groups, members)
+    return op.opcode not in (*COSTLY, "reduce", "quantize") or groups.points([n]) <= _rows(groups, members)
 
 
 def _rows(groups: Groups, members: set[int]) -> int:

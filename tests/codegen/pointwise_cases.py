@@ -31,6 +31,18 @@ def angles(op: str) -> Case:
     return Case(made.module, {}, {"x": torch.cat([far[torch.randperm(len(far))[:2000]], eighths]).float()})
 
 
+@case("halves", ("f32",), ("f64",))
+def halves(dtype: str) -> Case:
+    """Of two nearest integers the even one; floats so large that they have no fraction stay as they are."""
+    b = Builder()
+    x = torch.cat(
+        [torch.arange(-9, 10) / 2, torch.tensor([0.5 - 2**-25, 2**22 + 0.5, -(2**22) - 1.5, 2**23 + 1])]
+    )
+    x = torch.cat([x, torch.tensor([1e30, -1e30])]).to(DType(dtype).torch)
+    made = finish(b, b.add("round", b.param_value("x", tensor_type(dtype, [len(x)]))))
+    return Case(made.module, made.dims, {"x": x})
+
+
 @case("binary", *((n,) for n, row in sorted(POINTWISE.items()) if row.arity == 2 and row.domain != "int"))
 def binary(op: str) -> Case:
     b = Builder()

@@ -134,6 +134,45 @@ def rounded_nan(kind: str, rows: int) -> Case:
     return Case(made.module, made.dims, {**given, "x": row})
 
 
+@case(
+    "stored_rows",
+    *((kind, rows, dtype) for kind in KINDS for rows, dtype in ((2, "bf16"), (3, "f32"), (8, "bf16"))),
+)
+def stored_rows(kind: str, rows: int, dtype: str) -> Case:
+    """Integers on both sides: rows that were rounded before, a gate beside its up-projection, a factor of each row."""
+    b, k = Builder(), 160
+    w, given = stored(b, "w", (88, k), kind, "rows", DType(dtype))
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(rows))
+    parts = dict(zip(("x_codes", "x_scale"), quantize(x, 8, GROUP), strict=True))
+    values = [
+        b.param_value(name, TensorType(DType.from_torch(tensor.dtype), matrix_type(tensor)))
+        for name, tensor in parts.items()
+    ]
+    type = tensor_type(dtype, (rows, k))
+    a = view(b, b.add("dequantize", *values, type=type, bits=8, group=GROUP), [rows, 1, k], "i0", "i2")
+    y = b.add("mul", b.add("matmul", a, w), b.param_value("factor", tensor_type(dtype, [rows, 1, 1])))
+    gate, up = (view(b, y, [rows, 1, 44], "i0", "i1", f"i2 + {start}") for start in (0, 44))
+    made = finish(b, b.add("mul", b.add("mul", gate, b.add("sigmoid", gate)), up))
+    return Case(made.module, made.dims, given | parts)
+
+
+@case("round_rows", *((rows, dtype) for rows in (1, 3) for dtype in ("f32", "bf16")), (3, "f32", "nan"))
+def round_rows(rows: int, dtype: str, strange: str = "") -> Case:
+    """Codes of rows and the scales of their groups, one of which may hold no number; in f32 of normalised rows (a
+    kernel may keep those of bf16 in f32, which makes other codes)."""
+    b = Builder()
+    x = b.param_value("x", tensor_type(dtype, [rows, 96]))
+    normal = b.add("mul", x, rms_scale(b, x)) if dtype == "f32" and not strange else x
+    codes, scale = b.add_multi("quantize", normal, bits=8, group=GROUP)
+    values = torch.randn(rows, 96, generator=torch.Generator().manual_seed(2))
+    values[0, :32] = 0.0
+    if strange:
+        values[1, 70] = torch.nan
+    # (What codes are where there is no number, no two processors agree on.)
+    made = finish(b, *(() if strange else (codes,)), scale)
+    return Case(made.module, made.dims, {"x": values.to(DType(dtype).torch)})
+
+
 @case("rounded_halves", *((kind, half) for kind in KINDS for half in (16, 8)))
 def rounded_halves(kind: str, half: int) -> Case:
     """The two halves of each head change places, as in RoPE; halves of 8 cut through a block of rows."""

@@ -143,10 +143,10 @@ def test_rows_are_rounded_to_words_of_bytes() -> None:
 
 
 def test_dot_products_of_words() -> None:
-    """Of bytes at both ends of their range; of four bits, whose high ones meet a word of their own."""
+    """Of bytes at both ends of their range; of codes of four bits, whose high ones meet a word of their own."""
     rng = np.random.default_rng(0)
     x, y = np.array([127, -127, 1, -128]), np.array([127, 127, -1, 127])
     assert run("dot_bytes", _words(x.tolist()), _words(y.tolist())) == [int((x * y).sum()) & 0xFFFFFFFF]
-    codes, low, high = rng.integers(0, 256, 4), rng.integers(-127, 128, 4), rng.integers(-127, 128, 4)
-    expected = int(((codes & 15) * low + (codes >> 4) * high).sum()) & 0xFFFFFFFF
-    assert run("dot_nibbles", *(_words(v.tolist()) for v in (codes, low, high))) == [expected]
+    low, high = rng.integers(0, 16, 4), rng.integers(0, 16, 4)
+    expected = int((low * x + high * y).sum()) & 0xFFFFFFFF
+    assert run("dot_halves", *(_words(v.tolist()) for v in (low, high, x, y))) == [expected]

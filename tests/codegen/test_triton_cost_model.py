@@ -61,7 +61,7 @@ PRODUCTS = st.builds(
 )
 CODES = st.builds(
     ProductWork,
-    rows=st.just(0),
+    rows=st.sampled_from([0, 2, 3, 8]),
     columns=st.sampled_from([1, 100, 4096, 32000]),
     k=st.sampled_from([32, 64, 4096, 5120, 8192, 11008]),
     dots=st.sampled_from([1, 2, 4]),
@@ -69,7 +69,7 @@ CODES = st.builds(
     weight_bytes=st.sampled_from([0.625, 1.0, 1.125]),
     weight_ops=st.just(3),
     stored_bytes=st.just(2),
-    rounded=st.just(True),
+    integers=st.just(True),
 )
 ATTENTIONS = st.builds(
     AttentionWork,

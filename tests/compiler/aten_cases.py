@@ -63,6 +63,7 @@ _UNARY = (
     "erf",
     "sigmoid",
     "floor",
+    "round",
     "ceil",
     "sign",
     "square",

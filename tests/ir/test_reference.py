@@ -70,6 +70,7 @@ CASES: dict[str, tuple[tuple[Tensor, ...], Callable[..., Tensor]]] = {
     "erf": ((X,), lambda a: 2 * torch.special.ndtr(a * math.sqrt(2)) - 1),
     "sigmoid": ((X,), lambda a: 1 / (1 + torch.exp(-a))),
     "floor": ((X,), lambda a: a.double().apply_(math.floor).float()),
+    "round": ((X,), lambda a: a.double().apply_(round).float()),
     "eq": ((I, J), lambda a, b: ~(a != b)),
     "ne": ((I, J), lambda a, b: (a - b).bool()),
     "lt": ((X, Y), lambda a, b: (b - a) > 0),

@@ -32,6 +32,7 @@ def unary(fn: RandomFunction) -> Value | None:
             "erf",
             "sigmoid",
             "floor",
+            "round",
             "pow",
             "div",
         )
@@ -44,10 +45,11 @@ def unary(fn: RandomFunction) -> Value | None:
         case "exp":
             x = fn.bounded(x, 4)
             return fn.add("exp", x, spec=Spec(0, math.exp(fn.specs[x].high), no))
-        case "floor":
+        case "floor" | "round":
             if not spec.raw:
                 return None
-            return fn.add("floor", x, spec=Spec(math.floor(spec.low), math.floor(spec.high)))
+            integer = math.floor if opcode == "floor" else round
+            return fn.add(opcode, x, spec=Spec(integer(spec.low), integer(spec.high)))
         case "sin" | "cos" | "tanh" | "erf":
             return fn.add(opcode, x, spec=Spec(-1, 1, no))
         case "sigmoid":
