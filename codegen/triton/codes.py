@@ -103,7 +103,7 @@ UNIT = 16
 
 
 MOST_ROWS = 8
-"""Rows that are multiplied as integers, one by one: of more, sums fill the registers, and take longer than their weights
+"""Rows that are multiplied as integers, one by one: sums of more fill the registers, and take longer than their weights
 take to arrive."""
 
 
