@@ -31,11 +31,19 @@ def round_rows(module: Module, options: PassOptions) -> Module:
 def _function(function: Function) -> Function:
     rewriter = Rewriter(function)
     for op in rewriter:
-        if op.opcode == "matmul" and op.attr("activation_group", 0) and op.operands[1].type.rank == 2:
+        if _rounds(op):
             rewriter.replace(op.result, _rounded(rewriter, op))
         else:
             rewriter.keep(op)
     return rewriter.finish()
+
+
+def _rounds(op: Op) -> bool:
+    """True for a product of a known number of rows that may be rounded, with a matrix."""
+    if op.opcode != "matmul" or not op.attr("activation_group", 0):
+        return False
+    x, weight = op.operands
+    return weight.type.rank == 2 and all(extent.is_Integer for extent in x.shape)
 
 
 def _rounded(rewriter: Rewriter, op: Op) -> Value:

@@ -140,8 +140,8 @@ def rounded_nan(kind: str, rows: int) -> Case:
 )
 def stored_rows(kind: str, rows: int, dtype: str) -> Case:
     """Integers on both sides: rows that were rounded before, a gate beside its up-projection, a factor of each row."""
-    b, k = Builder(), 160
-    w, given = stored(b, "w", (88, k), kind, "rows", DType(dtype))
+    b, k = Builder(), 96
+    w, given = stored(b, "w", (44, k), kind, "rows", DType(dtype))
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(rows))
     parts = dict(zip(("x_codes", "x_scale"), quantize(x, 8, GROUP), strict=True))
     values = [
@@ -151,7 +151,7 @@ def stored_rows(kind: str, rows: int, dtype: str) -> Case:
     type = tensor_type(dtype, (rows, k))
     a = view(b, b.add("dequantize", *values, type=type, bits=8, group=GROUP), [rows, 1, k], "i0", "i2")
     y = b.add("mul", b.add("matmul", a, w), b.param_value("factor", tensor_type(dtype, [rows, 1, 1])))
-    gate, up = (view(b, y, [rows, 1, 44], "i0", "i1", f"i2 + {start}") for start in (0, 44))
+    gate, up = (view(b, y, [rows, 1, 22], "i0", "i1", f"i2 + {start}") for start in (0, 22))
     made = finish(b, b.add("mul", b.add("mul", gate, b.add("sigmoid", gate)), up))
     return Case(made.module, made.dims, given | parts)
 

@@ -50,9 +50,11 @@ def plan(
     if captured.kind == "decoder":
         for size in batch_sizes:
             dims = (("B", size), ("S", 1), ("L", 1))
-            # The reference rounds wherever it may, kernels for one row only.
-            group = 32 if size == 1 else 0
-            passes = PassOptions(dims, True, splits, weights=weights, activation_group=group)
+            rounded = size > 1 and weights in ("int8", "int4")
+            passes = PassOptions(
+                dims, True, splits,
+                weights=weights, activation_group=32, round_rows=rounded, plain_rows=rounded,
+            )  # fmt: skip
             options[f"decode_b{size}"] = ("decode", size, passes, {"T": (1, max_length), "S": (1, 1)})
         ranges = {"T": (1, max_length), "B": (1, largest), "S": (1, min(chunk, max_length))}
         passes = PassOptions(last_tokens=True, weights=weights, plain_rows=plain, plain_weights=plain)

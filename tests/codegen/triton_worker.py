@@ -34,6 +34,8 @@ def _numbers(fields: list[str]) -> dict[str, int]:
 def main() -> None:
     import torch
 
+    from tests.quick_interpreter import hurry
+
     from .triton_experts import experts_errors
     from .triton_models import model_errors
     from .triton_moe import moe_errors
@@ -41,6 +43,7 @@ def main() -> None:
     from .triton_run import errors
 
     torch.set_num_threads(1)
+    hurry()
     with tempfile.TemporaryDirectory() as folder:
         for number, line in enumerate(sys.stdin):
             try:

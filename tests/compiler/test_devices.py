@@ -10,7 +10,7 @@ import torch
 
 import tilewright as tw
 from tests.compiler.models import tiny
-from tilewright import api, capacity
+from tilewright import api, backends, capacity
 from tilewright.errors import DeviceError
 from tilewright.options import check_options
 from tilewright.runtime import cuda_graph, device
@@ -159,6 +159,14 @@ def test_out_of_memory_is_told_apart() -> None:
     assert not is_out_of_memory(RuntimeError("an illegal memory access"))
 
 
+@pytest.fixture
+def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ways to print each kernel, as all of them take most of a minute to build."""
+    every = backends._cpp_candidates
+    monkeypatch.setattr(backends, "_cpp_candidates", lambda op, program: every(op, program)[:2])
+
+
+@pytest.mark.usefixtures("few_candidates")
 def test_tuning_that_runs_out_of_memory_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise FULL
@@ -175,6 +183,7 @@ def test_tuning_that_runs_out_of_memory_is_given_up(monkeypatch: pytest.MonkeyPa
     )
 
 
+@pytest.mark.usefixtures("few_candidates")
 def test_other_errors_of_tuning_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")

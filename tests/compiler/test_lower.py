@@ -174,7 +174,7 @@ def test_encoder() -> None:
 
 @pytest.mark.parametrize("family", [*DECODERS, "bert"])
 def test_ir_does_not_grow_with_depth(family: str) -> None:
-    shallow, deep = (lower(capture(tiny(family, layers=n))) for n in (4, 32))
+    shallow, deep = (lower(capture(tiny(family, layers=n))) for n in (4, 12))
     assert [f.name for f in shallow.functions] == [f.name for f in deep.functions] == ["main", "layer0"]
     assert shallow.function("layer0").ops == deep.function("layer0").ops
     without_calls = [[op.opcode for op in m.main.ops if op.opcode != "call"] for m in (shallow, deep)]

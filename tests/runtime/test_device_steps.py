@@ -230,9 +230,11 @@ def test_without_a_recording_every_step_is_launched(sampling: Sampling | None) -
 SCRIPT = """
 import torch, tilewright as tw
 from tests.compiler.models import tiny
+from tests.quick_interpreter import hurry
 from tilewright.runtime.generate import GenerateOptions, generate
 from tilewright.runtime.sampling import Sampling
 
+hurry()
 model = tiny("llama")
 engine = tw.compile(model, backend="triton", batch_sizes=(2,), max_length=32)._tilewright.engine
 ids = torch.tensor([[5, 17, 99, 23, 42], [7, 8, 9, 10, 11]])
