@@ -102,7 +102,7 @@ UNIT = 16
 """Bytes of codes that a thread loads at once."""
 
 
-MOST_ROWS = 8
+INTEGER_ROWS = 8
 """Rows that are multiplied as integers, one by one: sums of more fill the registers, and take longer than their weights
 take to arrive."""
 
@@ -127,7 +127,7 @@ def integer_unit(form: MatmulForm) -> Codes | None:
         weight_of(form.a),
         prod((a.extent for a in form.rows), start=Integer(1)),
     )
-    if unit is None or not (count.is_Integer and count <= MOST_ROWS):
+    if unit is None or not (count.is_Integer and count <= INTEGER_ROWS):
         return None
     for dot in form.dots:
         weight, group = weight_of(dot.b), dot.activation_group

@@ -50,12 +50,28 @@ def test_codes_are_multiplied_as_they_are_loaded(kind: str, dtype: str, arch: in
     found = _compile(f"quantized_gated-{kind}-{dtype}-one-32", arch, tile)
     assert found.fits
     assert found.shared <= 64
-    loads = re.findall(r"ld\.global\.v4\.b32 \{([^}]*)\}", found.ptx)
-    words = {word.strip() for load in loads for word in load.split(",")}
-    taken = r"shr\.b32 v, (%r\d+), 4" if kind == "int4" else r"dp4a\.s32\.s32 %r\d+, (%r\d+), %r\d+, 0"
-    found_words = words.intersection(re.findall(taken, found.ptx))
-    assert len(found_words) == 2 * 4 * 4  # dots, columns, words of a unit
+    assert len(_words_of_codes(found.ptx, kind)) == 2 * 4 * 4  # dots, columns, words of a unit
     assert "max.NaN.f32" in found.ptx  # what is no number is not lost in rounding
+
+
+def _words_of_codes(ptx: str, kind: str) -> set[str]:
+    """Words of loads of 16 bytes that are factors of integers as they are, or cut into halves where they hold two."""
+    loads = re.findall(r"ld\.global\.v4\.b32 \{([^}]*)\}", ptx)
+    words = {word.strip() for load in loads for word in load.split(",")}
+    taken = r"dp4a\.s32\.s32 %r\d+, (%r\d+), %r\d+, 0"
+    if kind == "int4":
+        taken = rf"and\.b32\s+%r\d+, (%r\d+), {0x0F0F0F0F};"
+    return words.intersection(re.findall(taken, ptx))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8_groups", "int4"])
+def test_rows_of_codes_are_multiplied_as_they_are_loaded(kind: str) -> None:
+    """The same of rows that are stored as codes: nothing passes through shared memory but the results."""
+    tile = {"block_m": 8, "block_n": 4, "block_k": 1024 if kind == "int4" else 512, "num_warps": 1}
+    found = _compile(f"stored_rows-{kind}-8-bf16", 90, tile)
+    assert found.fits
+    assert found.shared <= 256
+    assert len(_words_of_codes(found.ptx, kind)) == 2 * 4 * 4
 
 
 @pytest.mark.parametrize("name", ["linear-bf16-four", "norm_linear-f16-four", "gated-bf16-four"])
