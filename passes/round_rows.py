@@ -3,7 +3,7 @@
     %y = matmul %x, %w {activation_group = 32} : bf16[8, 1, 4096]                 # %w: dequantize of codes
 =>
     %1 = view %x {map = (i0, i1) -> (i0, 0, i1)} : bf16[8, 4096]
-    %2, %3 = quantize %1 {bits = 8, group = 32} : i8[8, 4096], f32[8, 128]
+    %2, %3 = quantize %1 {bits = 8, group = 32} : (i8[8, 4096], f32[8, 128])
     %4 = dequantize %2, %3 {bits = 8, group = 32} : bf16[8, 4096]
     %5 = view %4 {map = (i0, i1, i2) -> (i0, i2)} : bf16[8, 1, 4096]
     %y = matmul %5, %w : bf16[8, 1, 4096]

@@ -122,11 +122,8 @@ def unit_of(form: MatmulForm) -> Codes | None:
 def integer_unit(form: MatmulForm) -> Codes | None:
     """The units of a product of integers: of one row that may be rounded to int8, or of rows that are stored as such;
     None for other products."""
-    unit, rows, count = (
-        unit_of(form),
-        weight_of(form.a),
-        prod((a.extent for a in form.rows), start=Integer(1)),
-    )
+    unit, rows = unit_of(form), weight_of(form.a)
+    count = prod((a.extent for a in form.rows), start=Integer(1))
     if unit is None or not (count.is_Integer and count <= INTEGER_ROWS):
         return None
     for dot in form.dots:

@@ -6,6 +6,9 @@ from tilewright.ir.loops import PRIMITIVES
 
 from .groups import Groups, is_loop
 
+_OF_OTHERS = ("reduce", "gather", "quantize")
+"""Ops of which an element needs others than its own of what is above."""
+
 
 def grow_epilogue(groups: Groups, group: int) -> None:
     """Add the ops below the anchor that may run on its tile and make fewer bytes escape.
@@ -38,11 +41,7 @@ def _closure(groups: Groups, group: int) -> set[int]:
         op = groups.ops[n]
         if n in groups.owner or not any(p in members for p in groups.producers(n)):
             continue
-        fits = (
-            op.opcode == "view"
-            if primitive
-            else is_loop(op) and op.opcode not in ("reduce", "gather", "quantize")
-        )
+        fits = op.opcode == "view" if primitive else is_loop(op) and op.opcode not in _OF_OTHERS
         if fits and _producers_ready(groups, n, members):
             members.add(n)
     return members
