@@ -162,9 +162,12 @@ def code_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
     columns = 32 * UNIT * (2 if work.weight_bytes < 0.8 else 1)  # of a warp, at a time
     if work.rows:
         rows = next_power_of_two(work.rows)
+        most = (
+            _MOST_SUMS // 2 if work.weight_bytes < 0.8 else _MOST_SUMS
+        )  # two words of a row to each of codes
         for sums, warps in product((8, 4, 16), (1, 2)):
             tile = Tile(rows, _share(sums, work.dots, 1), columns * warps, num_warps=warps, num_stages=2)
-            if (sums == 4 or sums * rows <= _MOST_SUMS) and (warps == 1 or work.k > columns):
+            if (sums == 4 or sums * rows <= most) and (warps == 1 or work.k > columns):
                 yield tile
         return
     block_k = max(columns, min(_COLUMNS, next_power_of_two(work.k)))

@@ -41,8 +41,8 @@ WORDS = UNIT // 4
 
 def code_sums(printer: ProductPrinter, reduces: Sequence[Reduce] = ()) -> CodeSums | None:
     """How a product sums its codes and these reductions of its single row; None where they have no such form."""
-    form, unit = printer.form, integer_unit(printer.form)
-    if unit is None:
+    form, unit, tile = printer.form, integer_unit(printer.form), printer.tile
+    if unit is None or (form.rows and (tile.transposed or tile.block_m < int(printer.rows))):
         return None
     weights = {dot: weight for dot in form.dots if (weight := weight_of(dot.b)) is not None}
     stored = {dot: found[0] for dot, w in weights.items() if (found := bytes_of(w.code)) is not None}
@@ -117,8 +117,7 @@ class CodeSums:
     @property
     def rows(self) -> int:
         """Rows that a program multiplies."""
-        rows = self.printer.rows
-        return min(self.printer.tile.block_m, int(rows)) if self.printer.form.rows else 1
+        return int(self.printer.rows) if self.printer.form.rows else 1
 
     def _groups(self) -> GroupLoop:
         printer, tile = self.printer, self.printer.tile

@@ -84,9 +84,11 @@ def power(a, b):
 
 @triton.jit
 def rounded(x, WHOLE: tl.constexpr):
-    """The nearest integer, of two the even one. A float of WHOLE and more has no fraction: a sum is rounded to one."""
+    """The nearest integer, of two the even one. A float of WHOLE and more has no fraction: a sum is rounded to one.
+    Zero keeps the sign of x."""
     offset = tl.where(x < 0.0, -WHOLE, WHOLE)
-    return tl.where(tl.abs(x) < WHOLE, (x + offset) - offset, x)
+    nearest = tl.where(tl.abs(x) < WHOLE, (x + offset) - offset, x)
+    return tl.where(nearest == 0.0, x * 0.0, nearest)
 
 
 @triton.jit

@@ -38,6 +38,8 @@ def _consumer_group(groups: Groups, n: int) -> int | None:
 def _cheap_inside(groups: Groups, n: int, target: int) -> bool:
     """False when op n would be recomputed many times inside the target kernel."""
     op = groups.ops[n]
+    if any(groups.ops[m].opcode == "quantize" and _sums_each(groups, m) for m in groups.groups[target]):
+        return False
     if op.opcode not in (*COSTLY, "reduce") or groups.points([n]) >= groups.points(groups.groups[target]):
         return True
     if op.opcode == "reduce":  # over the innermost axes: computed once per row, outside the row's loop
@@ -45,6 +47,21 @@ def _cheap_inside(groups: Groups, n: int, target: int) -> bool:
         innermost = op.attr("axes") == tuple(range(rank - len(op.attr("axes")), rank))
         return bool(innermost and not _repeats(groups, groups.groups[target] | {n}))
     return all(v.type.rank == 0 or v.shape[-1] == 1 for v in op.results)
+
+
+def _sums_each(groups: Groups, n: int) -> bool:
+    """True when each element that op n rounds is a reduction of its own, or made of one, unless that is stored already.
+    Rounding needs an element several times: for the largest of its group, and for its code."""
+    points, todo, seen = groups.points([n]), groups.producers(n), set[int]()
+    while todo:
+        m = todo.pop()
+        if m in seen or groups.owner.get(m) in groups.anchored or not is_loop(groups.ops[m]):
+            continue
+        if groups.ops[m].opcode == "reduce" and groups.points([m]) >= points:
+            return True
+        seen.add(m)
+        todo += groups.producers(m)
+    return False
 
 
 def _repeats(groups: Groups, members: set[int]) -> bool:

@@ -93,8 +93,9 @@ def model_errors(
             seen = torch.ones(batch, stop, dtype=torch.int64)
             seen[:, :11] = mask[:batch, :stop]
             logits = [e.step(s, new, seen) for e, s in zip((ours, theirs), states, strict=True)]
-            # What lies half-way may be rounded the other way; and a single row in shorter runs than by the reference.
-            rounds = bool(weights) and stop - start == 1
+            # A single row is rounded in shorter runs than by the reference; and what lies half-way may go the other
+            # way on a GPU, whose sums have another order.
+            rounds = bool(weights) and stop - start == 1 and (batch == 1 or device != "cpu")
             allowed = 3e-2 if rounds else tolerance
             compare(f"batch {batch} tokens {start} to {stop}", *logits, seen[:, start:stop], allowed)
     return wrong

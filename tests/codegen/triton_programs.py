@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tilewright.capture import Captured, capture
+from tilewright.codegen.triton.codes import INTEGER_ROWS
 from tilewright.ir.module import Module
 from tilewright.ir.program import BufferKind, Program
 from tilewright.lower import lower
@@ -50,10 +51,11 @@ def plan(
     if captured.kind == "decoder":
         for size in batch_sizes:
             dims = (("B", size), ("S", 1), ("L", 1))
-            rounded = size > 1 and weights in ("int8", "int4")
+            rounded = 1 < size <= INTEGER_ROWS and weights in ("int8", "int4")
             passes = PassOptions(
                 dims, True, splits,
-                weights=weights, activation_group=32, round_rows=rounded, plain_rows=rounded,
+                weights=weights, activation_group=32 if size == 1 or rounded else 0, round_rows=rounded,
+                plain_rows=rounded,
             )  # fmt: skip
             options[f"decode_b{size}"] = ("decode", size, passes, {"T": (1, max_length), "S": (1, 1)})
         ranges = {"T": (1, max_length), "B": (1, largest), "S": (1, min(chunk, max_length))}

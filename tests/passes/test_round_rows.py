@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -108,3 +110,24 @@ def test_a_norm_and_the_rounding_are_one_kernel_and_products_read_codes(form: st
         assert not {"quantize", "reduce", "rsqrt"} & set(product)
     assert [v.dtype.value for v in main.ops[-1].operands].count("i8") >= 1
     assert not any(op.attr("activation_group") for op in walk(main.ops))
+
+
+def test_a_merge_stays_a_kernel_of_its_own() -> None:
+    """Each element of what is rounded is a sum: rounding would need it twice, and the sums of its whole group."""
+    text = """entry @main
+
+func @main(%x: f32[3, 2, 4, 32], %c: i8[48, 64], %s: f32[48, 1]) -> (%y) {
+  %1 = reduce %x {kind = "sum", axes = (2), keepdim = false} : f32[3, 2, 32]
+  %2 = mul %1, %1 : f32[3, 2, 32]
+  %3 = view %2 {map = (i0, i1) -> (i0, (i1 // 32), (i1 % 32))} : f32[3, 64]
+  %w = dequantize %c, %s {bits = 8, group = 64} : f32[48, 64]
+  %y = matmul %3, %w {activation_group = 32} : f32[3, 48]
+}
+"""
+    main = run_passes(parse_module(text), replace(ROUND, plain_rows=True)).main
+    bodies = [{op.opcode for op in kernel.body} for kernel in main.ops]
+    assert [sorted(b & {"reduce", "mul", "quantize", "matmul"}) for b in bodies] == [
+        ["mul", "reduce"],
+        ["quantize"],
+        ["matmul"],
+    ]
