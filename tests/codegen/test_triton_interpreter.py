@@ -147,8 +147,13 @@ def test_sums_of_codes_match_reference(name: str, interpret: Callable[[str], lis
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith("stored_rows")])
 def test_rows_of_codes_match_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
     """Few rows, printed one by one as their columns are: a tile of the rows that there are, or of more; iterations and
-    columns beyond the last."""
-    for fields in ("block_m=8 block_n=4 block_k=64", "block_m=16 block_n=1 block_k=128 num_warps=1"):
+    columns beyond the last. Other tiles multiply floats."""
+    for fields in (
+        "block_m=8 block_n=4 block_k=64",
+        "block_m=16 block_n=1 block_k=128 num_warps=1",
+        "block_m=2 block_n=16 block_k=32",
+        "transposed=1",
+    ):
         assert interpret(f"{name} {fields}") == []
 
 
