@@ -10,11 +10,15 @@ from .aten_rules import Context
 
 
 def opaque_recurrent(ctx: Context, opcode: str, x: Value, *operands: Value | None) -> Value:
-    """``tilewright::causal_conv1d`` and ``selective_scan``; ``ctx.slot`` names the state."""
+    """``tilewright::causal_conv1d``, ``selective_scan`` and ``linear_attention``; ``ctx.slot`` names the state."""
     given = [v for v in operands if v is not None]
     if opcode == "selective_scan":
         dt, decay, *ends = given
         given = [ctx.cast(dt, x.dtype), ctx.cast(decay, wide(x.dtype)), *(ctx.cast(v, x.dtype) for v in ends)]
+    elif opcode == "linear_attention":
+        k, v, *rates = given
+        dtype = wide(v.dtype)
+        x, given = ctx.cast(x, dtype), [ctx.cast(k, dtype), v, *(ctx.cast(r, dtype) for r in rates)]
     else:
         given = [ctx.cast(v, x.dtype) for v in given]
     result, _ = ctx.builder.add_multi(opcode, x, *given, slot=ctx.slot)

@@ -1,8 +1,8 @@
 """The opaque ops of a captured graph, and their hooks into transformers' attention registries.
 
 ``tilewright::attention`` takes the *new* q, k, v and stands for "append to this layer's KV state, then attend";
-``tilewright::layer`` stands for one whole decoder layer in the outer graph. ``tilewright::causal_conv1d`` and
-``tilewright::selective_scan`` stand for "go on from this layer's recurrent state, and leave the new one", and
+``tilewright::layer`` stands for one whole decoder layer in the outer graph. ``tilewright::causal_conv1d``,
+``selective_scan`` and ``linear_attention`` stand for "go on from this layer's recurrent state, and leave the new one", and
 ``tilewright::new_tokens`` for the part of a mask that belongs to the new tokens. None is ever run: they exist for
 tracing, and lowering gives them their meaning.
 """
@@ -36,14 +36,16 @@ _LIB.define(
 _LIB.define("layer(Tensor x, Tensor[] rest, int index) -> Tensor")
 _LIB.define("causal_conv1d(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _LIB.define("selective_scan(Tensor x, Tensor dt, Tensor decay, Tensor input, Tensor output) -> Tensor")
+_LIB.define("linear_attention(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor? beta) -> Tensor")
 _LIB.define("new_tokens(Tensor mask, Tensor x) -> Tensor")
 
 ATTENTION = torch.ops.tilewright.attention.default
 LAYER = torch.ops.tilewright.layer.default
 CAUSAL_CONV1D = torch.ops.tilewright.causal_conv1d.default
 SELECTIVE_SCAN = torch.ops.tilewright.selective_scan.default
+LINEAR_ATTENTION = torch.ops.tilewright.linear_attention.default
 NEW_TOKENS = torch.ops.tilewright.new_tokens.default
-STATEFUL = frozenset({ATTENTION, CAUSAL_CONV1D, SELECTIVE_SCAN})
+STATEFUL = frozenset({ATTENTION, CAUSAL_CONV1D, SELECTIVE_SCAN, LINEAR_ATTENTION})
 """Ops that read and write what a request keeps between calls."""
 
 
@@ -69,6 +71,12 @@ def _causal_conv1d_shape(x: Tensor, *_: object) -> Tensor:
 def _selective_scan_shape(x: Tensor, *_: object) -> Tensor:
     """x, dt[B,S,C], decay f32[N,C], input, output[B,S,N] -> [B,S,C]; see ``ir/recurrent.py``."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("tilewright::linear_attention", lib=_LIB)
+def _linear_attention_shape(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+    """q, k[B,S,G,N], v[B,S,H,D], decay[B,S,H,1 or N], beta[B,S,H] -> [B,S,H,D]; see ``ir/recurrent.py``."""
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("tilewright::new_tokens", lib=_LIB)

@@ -106,6 +106,9 @@ def _flops(op: Op, dims: Dims) -> int:
         return 2 * math.prod(concrete((*op.operands[0].shape, op.operands[1].shape[0]), dims))
     if op.opcode == "selective_scan":
         return 6 * math.prod(concrete((*op.operands[0].shape, op.operands[2].shape[0]), dims))
+    if op.opcode == "linear_attention":
+        each = 5 if len(op.operands) == 4 else 7
+        return each * math.prod(concrete((*op.operands[2].shape, op.operands[0].shape[3]), dims))
     if op.opcode == "reduce":
         return math.prod(concrete(op.operands[0].shape, dims))
     if op.opcode in POINTWISE and op.results[0].dtype.is_float:

@@ -38,7 +38,7 @@ from . import (  # noqa: F401 (fill RULES)
 from .aten_rules import RULES, TAKES_EMPTY, Context, Result, Rule
 from .capture import Captured, CapturedGraph, LayerCall
 from .capture_experts import EXPERTS
-from .capture_ops import ATTENTION, CAUSAL_CONV1D, LAYER, NEW_TOKENS, SELECTIVE_SCAN
+from .capture_ops import ATTENTION, CAUSAL_CONV1D, LAYER, LINEAR_ATTENTION, NEW_TOKENS, SELECTIVE_SCAN
 from .shown_outputs import is_functional
 
 
@@ -285,7 +285,11 @@ class _FunctionLowering:
         return sympy.expand(function(*args))
 
 
-_RECURRENT = {CAUSAL_CONV1D: "causal_conv1d", SELECTIVE_SCAN: "selective_scan"}
+_RECURRENT = {
+    CAUSAL_CONV1D: "causal_conv1d",
+    SELECTIVE_SCAN: "selective_scan",
+    LINEAR_ATTENTION: "linear_attention",
+}
 
 _FUNCTIONS: dict[str, Any] = {
     "Add": sympy.Add, "Mul": sympy.Mul, "Pow": sympy.Pow, "Max": sympy.Max, "Min": sympy.Min,

@@ -22,6 +22,7 @@
 | experts | x[.., K], ids[.., k], scores[.., k], weights and biases of experts -> [.., K] | see ``experts.py`` |
 | causal_conv1d | x[B,S,C], weight[K,C] (, bias[C]) -> [B,S,C], state[B,K-1,C] | slot; see ``recurrent.py`` |
 | selective_scan | x, dt[B,S,C], decay[N,C], input, output[B,S,N] -> [B,S,C], state[B,N,C] | slot; see there |
+| linear_attention | q, k[B,S,G,N], v[B,S,H,D], decay (, beta) -> [B,S,H,D], state[B,H,N,D] | slot; see there |
 | experts_order | ids[..] -> order i32[P], block_expert i32[N] | experts, block; see ``experts_grouped.py`` |
 | grouped_matmul | x[R, K], order, block_expert, w[E, M, K] (, bias) -> [R * divisor, M] | see there |
 | kernel | outer values used -> body values used outside | name |
@@ -60,7 +61,7 @@ from .index import sym
 from .module import Attr, Loc, Module, Op, make_attrs
 from .pointwise import POINTWISE
 from .quantization import CODES
-from .recurrent import infer_causal_conv1d, infer_selective_scan
+from .recurrent import infer_causal_conv1d, infer_linear_attention, infer_selective_scan
 from .types import DType, TensorType, Value
 
 Inferred = tuple[TensorType, ...] | None
@@ -359,6 +360,7 @@ OPS: dict[str, OpSpec] = {
     ),
     "causal_conv1d": OpSpec({"slot": "str"}, _alone(infer_causal_conv1d)),
     "selective_scan": OpSpec({"slot": "str"}, _alone(infer_selective_scan)),
+    "linear_attention": OpSpec({"slot": "str"}, _alone(infer_linear_attention)),
     "call": OpSpec({"callee": "str", "scope": "str"}, _call),
     "call_torch": OpSpec({"target": "str", "template": "str"}, _any),
     "kernel": OpSpec({"name": "str"}, _any),

@@ -24,7 +24,7 @@ from .module import Function, Module, Op
 from .ops import attention_extras
 from .pointwise import POINTWISE
 from .quantization import Quantize, dequantize, quantize, round_activations
-from .recurrent import RECURRENT, causal_conv1d, selective_scan
+from .recurrent import EVALUATE, RECURRENT
 from .types import F8_LARGEST, DType, Value, concrete
 
 MASKED = -1e30
@@ -93,8 +93,7 @@ class Evaluation:
     def _recurrent(self, op: Op, args: list[Tensor], scope: str) -> tuple[Tensor, ...]:
         """A recurrent op goes on from its slot's state, and leaves the new one there."""
         slot = join_scope(scope, op.attr("slot"))
-        step = causal_conv1d if op.opcode == "causal_conv1d" else selective_scan
-        result, self.state[slot] = step(args, self.state.get(slot))
+        result, self.state[slot] = EVALUATE[op.opcode](args, self.state.get(slot))
         return result, self.state[slot]
 
     def _split(self, op: Op, args: list[Tensor]) -> tuple[Tensor, ...]:

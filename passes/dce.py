@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from tilewright.ir.module import Function, Module, Op
+from tilewright.ir.recurrent import RECURRENT
 from tilewright.ir.reference import torch_op
 from tilewright.ir.types import Value
 
@@ -26,8 +27,10 @@ def eliminate_dead_code(module: Module, options: PassOptions) -> Module:
 
 def has_effect(op: Op) -> bool:
     """True when the op does more than compute its results."""
+    if op.opcode in RECURRENT:
+        return True
     match op.opcode:
-        case "append" | "call" | "causal_conv1d" | "selective_scan":
+        case "append" | "call":
             return True
         case "attention":
             return bool(op.attr("slot"))

@@ -17,11 +17,12 @@ from .kernel_context import KernelContext, Workspace
 from .matmul import group_candidates, print_matmuls
 from .matmul_group import matmul_groups
 from .pointwise import print_loops
-from .recurrent import print_causal_conv1d, print_selective_scan
+from .recurrent import print_causal_conv1d, print_linear_attention, print_selective_scan
 from .writer import Writer, identifier
 
 _SOLE = {
     "experts": print_experts, "causal_conv1d": print_causal_conv1d, "selective_scan": print_selective_scan,
+    "linear_attention": print_linear_attention,
 }  # fmt: skip
 
 

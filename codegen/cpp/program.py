@@ -25,7 +25,7 @@ _INCLUDES = {
     "gemm.h": ("tw::gemm<",),
     "gemv.h": ("tw::gemv<",),
     "quantized.h": ("tw::gemv_quantized<", "tw::pack_blocks<"),
-    "recurrent.h": ("tw::causal_conv1d<", "tw::selective_scan<"),
+    "recurrent.h": ("tw::causal_conv1d<", "tw::selective_scan<", "tw::linear_attention<"),
     "math.h": (),
     "parallel.h": (),
 }  # header -> what of it kernels use; the large ones are parsed only where they are needed

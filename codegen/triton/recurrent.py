@@ -22,9 +22,8 @@ from .tiling import Tile
 
 
 def emit_recurrent(op: Op, tile: Tile, context: Context, pid: str) -> Expr:
-    """Emit a ``causal_conv1d`` or ``selective_scan`` into ``context.base``. Returns the number of programs."""
-    emitter = {"causal_conv1d": _Convolution, "selective_scan": _Scan}[op.opcode]
-    return emitter(op, tile, context, pid).emit()
+    """Emit one of the recurrent ops into ``context.base``. Returns the number of programs."""
+    return _EMITTERS[op.opcode](op, tile, context, pid).emit()
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,15 @@ class _Token:
 
 
 class _Recurrence(ABC):
-    """A walk over the tokens of a block of channels. ``channel`` numbers the block's channels."""
+    """A walk over the tokens of a block of channels. ``row`` numbers sequences, or heads of sequences, each of which has
+    all channels; ``channel`` numbers the block's channels."""
 
     def __init__(self, op: Op, tile: Tile, context: Context, pid: str) -> None:
         self.op, self.tile, self.base, self.pointers = op, tile, context.base, context.pointers
-        rows, self.tokens, channels = op.operands[0].shape
+        sequences, self.tokens, *heads, channels = op.results[0].shape
+        rows = sympy.prod(heads, start=sequences)
         self.channels = int(channels)
-        self.float = TRITON_TYPES[compute_dtype(op.operands[0].dtype)]
+        self.float = TRITON_TYPES[compute_dtype(op.results[0].dtype)]
         blocks = -(-self.channels // tile.block_n)
         self.programs = sympy.expand(rows * blocks)
         base = self.base
@@ -145,19 +146,16 @@ class _Convolution(_Recurrence):
             self._store(self.base, self.op.results[1], self._place(k), value, self.inside)
 
 
-class _Scan(_Recurrence):
-    """Holds the state of the channels, [states, channels]."""
+class _Matrix(_Recurrence):
+    """Holds a matrix of states, [states, channels]."""
 
     def _start(self) -> None:
-        base, decay = self.base, self.op.operands[2]
-        self.count = int(decay.shape[0])
+        base = self.base
+        self.count = int(self.op.results[1].shape[-2])
         padded = next_power_of_two(self.count)
         self.state = base.bind(f"tl.arange(0, {padded})", "n")
         self.real = "" if padded == self.count else base.bind(f"{self.state} < {self.count}", "real")
         self.mask = _both(_column(self.real), _line(self.inside))
-        self.rate = self._load(
-            base, decay, f"{_column(self.state)} * {self.channels} + {_line(self.channel)}", self.mask, "rate"
-        )
         self.place = base.bind(
             f"({self.row} * {self.count} + {_column(self.state)}) * {self.channels} + {_line(self.channel)}",
             "held",
@@ -165,6 +163,18 @@ class _Scan(_Recurrence):
         past = self._load(base, self.op.results[1], self.place, self.mask, "past")
         self.h = base.names.fresh("h")
         base.line(f"{self.h} = {past}")
+
+    def _finish(self) -> None:
+        self._store(self.base, self.op.results[1], self.place, self.h, self.mask)
+
+
+class _Scan(_Matrix):
+    """Each channel has a decay for each of its states."""
+
+    def _start(self) -> None:
+        super()._start()
+        place = f"{_column(self.state)} * {self.channels} + {_line(self.channel)}"
+        self.rate = self._load(self.base, self.op.operands[2], place, self.mask, "rate")
 
     def _bring(self, loop: Scope, token: _Token) -> list[str]:
         x, dt, _, *ends = self.op.operands
@@ -184,8 +194,55 @@ class _Scan(_Recurrence):
         total = f"tl.sum({_column(out_of)} * {self.h}, axis=0)"
         self._store(loop, self.op.results[0], token.place, total, _where(token, self.channel, self.inside))
 
-    def _finish(self) -> None:
-        self._store(self.base, self.op.results[1], self.place, self.h, self.mask)
+
+class _LinearAttention(_Matrix):
+    """Its row is a head, which shares queries and keys with the other heads of its group."""
+
+    def _start(self) -> None:
+        super()._start()
+        q, _, v, decay, *_ = self.op.operands
+        self.heads, self.groups, self.rates = int(v.shape[2]), int(q.shape[2]), int(decay.shape[3])
+        self.sequence = self.base.bind(f"{self.row} // {self.heads}", "sequence")
+        self.head = self.base.bind(f"{self.row} % {self.heads}", "head")
+        self.group = self.base.bind(f"{self.head} // {self.heads // self.groups}", "group")
+
+    def _token(self, loop: Scope, n: int, count: str) -> _Token:
+        number = loop.bind(f"first + {n}", "token")
+        there = f"{number} < {count}" if self.tile.block_m > 1 else ""
+        at = loop.bind(f"{self.sequence} * {count} + {number}", "at")
+        place = loop.bind(f"({at} * {self.heads} + {self.head}) * {self.channels} + {self.channel}", "place")
+        return _Token(at, place, there)
+
+    def _bring(self, loop: Scope, token: _Token) -> list[str]:
+        q, k, v, decay, *beta = self.op.operands
+        here, state = _where(token, self.channel, self.inside), _where(token, self.state, self.real)
+        key = f"({token.at} * {self.groups} + {self.group}) * {self.count} + {self.state}"
+        own = f"({token.at} * {self.heads} + {self.head})"
+        rate = f"{own} * {self.rates} + " + (self.state if self.rates > 1 else f"{self.state} * 0")
+        return [
+            *(self._load(loop, x, key, state, x.name) for x in (q, k)),
+            self._load(loop, v, token.place, here, "value"),
+            self._load(loop, decay, rate, state, "decay"),
+            *(self._load(loop, b, f"{own} + {self.channel} * 0", here, "part") for b in beta),
+        ]
+
+    def _step(self, loop: Scope, token: _Token, values: list[str]) -> None:
+        # Where there is no token, nothing decays and nothing is taken in: all of its values are zeros.
+        query, key, value, decay, *beta = values
+        loop.line(f"{self.h} = tl.exp({_column(decay)}) * {self.h}")
+        for part in beta:
+            found = loop.bind(f"tl.sum({_column(key)} * {self.h}, axis=0)", "found")
+            value = loop.bind(f"{part} * ({value} - {found})", "taken_in")
+        loop.line(f"{self.h} += {_column(key)} * {_line(value)}")
+        total = f"tl.sum({_column(query)} * {self.h}, axis=0)"
+        self._store(loop, self.op.results[0], token.place, total, _where(token, self.channel, self.inside))
+
+
+_EMITTERS: dict[str, type[_Recurrence]] = {
+    "causal_conv1d": _Convolution,
+    "selective_scan": _Scan,
+    "linear_attention": _LinearAttention,
+}
 
 
 def _column(text: str) -> str:

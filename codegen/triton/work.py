@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -81,7 +82,7 @@ class StreamWork:
 
 @dataclass(frozen=True)
 class RecurrentWork:
-    """``channels`` of ``rows`` sequences, each with ``states`` numbers that go on token by token. bytes: of what every
+    """``channels`` of ``rows`` sequences (of linear attention: of their heads), each with ``states`` numbers that go on token by token. bytes: of what every
     token brings and takes along, and of the states and weights."""
 
     rows: int
@@ -199,10 +200,10 @@ def attention_work(form: AttentionForm, sizes: Sizes) -> AttentionWork:
 
 
 def recurrent_work(op: Op, sizes: Sizes) -> RecurrentWork:
-    rows, tokens, channels = (sizes.of(d) for d in op.operands[0].shape)
-    held = op.results[1]
+    result, held = op.results
+    rows, tokens, *heads, channels = (sizes.of(d) for d in result.shape)
     moved = sizes.bytes({*op.operands, *op.results}) + sizes.bytes({held})
-    return RecurrentWork(rows, channels, sizes.of(held.shape[1]), tokens, moved)
+    return RecurrentWork(rows * math.prod(heads), channels, sizes.of(held.shape[-2]), tokens, moved)
 
 
 def stream_work(segment: Segment, sizes: Sizes) -> StreamWork:

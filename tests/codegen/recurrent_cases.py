@@ -59,6 +59,32 @@ def selective_scan(dtype: DType, rows: str, channels: int, states: int) -> Case:
     return Case(made.module, made.dims, {"dt": _steps(made), "decay": _decay(states, channels, wide(dtype))})
 
 
+@case(
+    "linear_attention",
+    *((dtype, rows, "delta", 1, 2, 4, 16, 32) for dtype in (DType.f32, DType.bf16) for rows in ("many", "one", "four")),
+    (DType.f32, "many", "plain", 1, 4, 4, 8, 70), (DType.f16, "many", "delta", 12, 1, 3, 12, 16),
+    (DType.f64, "many", "delta", 1, 1, 2, 5, 7), (DType.bf16, "step", "plain", 16, 1, 2, 16, 130),
+    (DType.f32, "one", "delta", 1, 1, 1, 1, 1),
+)  # fmt: skip
+def linear_attention(
+    dtype: DType, rows: str, rule: str, rates: int, groups: int, heads: int, size: int, depth: int
+) -> Case:
+    """Groups of heads, heads of several blocks and of odd sizes; one decay, or one for each row of the state."""
+    lead, dims = sizes_of(rows)
+    b = Builder()
+    q, k = (b.param_value(n, tensor_type(wide(dtype), [*lead, groups, size])) for n in ("q", "k"))
+    v = b.param_value("v", tensor_type(dtype, [*lead, heads, depth]))
+    operands = [q, k, v, b.param_value("decay", tensor_type(wide(dtype), [*lead, heads, rates]))]
+    if rule == "delta":
+        operands.append(b.param_value("beta", tensor_type(wide(dtype), [*lead, heads])))
+    made = finish(b, *b.add_multi("linear_attention", *operands, slot="memory"), **dims)
+    given = made.inputs()
+    drawn = {"decay": -torch.nn.functional.softplus(2 * given["decay"])}
+    if rule == "delta":  # as in models: keys of length 1, so that what is taken away is what was there
+        drawn |= {"k": torch.nn.functional.normalize(given["k"], dim=-1), "beta": torch.sigmoid(given["beta"])}
+    return Case(made.module, made.dims, drawn)
+
+
 def _steps(made: Case) -> Tensor:
     return 3 * torch.sigmoid(2 * made.inputs()["dt"].double() - 2).to(made.inputs()["dt"].dtype)
 

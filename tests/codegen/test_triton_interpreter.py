@@ -123,6 +123,7 @@ TILED = (
     "classifier",
     "causal_conv1d",
     "selective_scan",
+    "linear_attention",
 )
 
 

@@ -121,4 +121,48 @@ static void selective_scan(const Worker& worker, long rows, long tokens, long ch
     });
 }
 
+// q, k[rows, tokens, groups, Size], v, out[rows, tokens, heads, depth], decay[rows, tokens, heads, Rates],
+// beta[rows, tokens, heads] where values are first compared with what is found, state[rows, heads, Size, depth].
+template <class T, int Size, int Rates, bool Compares>
+static void linear_attention(const Worker& worker, long rows, long tokens, long groups, long heads, long depth,
+                             const recurrent_t<T>* q, const recurrent_t<T>* k, const T* v,
+                             const recurrent_t<T>* decay, const recurrent_t<T>* beta, T* out,
+                             recurrent_t<T>* state) {
+    using F = recurrent_t<T>;
+    for_channel_blocks(worker, rows * heads, depth, [&](long unit, long first, auto count) {
+        const int n = count;
+        const long row = unit / heads, head = unit % heads, group = head / (heads / groups);
+        F* h = state + unit * Size * depth + first;
+        for (long s = 0; s < tokens; s++) {
+            const long token = row * tokens + s, own = token * heads + head, at = own * depth + first;
+            const F *key = k + (token * groups + group) * Size, *query = q + (token * groups + group) * Size;
+            F kept[Rates], taken_in[CHANNELS], sum[CHANNELS];
+            for (int i = 0; i < Rates; i++) kept[i] = tw::exp(decay[own * Rates + i]);
+            for (int c = 0; c < n; c++) sum[c] = F(0);
+            if constexpr (Compares) {
+                for (int i = 0; i < Size; i++) {
+                    const F weight = key[i] * kept[Rates == 1 ? 0 : i];
+#pragma omp simd
+                    for (int c = 0; c < n; c++) sum[c] += weight * h[i * depth + c];
+                }
+            }
+            const F part = Compares ? beta[own] : F(1);
+            for (int c = 0; c < n; c++) {
+                taken_in[c] = part * (as_computed(v[at + c]) - sum[c]);
+                sum[c] = F(0);
+            }
+            for (int i = 0; i < Size; i++) {
+                const F keep = kept[Rates == 1 ? 0 : i], in = key[i], seen = query[i];
+#pragma omp simd
+                for (int c = 0; c < n; c++) {
+                    const F next = keep * h[i * depth + c] + in * taken_in[c];
+                    h[i * depth + c] = next;
+                    sum[c] += seen * next;
+                }
+            }
+            for (int c = 0; c < n; c++) out[at + c] = as_stored<T>(sum[c]);
+        }
+    });
+}
+
 }  // namespace tw
