@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,17 +32,18 @@ from .capture_inputs import (
     Kind,
     has_known_inputs,
     is_decoder_part,
-    is_recurrent,
     model_inputs,
     model_kind,
     symbol_ranges,
 )
 from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, flat_names, opaque_layers
-from .capture_ops import STATEFUL, attention_forward, opaque_attention
+from .capture_ops import STATEFUL, attention_forward, opaque_attention, set_in_configs
 from .capture_patches import PositionRule, has_own_attention, position_rule, rerouted
 from .capture_ready import check_ready
+from .capture_recurrent import opaque_recurrences
 from .capture_rope import CALL_LENGTH, CallLength, pure_rotaries
 from .capture_seq2seq import ENCODER_STATES, PER_REQUEST, is_encoder_decoder, whole_model_arguments
+from .capture_states import require_known_states
 
 # Example sizes: at least 2, because export specialises on 0 and 1, and all different, so that none passes for another.
 _EXAMPLE = {"B": 2, "S": 3, "T": 5, "I": 7, "E": 11}
@@ -183,19 +184,23 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
     notes: list[str] = []
     skip: list[str] = []
     outer = _Outer(model)
-    dispatches = has_own_attention(model) or (
-        model._can_set_attn_implementation() and not is_recurrent(model)
-    )
+    dispatches = has_own_attention(model) or model._can_set_attn_implementation()
     if kind == "decoder" and not dispatches:
         raise _unsupported_attention(model)
     # An encoder without the common dispatch keeps no state: its attention is captured as the ordinary ops it is.
     opaque = opaque_attention(model) if dispatches else nullcontext()
     rerouting = (
+        opaque,
         opaque_experts(model),
+        opaque_recurrences(model),
         rerouted(model, attention_forward),
         pure_rotaries(model, outer.length),
+        # Some ask their config alone; with a cache no layers are alike.
+        set_in_configs(model, "use_cache", False),
     )
-    with torch.no_grad(), opaque, rerouting[0], rerouting[1], rerouting[2]:
+    with ExitStack() as stack:
+        for replaced in (torch.no_grad(), *rerouting):
+            stack.enter_context(replaced)
         while True:
             try:
                 main, layers, calls = _capture_layered(model, outer, inputs, ranges, skip)
@@ -206,6 +211,8 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
     graphs = [main, *layers.values()]
     if kind == "decoder" and not any(n.target in STATEFUL for g in graphs for n in g.exported.graph.nodes):
         raise _unsupported_attention(model)
+    if kind == "decoder":
+        require_known_states(model, [g.exported.graph for g in graphs])
     return Captured(
         main=main,
         layers=layers,

@@ -188,8 +188,10 @@ def configs_of(model: nn.Module) -> list[PretrainedConfig]:
 
 @contextmanager
 def set_in_configs(model: nn.Module, attribute: str, value: Any) -> Iterator[Mapping[int, Any]]:
-    """Set an attribute of all the model's configs while the block runs; gives what each had, by ``id(config)``."""
-    saved = [(config, getattr(config, attribute)) for config in configs_of(model)]
+    """Set an attribute of all the model's configs that have it while the block runs; gives what each had, by
+    ``id(config)``."""
+    configs = [config for config in configs_of(model) if hasattr(config, attribute)]
+    saved = [(config, getattr(config, attribute)) for config in configs]
     try:
         for config, _ in saved:
             setattr(config, attribute, value)

@@ -289,7 +289,7 @@ def _reroute_mamba(model: PreTrainedModel, attend: Attend) -> Iterator[_Override
     for module in model.modules():
         if hasattr(module, "A_log") and hasattr(module, "x_proj"):
             yield _Override(module, "forward", route(module))
-    if model.config.residual_in_fp32 and model.dtype.itemsize < 4:
+    if getattr(model.config, "residual_in_fp32", False) and model.dtype.itemsize < 4:
         # Its layers take the embeddings in half precision, and each other's results in float32.
         embeddings = model.get_input_embeddings()
         yield _Override(embeddings, "forward", widened(embeddings))
@@ -305,4 +305,5 @@ _REROUTES: dict[str, Callable[[PreTrainedModel, Attend], Iterator[_Override]]] =
     "mt5": _reroute_relative,
     "mamba": _reroute_mamba,
     "falcon_mamba": _reroute_mamba,
+    "jamba": _reroute_mamba,
 }

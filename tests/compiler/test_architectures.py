@@ -87,6 +87,38 @@ DECODERS: dict[str, PretrainedConfig] = {
     "falcon_mamba": hf.FalconMambaConfig(**_RECURRENT),
     "deepseek_v3": hf.DeepseekV3Config(**_PLAIN, **_IDS, **_EXPERTS, **_LATENT, num_key_value_heads=4),
 }
+_HYBRID = {**_HEADS, "num_hidden_layers": 3}
+_DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 32,
+}  # fmt: skip
+_MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8}
+HYBRIDS: dict[str, PretrainedConfig] = {
+    "mamba2": hf.Mamba2Config(**_RECURRENT, num_heads=8, head_dim=16, n_groups=2),
+    "bamba": hf.BambaConfig(**_GROUPED, **_MAMBA2, mamba_n_groups=2, attn_layer_indices=[1]),
+    "falcon_h1": hf.FalconH1Config(**_HEADS, **_MAMBA2, mamba_d_ssm=128),
+    "granitemoehybrid": hf.GraniteMoeHybridConfig(
+        **_GROUPED, **_MAMBA2, layer_types=["linear_attention", "full_attention"], num_local_experts=4
+    ),
+    "zamba2": hf.Zamba2Config(
+        **_PLAIN, **_IDS, mamba_d_state=8, n_mamba_heads=8, layers_block_type=["linear_attention", "hybrid"]
+    ),
+    "jamba": hf.JambaConfig(
+        **_GROUPED, mamba_d_state=8, attn_layer_period=2, attn_layer_offset=1, num_experts=4
+    ),
+    "lfm2": hf.Lfm2Config(**_GROUPED | {"num_hidden_layers": 3}, layer_types=["conv", "full_attention", "conv"]),
+    "qwen3_next": hf.Qwen3NextConfig(
+        **_HYBRID, **_DELTA, **_EXPERTS, num_experts=4, shared_expert_intermediate_size=32
+    ),
+    "qwen3_5": hf.Qwen3_5TextConfig(**_HYBRID, **_DELTA),
+    "olmo_hybrid": hf.OlmoHybridConfig(**_GROUPED | {"num_hidden_layers": 3}, **_DELTA),
+    "kimi_linear": hf.KimiLinearConfig(
+        **_PLAIN, **_IDS, **_LATENT | {"q_lora_rank": None}, num_experts=4, num_experts_per_token=2,
+        moe_intermediate_size=32, linear_num_heads=4, linear_head_dim=16,
+        layer_types=["linear_attention", "full_attention"], mlp_layer_types=["dense", "sparse"],
+    ),
+}  # fmt: skip
+DECODERS |= HYBRIDS
 _T5 = {
     "vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
@@ -102,7 +134,6 @@ REFUSED: dict[str, PretrainedConfig] = {
         vocab_size=128, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global"], 2]]
     ),
     "falcon_alibi": hf.FalconConfig(**_FALCON, alibi=True),
-    "mamba2": hf.Mamba2Config(**_RECURRENT, num_heads=8, head_dim=16),
 }
 
 
