@@ -58,7 +58,35 @@ def _slice_scatter(
 ) -> Result:
     at = axis(dim, x.type.rank)
     first = from_front(0 if start is None else start, x.shape[at])
-    return _replaced(ctx, x, source, at, first) if step == 1 else None
+    if step > 1 and source.shape[at] != 1:
+        return _every(ctx, x, source, at, first, step)
+    return _replaced(ctx, x, source, at, first)
+
+
+def _every(ctx: Context, x: Value, part: Value, at: int, first: Number | None, step: int) -> Result:
+    """``x`` with ``part`` in place of every ``step``-th of what it has along dim ``at`` from ``first`` on; None where
+    sizes are not known.
+
+    The last one aside, each is followed by ``step - 1`` others: rows of which it is the first.
+    """
+    rows = part.shape[at] - 1
+    if first is None or not rows.is_Integer:
+        return None
+    start = sympy.sympify(first)
+    block = ctx.narrow(x, at, start, rows * step)
+    shape = block.shape
+    others = ctx.narrow(
+        ctx.reshape(block, (*shape[:at], rows, sympy.Integer(step), *shape[at + 1 :])),
+        at + 1,
+        1,
+        sympy.Integer(step - 1),
+    )
+    heads = ctx.cast(ctx.unsqueeze(ctx.narrow(part, at, 0, rows), at + 1), x.dtype)
+    joined = ctx.reshape(ctx.builder.add("concat", heads, others, axis=at + 1), shape)
+    replaced = _replaced(ctx, x, joined, at, start)
+    if not isinstance(replaced, Value):
+        return None
+    return _replaced(ctx, replaced, ctx.narrow(part, at, rows, sympy.Integer(1)), at, start + rows * step)
 
 
 def _replaced(ctx: Context, x: Value, part: Value, at: int, first: Number | None) -> Result:

@@ -105,7 +105,7 @@ class Recording:
 
 
 def find_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[Layer]:
-    """The children of every outermost non-empty ModuleList whose children are of one class and hold parameters."""
+    """The children of every outermost non-empty ModuleList whose children all hold parameters."""
     found: list[Layer] = []
     roots: list[str] = []
     for name, module in model.named_modules():
@@ -116,11 +116,7 @@ def find_layers(model: nn.Module, skip: Sequence[str] = ()) -> list[Layer]:
         ):
             continue
         children = list(module)
-        if (
-            not children
-            or len({type(c) for c in children}) != 1
-            or next(children[0].parameters(), None) is None
-        ):
+        if not children or any(next(c.parameters(), None) is None for c in children):
             continue
         roots.append(name)
         found += [Layer(f"{name}.{n}", name, child) for n, child in enumerate(children)]

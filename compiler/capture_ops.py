@@ -2,8 +2,8 @@
 
 ``tilewright::attention`` takes the *new* q, k, v and stands for "append to this layer's KV state, then attend";
 ``tilewright::layer`` stands for one whole decoder layer in the outer graph. ``tilewright::causal_conv1d``,
-``selective_scan`` and ``linear_attention`` stand for "go on from this layer's recurrent state, and leave the new one", and
-``tilewright::new_tokens`` for the part of a mask that belongs to the new tokens. None is ever run: they exist for
+``selective_scan`` and ``linear_attention`` stand for "go on from this layer's recurrent state, and leave the new one",
+and ``tilewright::new_tokens`` for the part of a mask that belongs to the new tokens. None is ever run: they exist for
 tracing, and lowering gives them their meaning.
 """
 

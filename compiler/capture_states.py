@@ -41,8 +41,8 @@ def require_known_states(model: nn.Module, graphs: Iterable[fx.Graph]) -> None:
 
 
 def _keepers(model: nn.Module) -> Mapping[str, frozenset[str]]:
-    """By full name of a class: what its forward uses of the cache that it is given. Those whose modules hold others that
-    use one are left out: they ask for its length, and hand it on."""
+    """By full name of a class: what its forward uses of the cache that it is given. Those whose modules hold others
+    that use one are left out: they ask for its length, and hand it on."""
     used = {kind: _used_of_cache(kind) for kind in {type(m) for m in model.modules()}}
     users = [m for m in model.modules() if used[type(m)]]
     outer = {m for m in users for child in m.modules() if child is not m and used[type(child)]}

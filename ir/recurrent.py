@@ -14,19 +14,21 @@ decay, input and output here), over the state h[B, N, C]:
     h[b, n, c]  =  exp(dt[b, s, c] * decay[n, c]) * h[b, n, c]  +  dt[b, s, c] * x[b, s, c] * input[b, s, n]
     y[b, s, c]  =  sum over n of output[b, s, n] * h[b, n, c]
 
-``linear_attention`` takes q, k [B, S, G, N], v[B, S, H, D], decay[B, S, H, 1 or N] and, perhaps, beta[B, S, H], and gives
-[B, S, H, D] in v's type. Each head keeps a matrix h[N, D] in which it looks values up by keys; head i has the queries and
-keys of group ``i // (H // G)``. For each token the matrix fades, takes in a value at its key, and is read at the query:
+``linear_attention`` takes q, k [B, S, G, N], v[B, S, H, D], decay[B, S, H, 1 or N] and, perhaps, beta[B, S, H], and
+gives [B, S, H, D] in v's type. Each head keeps a matrix h[N, D] in which it looks values up by keys; head i has the
+queries and keys of group ``i // (H // G)``. For each token the matrix fades, takes in a value at its key, and is read
+at the query:
 
     h[n, d]  =  exp(decay[n]) * h[n, d]
     u[d]     =  v[d], or with beta: beta * (v[d] - sum over n of k[n] * h[n, d])
     h[n, d]  =  h[n, d] + k[n] * u[d]
     y[d]     =  sum over n of q[n] * h[n, d]
 
-That is gated linear attention (Katharopoulos et al., "Transformers are RNNs", 2020; Yang et al., "Gated Linear Attention
-Transformers with Hardware-Efficient Training", 2023), of which Mamba-2 is one (Dao and Gu, "Transformers are SSMs", 2024),
-and with beta the gated delta rule (Yang et al., "Gated Delta Networks", 2024), which first takes away what it finds at the
-key. A decay of one number per token and head is that of Mamba-2 and Gated DeltaNet, one of N that of Kimi Linear.
+That is gated linear attention (Katharopoulos et al., "Transformers are RNNs", 2020; Yang et al., "Gated Linear
+Attention Transformers with Hardware-Efficient Training", 2023), of which Mamba-2 is one (Dao and Gu, "Transformers are
+SSMs", 2024), and with beta the gated delta rule (Yang et al., "Gated Delta Networks", 2024), which first takes away
+what it finds at the key. A decay of one number per token and head is that of Mamba-2 and Gated DeltaNet, one of N that
+of Kimi Linear.
 
 State and decay are f32, or f64 where x or v is, and so are the other operands of ``linear_attention`` but v. Channels
 come last everywhere, so that neighbours in memory are computed alike.
@@ -106,7 +108,11 @@ def infer_linear_attention(op: Op) -> tuple[TensorType, ...]:
     groups, size = q.shape[2:] if q.rank == 4 else (heads, 0)
     fits = q == k == TensorType(dtype, (batch, tokens, groups, size)) and size.is_Integer and depth.is_Integer
     _require(fits, op, f"q and k are {dtype.value}[{batch}, {tokens}, G, N], not {q} and {k}")
-    _require(heads.is_Integer and groups.is_Integer and heads % groups == 0, op, f"{groups} groups of {heads} heads")
+    _require(
+        heads.is_Integer and groups.is_Integer and heads % groups == 0,
+        op,
+        f"{groups} groups of {heads} heads",
+    )
     rates = [TensorType(dtype, (batch, tokens, heads, n)) for n in (1, size)]
     _require(decay in rates, op, f"decay is {rates[0]} or {rates[1]}, not {decay}")
     expected = TensorType(dtype, (batch, tokens, heads))

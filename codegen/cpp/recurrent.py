@@ -35,7 +35,9 @@ def print_linear_attention(kernel: KernelContext, op: Op) -> None:
     _print_call(kernel, op, kinds, pointers, (*v.shape[:2], q.shape[2], *v.shape[2:]))
 
 
-def _print_call(kernel: KernelContext, op: Op, kinds: str, pointers: list[str], extents: Iterable[Expr]) -> None:
+def _print_call(
+    kernel: KernelContext, op: Op, kinds: str, pointers: list[str], extents: Iterable[Expr]
+) -> None:
     sizes = [print_index(n) for n in extents]
     arguments = ", ".join(["worker", *sizes, *pointers, *(kernel.names[v] for v in op.results)])
     kernel.writer.line(f"tw::{op.opcode}<{kinds}>({arguments});")

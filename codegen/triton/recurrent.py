@@ -37,8 +37,8 @@ class _Token:
 
 
 class _Recurrence(ABC):
-    """A walk over the tokens of a block of channels. ``row`` numbers sequences, or heads of sequences, each of which has
-    all channels; ``channel`` numbers the block's channels."""
+    """A walk over the tokens of a block of channels. ``row`` numbers sequences, or their heads, each of which has all
+    channels; ``channel`` numbers the block's channels."""
 
     def __init__(self, op: Op, tile: Tile, context: Context, pid: str) -> None:
         self.op, self.tile, self.base, self.pointers = op, tile, context.base, context.pointers

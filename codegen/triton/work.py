@@ -82,8 +82,8 @@ class StreamWork:
 
 @dataclass(frozen=True)
 class RecurrentWork:
-    """``channels`` of ``rows`` sequences (of linear attention: of their heads), each with ``states`` numbers that go on token by token. bytes: of what every
-    token brings and takes along, and of the states and weights."""
+    """``channels`` of ``rows`` sequences (of linear attention: of their heads), each with ``states`` numbers that go on
+    token by token. bytes: of what every token brings and takes along, and of the states and weights."""
 
     rows: int
     channels: int

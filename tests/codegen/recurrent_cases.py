@@ -81,7 +81,10 @@ def linear_attention(
     given = made.inputs()
     drawn = {"decay": -torch.nn.functional.softplus(2 * given["decay"])}
     if rule == "delta":  # as in models: keys of length 1, so that what is taken away is what was there
-        drawn |= {"k": torch.nn.functional.normalize(given["k"], dim=-1), "beta": torch.sigmoid(given["beta"])}
+        drawn |= {
+            "k": torch.nn.functional.normalize(given["k"], dim=-1),
+            "beta": torch.sigmoid(given["beta"]),
+        }
     return Case(made.module, made.dims, drawn)
 
 

@@ -369,6 +369,9 @@ FUNCTIONAL = [
     case("select_scatter.default", lambda n: (f(n, 4), f(4), 0, 0)),
     case("slice_scatter.default", lambda n: (f(n, 6), f(n, 2), 1, 3, 5)),
     case("slice_scatter.default", lambda n: (f(n, 6), f(n, 6), 1)),
+    case("slice_scatter.default", lambda n: (f(n, 8), f(n, 3), 1, 1, 8, 3)),
+    case("slice_scatter.default", lambda n: (f(n, 9, 2), f(n, 3, 2), 1, 1, 8, 3)),
+    case("slice_scatter.default", lambda n: (f(n, 5), f(n, 1), 1, 2, 4, 3)),
     *(
         case("_scaled_dot_product_flash_attention_for_cpu.default", lambda n: (f(n, 2, 5, 4),) * 3, **options)
         for options in ({}, {"is_causal": True}, {"scale": 0.3, "attn_mask": f(5, 5)})

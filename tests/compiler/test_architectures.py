@@ -110,7 +110,10 @@ HYBRIDS: dict[str, PretrainedConfig] = {
     "qwen3_next": hf.Qwen3NextConfig(
         **_HYBRID, **_DELTA, **_EXPERTS, num_experts=4, shared_expert_intermediate_size=32
     ),
-    "qwen3_5": hf.Qwen3_5TextConfig(**_HYBRID, **_DELTA),
+    "qwen3_5": hf.Qwen3_5TextConfig(
+        **_HYBRID | {"head_dim": 32}, **_DELTA,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]},
+    ),
     "olmo_hybrid": hf.OlmoHybridConfig(**_GROUPED | {"num_hidden_layers": 3}, **_DELTA),
     "kimi_linear": hf.KimiLinearConfig(
         **_PLAIN, **_IDS, **_LATENT | {"q_lora_rank": None}, num_experts=4, num_experts_per_token=2,

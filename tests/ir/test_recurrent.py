@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 from transformers.models.mamba import modeling_mamba as theirs
+from transformers.models.mamba2 import modeling_mamba2 as mamba2
+from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
 from tilewright.ir.errors import VerifyError
 from tilewright.ir.module import Function, Module
@@ -16,7 +19,7 @@ from tilewright.ir.reference import evaluate
 from tilewright.ir.types import tensor_type
 from tilewright.ir.verify import verify_module
 
-B, C, K, N = 2, 6, 4, 3
+B, C, K, N, G, H = 2, 6, 4, 3, 2, 4
 
 
 def convolution(bias: bool = True) -> Module:
@@ -37,6 +40,16 @@ def scan() -> Module:
     return module_of(b, y)
 
 
+def linear(compares: bool = True, rates: int = 1) -> Module:
+    b = Builder()
+    q, k = (b.param_value(n, tensor_type("f32", ["B", "S", G, N])) for n in ("q", "k"))
+    operands = [q, k, b.param_value("v", tensor_type("f32", ["B", "S", H, C]))]
+    operands += [b.param_value("decay", tensor_type("f32", ["B", "S", H, rates]))]
+    operands += [b.param_value("beta", tensor_type("f32", ["B", "S", H]))] if compares else []
+    y, _ = b.add_multi("linear_attention", *operands, slot="memory")
+    return module_of(b, y)
+
+
 def module_of(b: Builder, result: object) -> Module:
     main = Function("main", tuple(b.params), tuple(b.ops), (result,))  # type: ignore[arg-type]
     return Module((main,), (("B", 1, 4), ("S", 1, 16)))
@@ -51,7 +64,7 @@ def in_pieces(module: Module, given: dict[str, Tensor], pieces: tuple[int, ...])
     state: dict[str, Tensor] = {}
     found, start = [], 0
     for size in pieces:
-        piece = {n: t[:, start : start + size] if t.ndim == 3 else t for n, t in given.items()}
+        piece = {n: t[:, start : start + size] if t.ndim >= 3 else t for n, t in given.items()}
         found += evaluate(module, piece, {}, {"B": B, "S": size}, state, exact=True)
         start += size
     (left,) = state.values()
@@ -93,24 +106,77 @@ def test_a_scan_is_hugging_faces(pieces: tuple[int, ...]) -> None:
         torch.testing.assert_close(found[:, s], one, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [convolution, scan])
+def parts() -> dict[str, Tensor]:
+    return {
+        "q": drawn(B, 7, G, N), "k": drawn(B, 7, G, N, seed=1), "v": drawn(B, 7, H, C, seed=2),
+        "decay": -drawn(B, 7, H, 1, seed=3).exp(), "beta": drawn(B, 7, H, seed=4).sigmoid(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+def test_a_gated_delta_rule_is_hugging_faces(pieces: tuple[int, ...]) -> None:
+    """Theirs divides queries by the root of their size, and computes in float32."""
+    given = parts()
+    found, left = in_pieces(linear(), given, pieces)
+    q, k = (given[n].repeat_interleave(H // G, dim=2) for n in ("q", "k"))
+    theirs_, state = qwen.torch_recurrent_gated_delta_rule(
+        q * N**0.5, k, given["v"], g=given["decay"][..., 0], beta=given["beta"], output_final_state=True
+    )
+    torch.testing.assert_close(found, theirs_, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(left, state.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+def test_a_decay_of_each_row_is_hugging_faces(pieces: tuple[int, ...]) -> None:
+    given = parts() | {"decay": -drawn(B, 7, H, N, seed=5).exp()}
+    found, left = in_pieces(linear(rates=N), given, pieces)
+    q, k = (given[n].repeat_interleave(H // G, dim=2) for n in ("q", "k"))
+    theirs_, state = kimi.recurrent_kimi_delta_attention(
+        q * N**0.5, k, given["v"], given["decay"], given["beta"], None, output_final_state=True
+    )
+    torch.testing.assert_close(found, theirs_, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(left, state.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+def test_mamba_2_is_linear_attention(pieces: tuple[int, ...]) -> None:
+    """Its queries, keys and values are C, B and the inputs by their time steps."""
+    given = {n: t for n, t in parts().items() if n != "beta"}
+    dt, rate = drawn(B, 7, H, seed=6).exp(), -drawn(H, seed=7).exp()
+    x = given["v"]
+    given |= {"v": x * dt[..., None], "decay": (rate * dt)[..., None]}
+    found, left = in_pieces(linear(compares=False), given, pieces)
+    expected, state = mamba2.mamba2_chunk_scan(
+        x, dt, rate, given["k"], given["q"], chunk_size=4, return_final_states=True
+    )
+    torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(left.transpose(2, 3), state.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [convolution, scan, linear])
 def test_text_goes_both_ways(make: object) -> None:
     module = make()  # type: ignore[operator]
     verify_module(module)
     assert parse_module(print_module(module)) == module
 
 
+PARAMS = {
+    "x": "f32[B, S, 6]", "w": "f32[4, 6]", "d": "f32[3, 6]", "e": "f32[B, S, 3]", "h": "bf16[B, S, 6]",
+    "q": "f32[B, S, 2, 3]", "v": "f32[B, S, 4, 6]", "o": "f32[B, S, 3, 6]", "g": "f32[B, S, 4, 1]",
+    "b": "f32[B, S, 4]",
+}  # fmt: skip
 TEXT = """
 entry @main
 symbol B [1, 4]
 symbol S [1, 16]
 
-func @main(%x: f32[B, S, 6], %w: f32[4, 6], %d: f32[3, 6], %e: f32[B, S, 3], %h: bf16[B, S, 6]) -> (%y) {{
+func @main({params}) -> (%y) {{
   %y, %s = {op}
 }}
 """
 CONV = "f32[B, S, 6], f32[B, 3, 6]"
 SCAN = "f32[B, S, 6], f32[B, 3, 6]"
+LINEAR = "f32[B, S, 4, 6], f32[B, 4, 3, 6]"
 WRONG = {
     "taps first": (f'causal_conv1d %x, %e {{slot = "s"}} : ({CONV})', r"weight is \[K, 6\]"),
     "a bias": (f'causal_conv1d %x, %w, %d {{slot = "s"}} : ({CONV})', r"bias is \[6\]"),
@@ -120,6 +186,16 @@ WRONG = {
     "a decay": (f'selective_scan %x, %x, %e, %e, %e {{slot = "s"}} : ({SCAN})', r"decay is f32\[N, 6\]"),
     "ends": (f'selective_scan %x, %x, %d, %e, %x {{slot = "s"}} : ({SCAN})', "input and output are"),
     "a type": (f'selective_scan %h, %h, %d, %e, %e {{slot = "s"}} : ({SCAN})', "input and output are bf16"),
+    "no rates": (f'linear_attention %q, %q, %v {{slot = "s"}} : ({LINEAR})', "takes 4 or 5 operands"),
+    "values": (f'linear_attention %q, %q, %x, %g {{slot = "s"}} : ({LINEAR})', r"v is \[B, S, H, D\]"),
+    "keys": (
+        f'linear_attention %q, %v, %v, %g {{slot = "s"}} : ({LINEAR})',
+        r"q and k are f32\[B, S, G, N\]",
+    ),
+    "groups": (f'linear_attention %q, %q, %o, %g {{slot = "s"}} : ({LINEAR})', "2 groups of 3 heads"),
+    "fading": (f'linear_attention %q, %q, %v, %q {{slot = "s"}} : ({LINEAR})', "decay is"),
+    "parts": (f'linear_attention %q, %q, %v, %g, %g {{slot = "s"}} : ({LINEAR})', "beta is"),
+    "no memory": (f'linear_attention %q, %q, %v, %g {{slot = ""}} : ({LINEAR})', "needs a slot"),
     "rank": (f'selective_scan %w, %w, %d, %e, %e {{slot = "s"}} : ({SCAN})', r"x is \[B, S, C\]"),
     "the state": (
         'selective_scan %x, %x, %d, %e, %e {slot = "s"} : (f32[B, S, 6], bf16[B, 3, 6])',
@@ -131,5 +207,6 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_what_means_nothing_is_refused(case: str) -> None:
     op, message = WRONG[case]
+    params = ", ".join(f"%{name}: {type}" for name, type in PARAMS.items())
     with pytest.raises(VerifyError, match=message):
-        verify_module(parse_module(TEXT.format(op=op)))
+        verify_module(parse_module(TEXT.format(op=op, params=params)))
