@@ -65,7 +65,13 @@ def test_persistent_kernels_match_reference(model: str, interpret: Callable[[str
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_experts_of_models_match_hugging_face(family: str, interpret: Callable[[str], list[str]]) -> None:
     """Prefill with tokens grouped by expert, decode with experts spelled out."""
-    assert interpret(f"moe:{family}") == []
+    assert interpret(f"architecture:{family}") == []
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "kimi_linear"])
+def test_hybrid_models_match_hugging_face(family: str, interpret: Callable[[str], list[str]]) -> None:
+    """Attention and linear attention in turn: one decay for a head, and one for each row of its state."""
+    assert interpret(f"architecture:{family}") == []
 
 
 SLOW = ("more pairs than a block", "many experts", "many tokens", "everybody chose one")

@@ -3,8 +3,9 @@
 A name is that of a case, perhaps with fields of its tile changed, as in ``case block_m=16 transposed=1``
 (``never_again=1`` takes the second walk out of an agreed softmax);
 ``model:family:dtype`` or, with persistent kernels and quantised weights, ``model:family:dtype:residents:weights``;
-``moe:family``, one of ``test_architectures``; ``experts:name``, one of ``experts_cases``, or ``experts:name:block``,
-perhaps with fields as above, for tokens in blocks by expert; or ``random:count``: so many random modules.
+``architecture:family``, one of ``test_architectures``; ``experts:name``, one of ``experts_cases``, or
+``experts:name:block``, perhaps with fields as above, for tokens in blocks by expert; or ``random:count``: so many random
+modules.
 
 The interpreter must be chosen before triton is imported, so it cannot share a process with tests that compile.
 """
@@ -36,9 +37,9 @@ def main() -> None:
 
     from tests.quick_interpreter import hurry
 
+    from .triton_architectures import architecture_errors
     from .triton_experts import experts_errors
     from .triton_models import model_errors
-    from .triton_moe import moe_errors
     from .triton_random import run_random
     from .triton_run import errors
 
@@ -53,8 +54,8 @@ def main() -> None:
                     answer = model_errors(
                         family, getattr(torch, dtype), Path(folder), "cpu", True, int(residents), weights
                     )
-                elif kind == "moe":
-                    answer = moe_errors(rest[0])
+                elif kind == "architecture":
+                    answer = architecture_errors(rest[0])
                 elif kind == "experts":
                     block, *fields = rest[1].split() if rest[1:] else ["0"]
                     answer = experts_errors(rest[0], Path(folder), int(block), _numbers(fields))

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.codegen.triton_architectures import architecture_errors
 from tests.codegen.triton_cases import CASES
 from tests.codegen.triton_experts import experts_errors
 from tests.codegen.triton_models import model_errors
-from tests.codegen.triton_moe import moe_errors
 from tests.codegen.triton_run import errors
 from tests.experts_cases import CASES as EXPERTS
 
@@ -44,6 +44,7 @@ def test_experts_match_reference(name: str, block: int, tmp_path: Path) -> None:
     assert experts_errors(name, tmp_path, block, device="cuda") == []
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
-def test_experts_of_models_match_hugging_face(family: str) -> None:
-    assert moe_errors(family, "cuda") == []
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "qwen3_5"])
+def test_models_match_hugging_face(family: str) -> None:
+    """With experts, and with linear attention."""
+    assert architecture_errors(family, "cuda") == []
