@@ -4,8 +4,8 @@ A name is that of a case, perhaps with fields of its tile changed, as in ``case 
 (``never_again=1`` takes the second walk out of an agreed softmax);
 ``model:family:dtype`` or, with persistent kernels and quantised weights, ``model:family:dtype:residents:weights``;
 ``architecture:family``, one of ``test_architectures``; ``experts:name``, one of ``experts_cases``, or
-``experts:name:block``, perhaps with fields as above, for tokens in blocks by expert; or ``random:count``: so many random
-modules.
+``experts:name:block``, perhaps with fields as above, for tokens in blocks by expert; or ``random:count``: so many
+random modules.
 
 The interpreter must be chosen before triton is imported, so it cannot share a process with tests that compile.
 """
