@@ -31,7 +31,11 @@ from .vendor_matmul import vendor_matmul
 
 PIPELINE: tuple[Pass, ...] = (
     Pass("last_tokens", last_tokens, "first, so that everything after the last layer shrinks with it"),
-    Pass("unmerge_dims", unmerge_dims, "while each view is one step, and dims are still told apart by their sizes"),
+    Pass(
+        "unmerge_dims",
+        unmerge_dims,
+        "while each view is one step, and dims are still told apart by their sizes",
+    ),
     Pass("specialize", specialize, "constants for dims let every later index map simplify"),
     Pass("canonicalize", canonicalize, "one shape per meaning before anything is compared"),
     Pass("cse", eliminate_common_subexpressions, "matmuls can be merged only if their inputs are one value"),

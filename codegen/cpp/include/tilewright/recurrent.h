@@ -4,6 +4,7 @@
 // in its first cache. Channels lie beside each other everywhere, so the loops over a block are vectors of them.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
 #include "math.h"
@@ -121,47 +122,64 @@ static void selective_scan(const Worker& worker, long rows, long tokens, long ch
     });
 }
 
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+
+// As many values of F as a vector of the processor has.
+template <class F>
+using lanes __attribute__((vector_size(VECTOR_BYTES))) = F;
+
 // q, k[rows, tokens, groups, Size], v, out[rows, tokens, heads, depth], decay[rows, tokens, heads, Rates],
 // beta[rows, tokens, heads] where values are first compared with what is found, state[rows, heads, Size, depth].
+// A block of a head's state is copied to where its rows lie beside each other: they are as far apart as a multiple of
+// the first cache's lines in a set, so that half of it would not be used.
 template <class T, int Size, int Rates, bool Compares>
 static void linear_attention(const Worker& worker, long rows, long tokens, long groups, long heads, long depth,
                              const recurrent_t<T>* q, const recurrent_t<T>* k, const T* v,
                              const recurrent_t<T>* decay, const recurrent_t<T>* beta, T* out,
                              recurrent_t<T>* state) {
     using F = recurrent_t<T>;
+    using V = lanes<F>;
+    constexpr int VECTORS = CHANNELS * sizeof(F) / sizeof(V);
     for_channel_blocks(worker, rows * heads, depth, [&](long unit, long first, auto count) {
         const int n = count;
         const long row = unit / heads, head = unit % heads, group = head / (heads / groups);
-        F* h = state + unit * Size * depth + first;
+        F* past = state + unit * Size * depth + first;
+        V h[Size][VECTORS] = {};
+        for (int i = 0; i < Size; i++) std::memcpy(h[i], past + i * depth, n * sizeof(F));
         for (long s = 0; s < tokens; s++) {
             const long token = row * tokens + s, own = token * heads + head, at = own * depth + first;
             const F *key = k + (token * groups + group) * Size, *query = q + (token * groups + group) * Size;
-            F kept[Rates], taken_in[CHANNELS], sum[CHANNELS];
+            F kept[Rates];
             for (int i = 0; i < Rates; i++) kept[i] = tw::exp(decay[own * Rates + i]);
-            for (int c = 0; c < n; c++) sum[c] = F(0);
+            alignas(64) F value[CHANNELS] = {};
+            for (int c = 0; c < n; c++) value[c] = as_computed(v[at + c]);
+            V taken_in[VECTORS], sum[VECTORS] = {};
+            std::memcpy(taken_in, value, sizeof(value));
             if constexpr (Compares) {
+                V found[VECTORS] = {};
                 for (int i = 0; i < Size; i++) {
                     const F weight = key[i] * kept[Rates == 1 ? 0 : i];
-#pragma omp simd
-                    for (int c = 0; c < n; c++) sum[c] += weight * h[i * depth + c];
+                    for (int c = 0; c < VECTORS; c++) found[c] += weight * h[i][c];
                 }
-            }
-            const F part = Compares ? beta[own] : F(1);
-            for (int c = 0; c < n; c++) {
-                taken_in[c] = part * (as_computed(v[at + c]) - sum[c]);
-                sum[c] = F(0);
+                for (int c = 0; c < VECTORS; c++) taken_in[c] = beta[own] * (taken_in[c] - found[c]);
             }
             for (int i = 0; i < Size; i++) {
                 const F keep = kept[Rates == 1 ? 0 : i], in = key[i], seen = query[i];
-#pragma omp simd
-                for (int c = 0; c < n; c++) {
-                    const F next = keep * h[i * depth + c] + in * taken_in[c];
-                    h[i * depth + c] = next;
-                    sum[c] += seen * next;
+                for (int c = 0; c < VECTORS; c++) {
+                    h[i][c] = keep * h[i][c] + in * taken_in[c];
+                    sum[c] += seen * h[i][c];
                 }
             }
-            for (int c = 0; c < n; c++) out[at + c] = as_stored<T>(sum[c]);
+            std::memcpy(value, sum, sizeof(value));
+            for (int c = 0; c < n; c++) out[at + c] = as_stored<T>(value[c]);
         }
+        for (int i = 0; i < Size; i++) std::memcpy(past + i * depth, h[i], n * sizeof(F));
     });
 }
 
