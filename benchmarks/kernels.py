@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.probe import bandwidth_probe
+from tilewright.cache import cache_of
 from tilewright.cli import readable_errors
 from tilewright.costs import Cost, step_cost
 from tilewright.ir.program import Step
@@ -120,7 +121,7 @@ def prepare(fast: Any, ids: Tensor, phase: Phase) -> ProgramRuns:
     """
     batch, size = ids.shape
     with torch.no_grad():
-        cache = fast(input_ids=ids[:, :-1], logits_to_keep=1).past_key_values
+        cache = cache_of(fast(input_ids=ids[:, :-1], logits_to_keep=1))
     engine, state = cache.engine, cache.state
     if phase is Phase.decode:
         executor, inputs, outputs = engine.decode_executors[state.rows], state.step_inputs, state.step_outputs

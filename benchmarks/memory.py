@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from tilewright.cache import cache_of
+
 
 def allocation_events(run: Callable[[], Any]) -> list[int]:
     """Bytes of each allocation (positive) and release (negative) through PyTorch's CPU allocator, in order of time."""
@@ -43,7 +45,7 @@ def our_peak(fast: Any, ids: Tensor) -> int:
     """The same of a compiled model: peak bytes of the first call of a request, its KV state not counted."""
     caches = []
     fast._tilewright.engine.idle.make_room()  # a request that takes over memory would seem to need none
-    events = allocation_events(lambda: caches.append(fast(input_ids=ids, logits_to_keep=1).past_key_values))
+    events = allocation_events(lambda: caches.append(cache_of(fast(input_ids=ids, logits_to_keep=1))))
     return peak(events) - sum(cache.state.nbytes for cache in caches)
 
 
@@ -53,7 +55,7 @@ def allocations_per_step(fast: Any, ids: Tensor, steps: int = 4) -> int:
 
     Counts the step itself (the kernels and what calls them), the most of ``steps`` steps.
     """
-    cache = fast(input_ids=ids, logits_to_keep=1).past_key_values
+    cache = cache_of(fast(input_ids=ids, logits_to_keep=1))
     engine, state = cache.engine, cache.state
     state.ids.copy_(ids[:, -1:])
     state.positions.fill_(ids.shape[1])

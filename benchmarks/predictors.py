@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.llama_context import LlamaContext, require_survivor
 from benchmarks.results import LLAMA_CPP
+from tilewright.cache import cache_of, with_cache
 
 Piece = tuple[slice, slice, Tensor]
 """Rows and positions of a window, and their logits [rows, positions, V]."""
@@ -59,8 +60,9 @@ class ModelPredictor:
             return
         cache = None
         for t in range(ids.shape[1]):
-            output = self._model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            past = with_cache(self._model.forward, cache)
+            output = self._model(input_ids=ids[:, t : t + 1], use_cache=True, **past)
+            cache = cache_of(output)
             yield slice(None), slice(t, t + 1), output.logits
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import BATCHED, DECODE, FIRST_TOKEN, PREFILL
+from tilewright.cache import cache_of, with_cache
 from tilewright.timing import TimedStreamer
 from tilewright.trials import wait
 
@@ -61,9 +62,10 @@ class Subject:
         cache = self._context(ids)
         alone = ids.device.type == "cuda"
         streamer = None if alone else TimedStreamer()
+        past = with_cache(self.model.forward, cache)
         wait(ids.device)
         start = time.perf_counter()
-        self._generate(ids, tokens + 1, streamer, past_key_values=cache)
+        self._generate(ids, tokens + 1, streamer, **past)
         wait(ids.device)
         seconds = time.perf_counter() - start
         cache.crop(context - 1 - cache.get_seq_length())  # a negative count is removed from the end
@@ -105,5 +107,5 @@ class Subject:
         length = ids.shape[1]
         if length not in self._caches:
             output = self.model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1)
-            self._caches[length] = output.past_key_values
+            self._caches[length] = cache_of(output)
         return self._caches[length]

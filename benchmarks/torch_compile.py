@@ -11,6 +11,7 @@ from transformers import StaticCache
 
 from benchmarks import models
 from benchmarks.results import DECODE, PREFILL, TORCH_COMPILE
+from tilewright.cache import with_cache
 from tilewright.trials import wait
 
 
@@ -38,9 +39,10 @@ class TorchCompile:
         ids = ids.repeat(self.batch, 1)
         cache = self._cache(ids, ids.shape[1])
         _set_length(cache, 0)
+        given = with_cache(self.model.forward, cache)
         wait(ids.device)
         start = time.perf_counter()
-        self._forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self._forward(input_ids=ids, use_cache=True, logits_to_keep=1, **given)
         wait(ids.device)
         return time.perf_counter() - start
 
@@ -54,12 +56,12 @@ class TorchCompile:
         context = ids.shape[1]
         cache = self._cache(ids, context + tokens)
         _set_length(cache, context - 1)
-        extra = self._positions(ids, context + tokens)
-        token = self._step(ids[:, -1:], cache, extra)
+        given = with_cache(self.model.forward, cache) | self._positions(ids, context + tokens)
+        token = self._step(ids[:, -1:], given)
         wait(ids.device)
         start = time.perf_counter()
         for _ in range(tokens):
-            token = self._step(token, cache, extra)
+            token = self._step(token, given)
         wait(ids.device)
         return time.perf_counter() - start
 
@@ -76,13 +78,11 @@ class TorchCompile:
         self._caches.clear()
         torch._dynamo.reset()
 
-    def _step(self, token: Tensor, cache: StaticCache, extra: dict[str, Tensor]) -> Tensor:
-        """The greedy token i64[B, 1] after ``token``; moves the position in ``extra`` on."""
-        output = self._forward(
-            input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra
-        )
-        if extra:
-            extra["position_ids"] += 1
+    def _step(self, token: Tensor, given: dict[str, Any]) -> Tensor:
+        """The greedy token i64[B, 1] after ``token``; moves the position in ``given`` on."""
+        output = self._forward(input_ids=token, use_cache=True, logits_to_keep=1, **given)
+        if "position_ids" in given:
+            given["position_ids"] += 1
         return output.logits[:, -1].argmax(-1, keepdim=True)
 
     def _positions(self, ids: Tensor, room: int) -> dict[str, Tensor]:
@@ -102,7 +102,8 @@ class TorchCompile:
         key = (ids.shape[1], room)
         if key not in self._caches:
             cache = StaticCache(config=self.model.config, max_cache_len=room)
-            self.model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            past = with_cache(self.model.forward, cache)
+            self.model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1, **past)
             self._caches[key] = cache
         return self._caches[key]
 

@@ -25,7 +25,7 @@ from tilewright.runtime.generate import generate
 from tilewright.runtime.kv_state import RequestState
 
 from .adapters import MergedAdapters
-from .cache import EngineCache, cache_name
+from .cache import EngineCache, by_own_name, cache_name, with_cache
 from .capture_layers import flat_names
 from .generate_options import plain_options
 from .report import Report
@@ -74,8 +74,25 @@ def attach(model: nn.Module, compiled: Compiled, mixin: type[CompiledMixin]) -> 
     fast.__dict__["_tilewright_forward"] = type(model).forward
     fast.__dict__["_tilewright_home"] = _home(model)
     cls = type(model)
-    fast.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    members: dict[str, Any] = {
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "_tilewright_signature": inspect.signature(cls.forward),
+    }
+    if issubclass(mixin, DecoderMixin):
+        members |= {"forward": _forward_like(cls.forward), "_cache_name": cache_name(cls.forward) or "cache"}
+    fast.__class__ = type(cls.__name__, (mixin, cls), members)
     return fast
+
+
+def _forward_like(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A decoder's forward with the original's signature, where generate() and pipelines look for what may be passed."""
+
+    @functools.wraps(original)
+    def forward(self: DecoderMixin, *args: Any, **kwargs: Any) -> Any:
+        return self._run(args, kwargs)
+
+    return forward
 
 
 def _home(model: nn.Module) -> tuple[torch.device, torch.dtype] | None:
@@ -89,6 +106,7 @@ class CompiledMixin:
 
     _tilewright: Compiled
     _tilewright_forward: Callable[..., Any]
+    _tilewright_signature: inspect.Signature
     _tilewright_home: tuple[torch.device, torch.dtype] | None
 
     def ir(self, stage: str | None = None) -> str:
@@ -153,9 +171,8 @@ class CompiledMixin:
 
         Raises InputError when they do not fit.
         """
-        signature = inspect.signature(self._tilewright_forward)
         try:
-            bound = signature.bind(self, *args, **kwargs).arguments
+            bound = self._tilewright_signature.bind(self, *args, **kwargs).arguments
         except TypeError as error:
             raise InputError(f"the arguments do not fit this model's forward: {error}") from error
         return dict(list(bound.items())[1:])
@@ -163,7 +180,7 @@ class CompiledMixin:
     def _flat_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """As :meth:`_arguments`, those that the original takes by any name among the others."""
         given = self._arguments(args, kwargs)
-        named = inspect.signature(self._tilewright_forward).parameters
+        named = self._tilewright_signature.parameters
         for rest in [n for n in given if named[n].kind is inspect.Parameter.VAR_KEYWORD]:
             given |= given.pop(rest)
         return given
@@ -172,7 +189,7 @@ class CompiledMixin:
         """Raise InputError for what the kernels do not compute: an argument that the original's forward names, or an
         output that it could be asked for. What the original would ignore (generate() passes such) is ignored here too.
         """
-        named = inspect.signature(self._tilewright_forward).parameters
+        named = self._tilewright_signature.parameters
         for name, value in arguments.items():
             given = value is not None and value is not False
             if given and (name in named or name.startswith("output_")):
@@ -183,38 +200,37 @@ class CompiledMixin:
 class DecoderMixin(CompiledMixin):
     """A model with KV state: forward as a Hugging Face causal model, and generate."""
 
+    _cache_name: str  # the argument of the original's forward that holds the cache
+
     @torch.no_grad()
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: EngineCache | None = None,
-        cache_params: EngineCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Same arguments and result as the original's forward; ``past_key_values``, or ``cache_params`` where the
-        original has that name for it, is an EngineCache.
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What ``forward`` does: same arguments and result as the original's, whose cache is an EngineCache.
 
         Raises InputError for input that does not fit, and leaves the cache as it was.
         """
-        compiled = self._tilewright
+        engine = self._tilewright.engine
         self._require_weights()
-        self._refuse({"inputs_embeds": inputs_embeds, "labels": labels, **kwargs})
-        if input_ids is None:
+        given = self._flat_arguments(args, kwargs)
+        ids, mask, positions, past, use_cache, return_dict = (
+            given.pop(name, None)
+            for name in (
+                "input_ids", "attention_mask", "position_ids", self._cache_name, "use_cache", "return_dict"
+            )
+        )  # fmt: skip
+        kept = given.pop("logits_to_keep", 0)
+        self._refuse(given)
+        if ids is None:
             raise InputError("input_ids is missing")
-        ids = compiled.engine.check_prompt(input_ids)
-        cache = self._own_cache(cache_params if past_key_values is None else past_key_values)
-        keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        result = compiled.engine.step(cache.state_for(ids.shape[0]), ids, attention_mask, position_ids, keep)
-        if not isinstance(logits_to_keep, int):
-            result = result[:, logits_to_keep]
+        ids = engine.check_prompt(ids)
+        cache = self._own_cache(past)
+        last = kept if isinstance(kept, int) else 0
+        result = engine.step(cache.state_for(ids.shape[0]), ids, mask, positions, last)
+        if not isinstance(kept, int):
+            result = result[:, kept]
         return self._output(result, None if use_cache is False else cache, return_dict)
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return super()._arguments(args, by_own_name(kwargs, self._cache_name))
 
     def _own_cache(self, given: Any) -> EngineCache:
         """The cache that a caller goes on from, or a new one. Raises InputError for that of another model."""
@@ -234,21 +250,17 @@ class DecoderMixin(CompiledMixin):
         compiled = self._tilewright
         assert compiled.output_class is not None
         values: dict[str, Any] = {compiled.outputs[0]: result, **more}
-        if cache is not None and (name := cache_name(compiled.output_class)) is not None:
-            values[name] = cache
+        if cache is not None:
+            values |= with_cache(compiled.output_class, cache)
         known = inspect.signature(compiled.output_class).parameters
         output = compiled.output_class(**{n: v for n, v in values.items() if n in known})
         return output if return_dict is not False else output.to_tuple()
-
-    @property
-    def _cache_name(self) -> str:
-        """The argument of the original's forward that holds the cache."""
-        return cache_name(self._tilewright_forward) or "past_key_values"
 
     @functools.wraps(GenerationMixin.generate)
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``GenerationMixin.generate``, whose preparation of options is used; see ``_sample`` for the loop."""
         ids = kwargs.get("input_ids") if inputs is None else inputs
+        kwargs = by_own_name(kwargs, self._cache_name)
         self._require_weights()
         # Transformers' loop hands on no output_...=False, so that the config's has the last word.
         asked = {flag: kwargs.get(flag) or None for flag in EXTRA_OUTPUTS}
@@ -296,7 +308,7 @@ class DecoderMixin(CompiledMixin):
     ) -> Any:
         """Greedy search and sampling: our own loop when nothing else is asked for, else that of transformers."""
         own = self._own_arguments(model_kwargs)
-        cache = own.get(self._cache_name)
+        cache = own.pop(self._cache_name, None)
         options = plain_options(logits_processor, stopping_criteria, generation_config, own)
         # A model may want to begin anew once a sequence outgrows its first table, which is for its own methods to say.
         outgrows = (
@@ -329,7 +341,7 @@ class DecoderMixin(CompiledMixin):
 
     def _own_arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Those of generate()'s arguments for forward that our loop takes, by a decoder's names for them."""
-        return model_kwargs
+        return dict(model_kwargs)
 
     def _state(self, cache: EngineCache, batch: int, model_kwargs: dict[str, Any]) -> RequestState:
         """The request's state, ready for our loop."""

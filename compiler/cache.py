@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from tilewright.ir.errors import InputError
 from tilewright.runtime.engine import Engine
 from tilewright.runtime.kv_state import RequestState
 
-_NAMES = ("past_key_values", "cache_params")
+# From Transformers 5.24 on a cache is called the same everywhere. Until then it was cache_params for models that are
+# recurrent alone. Old names live on there, but each use of one warns, so that nothing of ours may use them.
+_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def cache_name(takes: Callable[..., Any]) -> str | None:
@@ -28,6 +31,34 @@ def cache_name(takes: Callable[..., Any]) -> str | None:
     return next((name for name in _NAMES if name in known), None)
 
 
+def with_cache(takes: Callable[..., Any], cache: Any) -> dict[str, Any]:
+    """``cache`` as a keyword argument of ``takes``; nothing where that takes none."""
+    name = cache_name(takes)
+    return {} if name is None else {name: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in what a model's forward or ``generate`` returned; None where there is none."""
+    name = cache_name(type(output))
+    return None if name is None else output.get(name)
+
+
+def by_own_name(arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """``arguments`` with the cache under the ``name`` that the model has for it.
+
+    Another release's name is taken too, with a warning, as it is in Transformers: ignored, it would lose the context.
+    """
+    given = dict(arguments)
+    for other in [n for n in _NAMES if n in given and n != name]:
+        warnings.warn(
+            f"{other} is what another release of Transformers calls it: pass the cache as {name}=",
+            FutureWarning,
+            stacklevel=3,
+        )
+        given.setdefault(name, given.pop(other))
+    return given
+
+
 class _Lease:
     """Holds a request's state for all caches that share it, and gives it back to the engine with the last of them."""
 
@@ -37,13 +68,12 @@ class _Lease:
 
 
 class EngineCache(Cache):
-    """What ``generate`` and callers hold as ``past_key_values``; it has no layers, since the kernels own the KV state.
+    """What ``generate`` and callers hold as a model's cache; it has no layers, since the kernels own the KV state.
 
     The state is made at the first forward, when the batch size is known.
     """
 
     is_compileable = False  # otherwise generate() would build 4-D masks and torch.compile our forward
-    is_croppable = True
     is_initialized = True
 
     def __init__(self, engine: Engine) -> None:
@@ -84,6 +114,20 @@ class EngineCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Capacity in positions."""
         return self.engine.spec.max_length
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Whether what a layer keeps is recurrent, for each such state.
+
+        generate() asks whether all are, and of none, as the base has no layers to tell of, that would be so.
+        """
+        spec = self.engine.spec
+        return [False] * len(spec.slots) + [True] * len(spec.recurrent)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the last positions can be removed."""
+        return not self.engine.spec.recurrent
 
     @property
     def batch_size(self) -> int:

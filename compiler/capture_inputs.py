@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from tilewright.ir.errors import CaptureError
 
+from .cache import cache_name
 from .capture_ops import configs_of
 from .capture_rope import CALL_LENGTH, switch_length
 from .capture_seq2seq import ENCODER_MASK, ENCODER_STATES, is_encoder_decoder, numbers_positions, state_width
@@ -27,20 +27,12 @@ _MAX_LENGTH = 1 << 20  # where the config states no limit
 
 
 def model_kind(model: PreTrainedModel) -> Kind:
-    """A decoder keeps state between calls: it takes past_key_values and its attention is causal, or it takes
-    cache_params, since it is recurrent. The rest are encoders."""
-    known = inspect.signature(model.forward).parameters
-    if is_recurrent(model):
-        return "decoder"
-    if "past_key_values" not in known:
-        if "cache" in known:
-            raise CaptureError(
-                f"{type(model).__name__} takes its KV state as cache=, as models of Transformers 5.24 and later do "
-                f"(this is {transformers.__version__}); install 'transformers<5.24'"
-            )
+    """A decoder keeps state between calls: it takes a cache, and its attention is causal or it is recurrent. The rest
+    are encoders."""
+    if cache_name(model.forward) is None:
         return "encoder"
-    flags = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
-    causal = any(flags) if flags else model.can_generate()
+    flags = _causal_flags(model)
+    causal = any(flags) if flags else is_recurrent(model) or model.can_generate()
     return "decoder" if causal else "encoder"
 
 
@@ -66,8 +58,17 @@ def decoder_inputs(model: PreTrainedModel) -> Inputs:
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """True for a model whose state is not (only) keys and values: it takes that as cache_params."""
-    return "cache_params" in inspect.signature(model.forward).parameters
+    """True for a model whose state is no keys and values at all.
+
+    What it takes its cache as says so until Transformers 5.23 only. Models whose state cannot go back are marked in all
+    releases; among those, some attend in other layers, and parts of some keep no state.
+    """
+    return bool(model._is_stateful) and cache_name(model.forward) is not None and not _causal_flags(model)
+
+
+def _causal_flags(model: PreTrainedModel) -> list[bool]:
+    """For each attention in the model, whether it is causal."""
+    return [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
 
 
 def model_inputs(model: PreTrainedModel, kind: Kind) -> Inputs:

@@ -19,6 +19,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from tilewright.ir.errors import CaptureError
 
+from .cache import with_cache
+
 ENCODER_STATES = "encoder_hidden_states"
 ENCODER_MASK = "encoder_attention_mask"
 PER_REQUEST = (ENCODER_STATES, ENCODER_MASK)
@@ -44,7 +46,7 @@ def whole_model_arguments(model: PreTrainedModel, inputs: Mapping[str, Tensor]) 
         "attention_mask": inputs[ENCODER_MASK],
         "decoder_input_ids": ids,
         "decoder_attention_mask": mask,
-        "past_key_values": _KnownLength(mask.shape[1] - ids.shape[1]),
+        **with_cache(model.forward, _KnownLength(mask.shape[1] - ids.shape[1])),
     }
     if "position_ids" in inputs:
         arguments["decoder_position_ids"] = inputs["position_ids"]

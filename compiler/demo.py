@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TextStreamer
 
 import tilewright as tw
 from tilewright import pretrained
+from tilewright.cache import cache_of, with_cache
 from tilewright.cli import BackendOption, DeviceOption, Dtype, DtypeOption, ModelOption, readable_errors
 from tilewright.errors import OptionError
 from tilewright.progress import Progress
@@ -166,13 +167,13 @@ def eager_ops_per_layer(model: PreTrainedModel, inputs: dict[str, Tensor]) -> in
     layer = next(stacks)[0]
     counter = _CountOps()
     with torch.no_grad():
-        past = model(**inputs, use_cache=True).past_key_values
+        past = with_cache(model.forward, cache_of(model(**inputs, use_cache=True)))
         hooks = [
             layer.register_forward_pre_hook(lambda *_: counter.__enter__() and None),
             layer.register_forward_hook(lambda *_: counter.__exit__(None, None, None)),
         ]
         try:
-            model(input_ids=inputs["input_ids"][:, -1:], past_key_values=past, use_cache=True)
+            model(input_ids=inputs["input_ids"][:, -1:], use_cache=True, **past)
         finally:
             for hook in hooks:
                 hook.remove()

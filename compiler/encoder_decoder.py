@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -45,15 +44,7 @@ def attach_both(model: PreTrainedModel, decoder: Compiled, encoder: Any) -> Any:
         copied_from=decoder.copied_from | part.copied_from,
         stages={**stages, **decoder.stages},
     )
-    fast = attach(model, compiled, EncoderDecoderMixin)
-
-    # generate() and pipelines look at the signature to see what may be passed.
-    @functools.wraps(type(model).forward)
-    def forward(self: EncoderDecoderMixin, *args: Any, **kwargs: Any) -> Any:
-        return self._run(args, kwargs)
-
-    type(fast).forward = forward
-    return fast
+    return attach(model, compiled, EncoderDecoderMixin)
 
 
 class EncoderDecoderMixin(DecoderMixin):
@@ -74,7 +65,7 @@ class EncoderDecoderMixin(DecoderMixin):
         return_dict, use_cache = given.pop("return_dict", None), given.pop("use_cache", None)
         ids, mask = given.pop("decoder_input_ids", None), given.pop("decoder_attention_mask", None)
         positions = given.pop("decoder_position_ids", None)
-        cache = self._own_cache(given.pop("past_key_values", None))
+        cache = self._own_cache(given.pop(self._cache_name, None))
         if ids is None:
             raise InputError("decoder_input_ids is missing")
         ids = engine.check_prompt(ids)

@@ -19,14 +19,7 @@ from tilewright.runtime.sampling import GenerateOptions, Sampling
 # In the order in which transformers applies them, and our loop too.
 _MINIMUM = [MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor]
 _WARPERS = [TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper]
-_KNOWN_KWARGS = {
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "cache_params",
-    "use_cache",
-    "logits_to_keep",
-}
+_KNOWN_KWARGS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 
 
 def plain_options(
@@ -34,8 +27,9 @@ def plain_options(
 ) -> GenerateOptions | None:
     """Options of our loop for a prepared call of ``_sample``, or None when it asks for anything that the loop lacks.
 
-    Works on the processors and criteria that transformers has made of the user's arguments, so that every default and
-    precedence is theirs; an object of any other class, a subclass included, is left to their loop.
+    ``model_kwargs`` are the arguments for forward less the cache. Works on the processors and criteria that
+    transformers has made of the user's arguments, so that every default and precedence is theirs; an object of any
+    other class, a subclass included, is left to their loop.
     """
     if config.return_dict_in_generate or config.is_assistant or config.prefill_chunk_size is not None:
         return None

@@ -46,9 +46,11 @@ class CompiledModel(ModelManager):
             raise InputError(f"this server has the model '{self.force_model}' only")
         return self._compiled
 
-    def get_gen_models(self, *args: Any) -> list[dict[str, Any]]:
+    def list_models(self, *args: Any) -> list[dict[str, Any]]:
         """The list of models as OpenAI's protocol has it; transformers would look through the hub cache."""
         return [{"id": self.force_model, "object": "model", "created": self._since, "owned_by": "tilewright"}]
+
+    get_gen_models = list_models  # what the server calls until Transformers 5.23
 
 
 class FittingRequests(GenerateManager):

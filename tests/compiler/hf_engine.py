@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from tilewright.api_mixin import Compiled, DecoderMixin, EncoderMixin, attach
+from tilewright.cache import with_cache
 from tilewright.ir.types import tensor_type
 from tilewright.report import Report
 from tilewright.runtime.engine import Engine
@@ -56,8 +57,8 @@ class EagerDecoder:
                 input_ids=inputs["input_ids"],
                 position_ids=inputs["position_ids"],
                 attention_mask=inputs["attention_mask"][:rows, :total].long(),
-                past_key_values=cache,
                 logits_to_keep=dims["L"],
+                **with_cache(self.model.forward, cache),
             )
         for n in range(layers):
             for part, values in (("k", cache.layers[n].keys), ("v", cache.layers[n].values)):

@@ -7,6 +7,8 @@ test_generate_parity.py goes through all of generate's options.
 from __future__ import annotations
 
 import copy
+import inspect
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -24,7 +26,7 @@ from transformers import (
 )
 
 import tilewright
-from tilewright.cache import EngineCache
+from tilewright.cache import EngineCache, cache_name, cache_of, with_cache
 from tilewright.errors import DeviceError, InputError, OptionError
 
 from .hf_engine import eager_decoder, eager_encoder
@@ -95,7 +97,7 @@ def test_forward_equals_the_original(pair: tuple[PreTrainedModel, Any]) -> None:
     assert type(result) is type(expected)
     torch.testing.assert_close(result.logits[MASK.bool()], expected.logits[MASK.bool()], rtol=1e-4, atol=1e-4)
     assert fast(PROMPT, logits_to_keep=2).logits.shape == (1, 2, 128)
-    assert fast(PROMPT, use_cache=False).past_key_values is None
+    assert cache_of(fast(PROMPT, use_cache=False)) is None
     logits, cache = fast(PROMPT, return_dict=False)
     assert logits.shape == (1, 7, 128)
     assert cache.get_seq_length() == 7
@@ -108,11 +110,47 @@ def test_forward_continues_from_its_cache(pair: tuple[PreTrainedModel, Any]) -> 
     with torch.no_grad():
         expected = model(input_ids=ids).logits
     first = fast(ids[:, :19])
-    second = fast(ids[:, 19:20], past_key_values=first.past_key_values)
-    third = fast(ids[:, 20:], past_key_values=first.past_key_values, logits_to_keep=torch.tensor([0, 2]))
+    past = with_cache(fast.forward, cache_of(first))
+    second = fast(ids[:, 19:20], **past)
+    third = fast(ids[:, 20:], logits_to_keep=torch.tensor([0, 2]), **past)
     torch.testing.assert_close(first.logits, expected[:, :19], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(second.logits, expected[:, 19:20], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(third.logits, expected[:, [20, 22]], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
+def test_a_cache_is_taken_by_the_names_of_other_releases(
+    llama: tuple[PreTrainedModel, Any], name: str
+) -> None:
+    """With a warning, and by the model's own name without one."""
+    model, fast = llama
+    whole = torch.cat([PROMPT, PROMPT], dim=1)
+    with torch.no_grad():
+        expected = model(whole).logits[:, 7:]
+    own = cache_name(model.forward)
+    quiet = warnings.catch_warnings(action="error")
+    with quiet if name == own else pytest.warns(FutureWarning, match=f"^{name} is .*as {own}="):
+        found = fast(PROMPT, **{name: cache_of(fast(PROMPT))}).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    held = cache_of(fast(PROMPT))
+    quiet = warnings.catch_warnings(action="error", category=FutureWarning)
+    with quiet if name == own else pytest.warns(FutureWarning, match=f"^{name} is .*as {own}="):
+        found = fast.generate(whole, **{name: held}, **options)
+    assert torch.equal(found, model.generate(whole, **options))
+    assert held.get_seq_length() == 18
+
+
+def test_forward_has_the_signature_of_the_original(pair: tuple[PreTrainedModel, Any]) -> None:
+    """In which arguments without names are in other places for other families."""
+    model, fast = pair
+    assert inspect.signature(fast.forward) == inspect.signature(model.forward)
+    places = list(inspect.signature(model.forward).parameters)
+    given: dict[str, Any] = {"input_ids": PADDED, "attention_mask": MASK}
+    in_order = [given.get(name) for name in places[: places.index("attention_mask") + 1]]
+    assert torch.equal(fast(*in_order).logits, fast(**given).logits)
+    with pytest.raises(InputError, match="arguments do not fit"):
+        fast(*in_order, input_ids=PADDED)
 
 
 def test_encoder_equals_the_original(engine: str) -> None:
@@ -293,15 +331,16 @@ def test_bad_input_is_refused_and_leaves_the_model_usable(
 
 def test_bad_input_leaves_the_cache_usable(llama: tuple[PreTrainedModel, Any]) -> None:
     model, fast = llama
-    cache = fast(PROMPT).past_key_values
+    past = with_cache(fast.forward, cache_of(fast(PROMPT)))
     for bad in (PROMPT.expand(2, -1), torch.ones(1, 60, dtype=torch.long), PROMPT + 100):
         with pytest.raises(InputError):
-            fast(bad, past_key_values=cache)
-    with pytest.raises(InputError, match="another model"):
-        fast(PROMPT, past_key_values=eager_decoder(model)(PROMPT).past_key_values)
+            fast(bad, **past)
+    other = cache_of(eager_decoder(model)(PROMPT))
+    with pytest.raises(InputError, match=f"{cache_name(model.forward)} is a EngineCache of another model"):
+        fast(PROMPT, **with_cache(fast.forward, other))
     with torch.no_grad():
         expected = model(torch.cat([PROMPT, PROMPT], dim=1)).logits[:, 7:]
-    result = fast(PROMPT, past_key_values=cache).logits
+    result = fast(PROMPT, **past).logits
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -356,12 +395,13 @@ def test_compiled_models_stay_where_they_are(llama: tuple[PreTrainedModel, Any])
 def test_a_prefix_cache_may_be_copied(llama: tuple[PreTrainedModel, Any]) -> None:
     """One prefix, continued in two ways from deep copies of its cache."""
     model, fast = llama
-    prefix = fast(PROMPT).past_key_values
+    prefix = cache_of(fast(PROMPT))
     for tail in (PROMPT[:, :3], PROMPT.flip(1)[:, :2]):
         whole = torch.cat([PROMPT, tail], dim=1)
         expected = model.generate(whole, max_new_tokens=5, do_sample=False, pad_token_id=0)
         twin = copy.deepcopy(prefix)
-        result = fast.generate(whole, past_key_values=twin, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        held = with_cache(fast.forward, twin)
+        result = fast.generate(whole, max_new_tokens=5, do_sample=False, pad_token_id=0, **held)
         assert torch.equal(result, expected)
         assert (prefix.get_seq_length(), twin.engine) == (7, prefix.engine)
     assert copy.deepcopy(EngineCache(prefix.engine)).state is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import sympy
 import torch
@@ -16,7 +18,9 @@ from transformers import (
     XGLMForCausalLM,
 )
 
+from tilewright.cache import cache_name
 from tilewright.capture import Captured, capture
+from tilewright.capture_inputs import is_recurrent, model_kind
 from tilewright.ir.errors import CaptureError
 
 from .models import DECODERS, tiny
@@ -234,16 +238,27 @@ def test_meta_tensors_are_refused() -> None:
         capture(module, (torch.ones(2, 4),))
 
 
-def test_models_of_a_later_transformers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From 5.24 on the KV cache has another name; taken for encoders, such models would give no tokens."""
-    model = tiny("llama")
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
+@pytest.mark.parametrize("family", ["llama", "mamba", "bert"])
+def test_a_cache_is_known_by_its_name_in_any_release(
+    monkeypatch: pytest.MonkeyPatch, family: str, name: str
+) -> None:
+    """Which does not say what kind of model it is: a decoder taken for an encoder would give no tokens."""
+    model = tiny(family)
+    signature = inspect.signature(model.forward)
+    parameter = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+    others = [p for p in signature.parameters.values() if p.name != cache_name(model.forward)]
+    renamed = signature.replace(parameters=sorted([*others, parameter], key=lambda p: p.kind))
+    kind, recurrent = model_kind(model), is_recurrent(model)
+    assert (kind, recurrent) == ("encoder" if family == "bert" else "decoder", family == "mamba")
 
-    def forward(input_ids: Tensor, attention_mask: Tensor | None = None, cache: object = None) -> None:
-        """The signature that models have there."""
+    def forward() -> None:
+        """Has the signature of another release."""
 
+    forward.__signature__ = renamed  # type: ignore[attr-defined]
     monkeypatch.setattr(model, "forward", forward)
-    with pytest.raises(CaptureError, match=r"transformers<5\.24"):
-        capture(model)
+    assert cache_name(model.forward) == name
+    assert (model_kind(model), is_recurrent(model)) == (kind, recurrent)
 
 
 def test_modules_need_example_inputs() -> None:

@@ -15,6 +15,7 @@ import transformers as hf
 from torch import Tensor
 
 import tilewright as tw
+from tilewright.cache import cache_name, cache_of, with_cache
 
 from .models import random
 
@@ -99,18 +100,21 @@ def same(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5 * most)
 
 
+def past_of(model: Any, output: Any) -> dict[str, Any]:
+    """The cache in a result of ``model``, as an argument of its next call."""
+    return with_cache(model.forward, cache_of(output))
+
+
 def check(pair: Pair) -> tuple[Tensor, Tensor]:
     """Logits of a prompt at once, of tokens after it, and greedy tokens; gives the prompt's logits, ours and theirs."""
     model, fast, given, ids = pair.model, pair.fast, pair.given, pair.ids
     with torch.no_grad():
         expected = model(**given, decoder_input_ids=ids)
-        more = model(**given, decoder_input_ids=ids[:, :3], past_key_values=expected.past_key_values)
+        more = model(**given, decoder_input_ids=ids[:, :3], **past_of(model, expected))
     found = fast(**given, decoder_input_ids=ids)
     assert type(found) is type(expected)
     same(found.logits, expected.logits)
-    same(
-        fast(**given, decoder_input_ids=ids[:, :3], past_key_values=found.past_key_values).logits, more.logits
-    )
+    same(fast(**given, decoder_input_ids=ids[:, :3], **past_of(fast, found)).logits, more.logits)
     asked = {"max_new_tokens": 10, "do_sample": False}
     assert torch.equal(fast.generate(**given, **asked), model.generate(**given, **asked))
     return found.logits, expected.logits
@@ -245,11 +249,10 @@ def test_requests_of_other_lengths_follow_each_other(bart: Pair) -> None:
 
 def test_a_copied_request_keeps_what_it_attends_to(bart: Pair) -> None:
     first = bart.fast(**bart.given, decoder_input_ids=bart.ids[:, :4])
-    twin = copy.deepcopy(first.past_key_values)
-    second = bart.fast(
-        **bart.given, decoder_input_ids=bart.ids[:, 4:5], past_key_values=first.past_key_values
-    )
-    again = bart.fast(**bart.given, decoder_input_ids=bart.ids[:, 4:5], past_key_values=twin)
+    past = past_of(bart.fast, first)
+    twin = copy.deepcopy(past)
+    second = bart.fast(**bart.given, decoder_input_ids=bart.ids[:, 4:5], **past)
+    again = bart.fast(**bart.given, decoder_input_ids=bart.ids[:, 4:5], **twin)
     assert torch.equal(second.logits, again.logits)
 
 
@@ -260,12 +263,11 @@ def test_rows_that_change_places_take_their_encoder_states_along(bart: Pair) -> 
         (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
         (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
     ):
-        cache = bart.fast(**bart.given, decoder_input_ids=bart.ids[:, :4]).past_key_values
-        change(cache)
+        first = bart.fast(**bart.given, decoder_input_ids=bart.ids[:, :4])
+        change(cache_of(first))
         mask = bart.given["attention_mask"][rows]
-        step = bart.fast(
-            attention_mask=mask, decoder_input_ids=bart.ids[rows, 4:5], past_key_values=cache
-        ).logits
+        past = past_of(bart.fast, first)
+        step = bart.fast(attention_mask=mask, decoder_input_ids=bart.ids[rows, 4:5], **past).logits
         same(step[:, 0], whole[rows, 4])
 
 
@@ -278,11 +280,8 @@ def test_a_mask_may_change_between_steps(bart: Pair) -> None:
         with torch.no_grad():
             first = model(**bart.given, decoder_input_ids=bart.ids[:, :4])
             given = {"attention_mask": narrow, "encoder_outputs": (first.encoder_last_hidden_state,)}
-            results.append(
-                model(
-                    **given, decoder_input_ids=bart.ids[:, 4:5], past_key_values=first.past_key_values
-                ).logits
-            )
+            step = model(**given, decoder_input_ids=bart.ids[:, 4:5], **past_of(model, first))
+            results.append(step.logits)
     same(*results)
 
 
@@ -397,7 +396,10 @@ def test_what_does_not_fit_is_refused_and_leaves_the_model_usable(bart: Pair) ->
             "dim E is 76.*compile with max_length=76",
         ),
         ({**given, "decoder_input_ids": ids, "labels": ids}, "does not take labels"),
-        ({**given, "decoder_input_ids": ids, "past_key_values": hf.DynamicCache()}, "of another model"),
+        (
+            {**given, "decoder_input_ids": ids, **with_cache(fast.forward, hf.DynamicCache())},
+            f"{cache_name(bart.model.forward)} is a DynamicCache of another model",
+        ),
     ]
     for arguments, message in cases:
         with pytest.raises(tw.InputError, match=message):

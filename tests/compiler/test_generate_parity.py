@@ -30,7 +30,7 @@ from transformers import (
 )
 
 import tilewright as tw
-from tilewright.cache import EngineCache
+from tilewright.cache import EngineCache, cache_name, cache_of, with_cache
 
 from .models import tiny
 
@@ -174,10 +174,10 @@ def test_a_loop_of_the_callers_own(pair: Pair) -> None:
     """What such modes are now: a function that drives ``forward`` and the cache itself."""
 
     def two_ahead(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        cache = kwargs["past_key_values"]
+        cache = kwargs[cache_name(model.forward)]
         for _ in range(4):
             fed = input_ids[:, cache.get_seq_length() :]
-            logits = model(fed, past_key_values=cache, use_cache=True).logits[:, -1]
+            logits = model(fed, use_cache=True, **with_cache(model.forward, cache)).logits[:, -1]
             input_ids = torch.cat([input_ids, logits.topk(2).indices], dim=1)
         return input_ids
 
@@ -311,7 +311,7 @@ def test_dict_results(pair: Pair, sampled: bool) -> None:
     assert torch.equal(found.sequences, expected.sequences)
     for name in ("scores", "logits"):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
-    assert isinstance(found.past_key_values, EngineCache)
+    assert isinstance(cache_of(found), EngineCache)
     transition = [
         model.compute_transition_scores(result.sequences, result.scores, normalize_logits=True)
         for model, result in zip(pair, (expected, found), strict=True)
@@ -340,8 +340,9 @@ def _conversation(model: Any, rows: Sequence[int], options: dict[str, Any]) -> T
     assert isinstance(first.sequences, Tensor)
     turn = torch.cat([first.sequences, PROMPT.expand(len(rows), -1)], dim=1)
     longer = torch.cat([mask, mask.new_ones(len(rows), turn.shape[1] - mask.shape[1])], dim=1)
-    cache = first.past_key_values
-    result = seeded(model, turn, {"attention_mask": longer, "past_key_values": cache, **options})
+    cache = cache_of(first)
+    held = with_cache(model.forward, cache)
+    result = seeded(model, turn, {"attention_mask": longer, **held, **options})
     fresh = seeded(model, turn, {"attention_mask": longer, **options})
     assert torch.equal(result, fresh)
     assert cache.get_seq_length() == result.shape[1] - 1

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import tilewright as tw
 from tests.closeness import FACTOR, assert_no_further
+from tilewright.cache import cache_of, with_cache
 
 from .models import DECODERS, tiny
 
@@ -48,11 +49,11 @@ def prompt(rows: int = 3, length: int = 20) -> tuple[Tensor, Tensor]:
 def two_steps(model: Any, past: Any = None) -> tuple[Tensor, Tensor]:
     """Logits of a prompt's last position, and of two tokens one after the other."""
     ids, mask = prompt()
-    out = model(ids, attention_mask=mask, past_key_values=past)
-    first, past = out.logits[:, -1], out.past_key_values
+    out = model(ids, attention_mask=mask, **with_cache(model.forward, past))
+    first, past = out.logits[:, -1], with_cache(model.forward, cache_of(out))
     for token in (ids[:, :1], ids[:, 1:2]):
         mask = torch.cat([mask, mask[:, -1:]], dim=1)
-        out = model(token, attention_mask=mask, past_key_values=past)
+        out = model(token, attention_mask=mask, **past)
     return first, out.logits[:, -1]
 
 
@@ -90,9 +91,7 @@ def test_a_model_in_bfloat16() -> None:
 @pytest.mark.parametrize(("form", "share"), [("bf16", 2), ("fp8", 4)])
 def test_a_request_holds_fewer_bytes(form: str, share: int) -> None:
     """What the option is for."""
-    whole, narrow = (
-        compiled("llama", f, "cpp")(*prompt()[:1]).past_key_values.state.nbytes for f in (None, form)
-    )
+    whole, narrow = (cache_of(compiled("llama", f, "cpp")(*prompt()[:1])).state.nbytes for f in (None, form))
     assert whole == share * narrow
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from tilewright.aten_rules import RULES
+from tilewright.cache import with_cache
 from tilewright.capture import capture
 from tilewright.ir.errors import LoweringError
 from tilewright.ir.module import Module
@@ -129,7 +130,7 @@ def _decode_both(model: PreTrainedModel, mask: Tensor, steps: tuple[int, ...]) -
             "attention_mask": mask[:, : past + step],
         }
         with torch.no_grad():
-            theirs = model(**given, past_key_values=cache).logits
+            theirs = model(**given, **with_cache(model.forward, cache)).logits
         dims = {"B": len(mask), "S": step, "T": past + step}
         given["attention_mask"] = given["attention_mask"].bool()
         (ours,) = evaluate(ir, given, captured.tensors, dims, state)

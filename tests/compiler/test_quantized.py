@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import tilewright as tw
 from tests.closeness import FACTOR, assert_no_further
+from tilewright.cache import cache_of, with_cache
 from tilewright.ir.quantization import dequantize, round_activations
 from tilewright.quantize_native import quantizer
 
@@ -188,9 +189,9 @@ def test_prefill_in_bfloat16_on_the_reference_backend() -> None:
 def decode_step(model: Any, prompt: Any, by: Any = None) -> Tensor:
     """Logits of a token after a prompt (ids and mask) that ``model`` reads; ``by`` another model where given."""
     ids, mask = prompt
-    cache = model(ids, attention_mask=mask).past_key_values
+    past = with_cache(model.forward, cache_of(model(ids, attention_mask=mask)))
     last, mask = ids[:, :1], torch.cat([mask, mask[:, -1:]], dim=1)
-    return (by or model)(last, attention_mask=mask, past_key_values=cache).logits[:, -1]
+    return (by or model)(last, attention_mask=mask, **past).logits[:, -1]
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import tilewright as tw
 from tests.closeness import FACTOR, assert_no_further
+from tilewright.cache import cache_of, with_cache
 
 CONTEXTS = (1, 2, 17, 64, 65, 511, 512, 513, 1024)
 QUESTIONS = (
@@ -57,7 +58,8 @@ def _check_contexts(model: PreTrainedModel, fast: Any, text: Tensor, exact: Tens
     prefill, decode = [], []
     for context in CONTEXTS:
         first = fast(text[:, :context], use_cache=True, logits_to_keep=1)
-        second = fast(text[:, context : context + 1], past_key_values=first.past_key_values, use_cache=True)
+        past = with_cache(fast.forward, cache_of(first))
+        second = fast(text[:, context : context + 1], use_cache=True, **past)
         prefill.append(first.logits[0, -1])
         decode.append(second.logits[0, -1])
     at = torch.tensor(CONTEXTS)

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import tilewright as tw
 from tests.closeness import assert_no_further
+from tilewright.cache import cache_name, cache_of, with_cache
 from tilewright.runtime.engine import Engine
 
 from .models import random
@@ -81,8 +82,9 @@ def test_pieces_say_what_the_whole_says(backend: str, pieces: tuple[int, ...]) -
     for size in pieces:
         stop = start + size
         with torch.no_grad():
-            out = fast(PROMPT[:, start:stop], attention_mask=MASK[:, :stop], cache_params=past)
-        past, start = out.cache_params, stop
+            held = with_cache(fast.forward, past)
+            out = fast(PROMPT[:, start:stop], attention_mask=MASK[:, :stop], **held)
+        past, start = cache_of(out), stop
         found.append(out.logits)
     kept = MASK.bool()
     whole = logits(model_of("mamba"))
@@ -133,27 +135,29 @@ def test_a_second_turn_goes_on_from_the_cache() -> None:
     first = greedy(fast, return_dict_in_generate=True)
     turn = torch.cat([first.sequences, PROMPT.flip(1)[:, :6]], dim=1)
     mask = torch.cat([MASK, MASK.new_ones(2, turn.shape[1] - 21)], dim=1)
-    past = first.cache_params if hasattr(first, "cache_params") else first.past_key_values
+    past = cache_of(first)
     assert past.get_seq_length() == 29
     kept = copy.deepcopy(past)
     fresh = greedy(model_of("mamba"), turn, attention_mask=mask)
     for held in (past, kept):
-        assert torch.equal(greedy(fast, turn, attention_mask=mask, cache_params=held), fresh)
+        given = with_cache(fast.forward, held)
+        assert torch.equal(greedy(fast, turn, attention_mask=mask, **given), fresh)
 
 
 def test_a_cache_cannot_go_back() -> None:
     """So what would have to (speculation) is refused, and the request stays as it was."""
     fast = compiled("mamba")
     with torch.no_grad():
-        past = fast(PROMPT, attention_mask=MASK).cache_params
+        past = cache_of(fast(PROMPT, attention_mask=MASK))
     with pytest.raises(tw.InputError, match=r"recurrent layer .* cannot go back"):
         past.crop(-1)
     past.crop(21)
     with pytest.raises(ValueError, match="not supported with stateful models"):
         greedy(fast, PROMPT[:1], attention_mask=None, prompt_lookup_num_tokens=3)
     assert past.get_seq_length() == 21
-    with pytest.raises(tw.InputError, match="cache_params is a DynamicCache of another model"):
-        fast(PROMPT, cache_params=hf.DynamicCache())
+    name = cache_name(model_of("mamba").forward)
+    with pytest.raises(tw.InputError, match=f"{name} is a DynamicCache of another model"):
+        fast(PROMPT, **{name: hf.DynamicCache()})
 
 
 def test_a_failed_step_leaves_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +165,7 @@ def test_a_failed_step_leaves_the_request(monkeypatch: pytest.MonkeyPatch) -> No
     fast = compiled("mamba")
     engine = fast._tilewright.engine
     with torch.no_grad():
-        past = fast(PROMPT[:, :20], attention_mask=MASK[:, :20]).cache_params
+        past = with_cache(fast.forward, cache_of(fast(PROMPT[:, :20], attention_mask=MASK[:, :20])))
 
     def fails(executor: Any) -> Any:
         run = type(executor).run
@@ -176,9 +180,9 @@ def test_a_failed_step_leaves_the_request(monkeypatch: pytest.MonkeyPatch) -> No
         executor = engine.decode_executors[2]
         patched.setattr(type(executor), "run", fails(executor))
         with pytest.raises(KeyboardInterrupt):
-            fast(PROMPT[:, 20:], attention_mask=MASK, cache_params=past)
+            fast(PROMPT[:, 20:], attention_mask=MASK, **past)
     with torch.no_grad():
-        found = fast(PROMPT[:, 20:], attention_mask=MASK, cache_params=past).logits
+        found = fast(PROMPT[:, 20:], attention_mask=MASK, **past).logits
     torch.testing.assert_close(found, logits(model_of("mamba"))[:, 20:], rtol=2e-4, atol=2e-4)
 
 
@@ -203,7 +207,7 @@ def test_a_base_model_remembers_too() -> None:
     with torch.no_grad():
         expected = model(PROMPT, attention_mask=MASK).last_hidden_state
         first = fast(PROMPT[:, :9], attention_mask=MASK[:, :9])
-        second = fast(PROMPT[:, 9:], attention_mask=MASK, cache_params=first.cache_params)
+        second = fast(PROMPT[:, 9:], attention_mask=MASK, **with_cache(fast.forward, cache_of(first)))
     found = torch.cat([first.last_hidden_state, second.last_hidden_state], dim=1)
     torch.testing.assert_close(found[MASK.bool()], expected[MASK.bool()], rtol=2e-4, atol=2e-4)
 

@@ -15,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import tilewright as tw
+from tilewright.cache import cache_of, with_cache
 
 from .models import tiny
 from .sameness import assert_same, assert_same_call
@@ -298,7 +299,7 @@ def test_a_decoder_with_a_cache() -> None:
         )
         longer = torch.cat([mask, mask[:, -1:]], 1)
         steps = [
-            m(ids[:, :1], attention_mask=longer, past_key_values=o.past_key_values).logits
+            m(ids[:, :1], attention_mask=longer, **with_cache(model.forward, cache_of(o))).logits
             for m, o in ((model, expected), (fast, found))
         ]
     torch.testing.assert_close(steps[1], steps[0], rtol=1e-4, atol=1e-5)
