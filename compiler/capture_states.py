@@ -17,7 +17,7 @@ from torch import fx, nn
 from tilewright.ir.errors import CaptureError
 
 from .cache import cache_name
-from .capture_ops import CAUSAL_CONV1D, LINEAR_ATTENTION, SELECTIVE_SCAN, STATEFUL
+from .capture_ops import CAUSAL_CONV1D, LAYER, LINEAR_ATTENTION, SELECTIVE_SCAN, STATEFUL
 
 _KEPT_BY = {
     "update_conv_state": frozenset({CAUSAL_CONV1D}),
@@ -25,13 +25,19 @@ _KEPT_BY = {
 }
 """Methods of Transformers' caches by which a module keeps a state of a fixed size, and the ops that stand for it."""
 
+_OWNERS = STATEFUL | {
+    LAYER
+}  # a layer has a graph of its own, in which the module that keeps something is looked at
+_NAMES = ("layer_past", "past_key_value")
+"""What some modules call the cache that the model hands down to them."""
+
 
 def require_known_states(model: nn.Module, graphs: Iterable[fx.Graph]) -> None:
     """Raise CaptureError for a module of a decoder that was traced, uses a cache, and has left no op that owns it."""
     keepers = _keepers(model)
     for graph in graphs:
         for (path, kind), targets in _targets(graph, keepers).items():
-            needed = [ops for method, ops in _KEPT_BY.items() if method in keepers[kind]] or [STATEFUL]
+            needed = [ops for method, ops in _KEPT_BY.items() if method in keepers[kind]] or [_OWNERS]
             if not all(ops & targets for ops in needed):
                 raise CaptureError(
                     f"unsupported state: {kind.rpartition('.')[2]} ({path}) of {type(model).__name__} keeps something "
@@ -51,14 +57,13 @@ def _keepers(model: nn.Module) -> Mapping[str, frozenset[str]]:
 
 def _used_of_cache(kind: Any) -> frozenset[str]:
     """The attributes that the forward of a module class reads of its argument for a cache."""
-    name = cache_name(kind.forward)
-    if name is None:
-        return frozenset()
+    known = inspect.signature(kind.forward).parameters
+    name = cache_name(kind.forward) or next((n for n in _NAMES if n in known), None)
     steps = list(dis.get_instructions(inspect.unwrap(kind.forward)))
     return frozenset(
         str(after.argval)
         for step, after in itertools.pairwise(steps)
-        if step.opname.startswith("LOAD_FAST") and step.argval == name
+        if name is not None and step.opname.startswith("LOAD_FAST") and step.argval == name
         if after.opname in ("LOAD_ATTR", "LOAD_METHOD")
     )
 
