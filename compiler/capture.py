@@ -38,7 +38,7 @@ from .capture_inputs import (
     symbol_ranges,
 )
 from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, flat_names, opaque_layers
-from .capture_ops import STATEFUL, attention_forward, opaque_attention
+from .capture_ops import STATEFUL, attention_forward, opaque_attention, set_in_configs
 from .capture_patches import PositionRule, has_own_attention, position_rule, rerouted
 from .capture_ready import check_ready
 from .capture_rope import CALL_LENGTH, CallLength, pure_rotaries
@@ -194,8 +194,11 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
         opaque_experts(model),
         rerouted(model, attention_forward),
         pure_rotaries(model, outer.length),
+        set_in_configs(
+            model, "use_cache", False
+        ),  # some ask their config alone; with a cache no layers are alike
     )
-    with torch.no_grad(), opaque, rerouting[0], rerouting[1], rerouting[2]:
+    with torch.no_grad(), opaque, rerouting[0], rerouting[1], rerouting[2], rerouting[3]:
         while True:
             try:
                 main, layers, calls = _capture_layered(model, outer, inputs, ranges, skip)
