@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -180,32 +180,23 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
     kind = model_kind(model)
     inputs = model_inputs(model, kind)
     ranges = symbol_ranges(model, inputs)
-    notes: list[str] = []
-    skip: list[str] = []
     outer = _Outer(model)
     dispatches = has_own_attention(model) or (
         model._can_set_attn_implementation() and not is_recurrent(model)
     )
     if kind == "decoder" and not dispatches:
         raise _unsupported_attention(model)
-    # An encoder without the common dispatch keeps no state: its attention is captured as the ordinary ops it is.
-    opaque = opaque_attention(model) if dispatches else nullcontext()
-    rerouting = (
-        opaque_experts(model),
-        rerouted(model, attention_forward),
-        pure_rotaries(model, outer.length),
-        set_in_configs(
-            model, "use_cache", False
-        ),  # some ask their config alone; with a cache no layers are alike
-    )
-    with torch.no_grad(), opaque, rerouting[0], rerouting[1], rerouting[2], rerouting[3]:
-        while True:
-            try:
-                main, layers, calls = _capture_layered(model, outer, inputs, ranges, skip)
-                break
-            except NotALayerError as error:
-                skip.append(error.list_name)
-                notes.append(f"layers of {error} (captured as part of the whole model)")
+    try:
+        main, layers, calls, notes = _trace(model, outer, inputs, ranges, is_opaque=dispatches)
+    except CaptureError as error:
+        if kind == "decoder" or not dispatches or has_own_attention(model):
+            raise
+        # An encoder keeps no state, so its attention may be captured as the ordinary ops it is.
+        try:
+            main, layers, calls, notes = _trace(model, outer, inputs, ranges, is_opaque=False)
+        except CaptureError:
+            raise error from None
+        notes.append(f"attention is captured as ordinary ops: {str(error).splitlines()[0]}")
     graphs = [main, *layers.values()]
     if kind == "decoder" and not any(n.target in STATEFUL for g in graphs for n in g.exported.graph.nodes):
         raise _unsupported_attention(model)
@@ -224,6 +215,33 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
         notes=tuple(notes),
         per_request=PER_REQUEST if is_encoder_decoder(model) else (),
     )
+
+
+def _trace(
+    model: PreTrainedModel,
+    outer: _Outer,
+    inputs: Inputs,
+    ranges: Mapping[str, tuple[int, int]],
+    is_opaque: bool,
+) -> tuple[CapturedGraph, dict[str, CapturedGraph], dict[int, LayerCall], list[str]]:
+    """The outer graph, the distinct layers, the calls, and notes on lists of modules that are no layers."""
+    notes: list[str] = []
+    skip: list[str] = []
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if is_opaque:
+            stack.enter_context(opaque_attention(model))
+        stack.enter_context(opaque_experts(model))
+        stack.enter_context(rerouted(model, attention_forward))
+        stack.enter_context(pure_rotaries(model, outer.length))
+        # Some ask their config alone whether to keep a cache; with one no two layers are alike.
+        stack.enter_context(set_in_configs(model, "use_cache", False))
+        while True:
+            try:
+                return *_capture_layered(model, outer, inputs, ranges, skip), notes
+            except NotALayerError as error:
+                skip.append(error.list_name)
+                notes.append(f"layers of {error} (captured as part of the whole model)")
 
 
 def _capture_layered(
