@@ -42,7 +42,7 @@ def _add(ctx: Context, x: Operand, y: Operand, alpha: Number = 1) -> Result:
     return _binary(ctx, "add", x, _scaled(ctx, y, alpha))
 
 
-@rule("sub.Tensor", "sub.Scalar")
+@rule("sub.Tensor", "sub.Scalar", "subtract.Tensor", "subtract.Scalar")
 def _sub(ctx: Context, x: Operand, y: Operand, alpha: Number = 1) -> Result:
     return _binary(ctx, "sub", x, _scaled(ctx, y, alpha))
 
@@ -52,14 +52,16 @@ def _rsub(ctx: Context, x: Operand, y: Operand, alpha: Number = 1) -> Result:
     return _binary(ctx, "sub", y, _scaled(ctx, x, alpha))
 
 
-@rule("mul.Tensor", "mul.Scalar")
+@rule("mul.Tensor", "mul.Scalar", "multiply.Tensor", "multiply.Scalar")
 def _mul(ctx: Context, x: Operand, y: Operand) -> Result:
     if ctx.out.dtype is DType.bool:
         return ctx.apply("and", ctx.value(x, DType.bool), ctx.value(y, DType.bool))
     return _binary(ctx, "mul", x, y)
 
 
-@rule("div.Tensor", "div.Scalar")
+@rule(
+    "div.Tensor", "div.Scalar", "divide.Tensor", "divide.Scalar", "true_divide.Tensor", "true_divide.Scalar",
+)  # fmt: skip
 def _div(ctx: Context, x: Operand, y: Operand) -> Result:
     return _binary(ctx, "div", x, y)
 
@@ -286,6 +288,10 @@ def _comparison(name: str) -> Rule:
 
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     rule(f"{_name}.Tensor", f"{_name}.Scalar")(_comparison(_name))
+for _alias, _name in {
+    "not_equal": "ne", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge",
+}.items():  # fmt: skip
+    rule(f"{_alias}.Tensor", f"{_alias}.Scalar")(_comparison(_name))
 
 
 def _logical(name: str) -> Rule:
@@ -349,10 +355,12 @@ def _addcmul(ctx: Context, x: Value, a: Value, b: Value, value: Number = 1) -> R
 @rule(
     "to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy.default", "type_as.default",
     "clone.default", "contiguous.default", "alias.default", "detach.default", "detach_.default",
-    "lift_fresh_copy.default", "positive.default",
+    "lift_fresh_copy.default", "positive.default", takes_empty=True,
 )  # fmt: skip
 def _copy(ctx: Context, x: Value, *_: Any, **__: Any) -> Result:
     """Memory layout and device are not the IR's concern; only the element type can change."""
+    if any(size == 0 for size in x.shape) and x.dtype is not ctx.out.dtype:
+        return None
     return ctx.cast(x, ctx.out.dtype)
 
 

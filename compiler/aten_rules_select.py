@@ -7,7 +7,7 @@ from sympy import Expr, Integer, prod
 from tilewright.ir.index import index_symbols, linear_index, reshape_map
 from tilewright.ir.types import DType, TensorType, Value
 
-from .aten_rules import Context, Result, axis, rule
+from .aten_rules import Context, Result, Rule, axis, rule
 
 _COMPARED = 512
 """The longest row that is ranked by comparing all pairs: as many experts as models have. PyTorch takes longer ones."""
@@ -55,14 +55,32 @@ def _argmax(ctx: Context, x: Value, dim: int | None = None, keepdim: bool = Fals
     """The first place of the largest element; as for PyTorch, NaN is larger than any number."""
     if dim is None or x.type.rank == 0:
         return None
-    at = axis(dim, x.type.rank)
-    largest = ctx.expand(ctx.reduce("max", x, [at], True), x.shape)
-    found = ctx.apply("eq", x, largest)
+    return _first(ctx, "max", x, axis(dim, x.type.rank), keepdim)
+
+
+def _first(ctx: Context, kind: str, x: Value, at: int, keepdim: bool) -> Value:
+    best = ctx.expand(ctx.reduce(kind, x, [at], True), x.shape)
+    found = ctx.apply("eq", x, best)
     if x.dtype.is_float:
         found = ctx.apply("or", found, ctx.apply("ne", x, x))
     places = ctx.positions(x.shape[at], x.shape, at)
     last = ctx.const(x.shape[at] - 1, DType.i64)
     return ctx.reduce("min", ctx.apply("where", found, places, last), [at], keepdim)
+
+
+def _best(kind: str) -> Rule:
+    def lower(ctx: Context, x: Value, dim: int, keepdim: bool = False) -> Result:
+        """The largest (or smallest) element of each row, and its first place; NaN comes before any number."""
+        if x.type.rank == 0 or x.dtype is DType.bool:
+            return None
+        at = axis(dim, x.type.rank)
+        return ctx.reduce(kind, x, [at], keepdim), _first(ctx, kind, x, at, keepdim)
+
+    return lower
+
+
+for _kind in ("max", "min"):
+    rule(f"{_kind}.dim")(_best(_kind))
 
 
 @rule("gather.default")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput
 from tilewright.ir.errors import CaptureError
 
 from .capture_experts import opaque_experts
+from .capture_export import export, symbol_names
 from .capture_inputs import (
     MAX_BATCH,
     Inputs,
@@ -181,33 +182,21 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
     kind = model_kind(model)
     inputs = model_inputs(model, kind)
     ranges = symbol_ranges(model, inputs)
-    notes: list[str] = []
-    skip: list[str] = []
     outer = _Outer(model)
     dispatches = has_own_attention(model) or model._can_set_attn_implementation()
     if kind == "decoder" and not dispatches:
         raise _unsupported_attention(model)
-    # An encoder without the common dispatch keeps no state: its attention is captured as the ordinary ops it is.
-    opaque = opaque_attention(model) if dispatches else nullcontext()
-    rerouting = (
-        opaque,
-        opaque_experts(model),
-        opaque_recurrences(model),
-        rerouted(model, attention_forward),
-        pure_rotaries(model, outer.length),
-        # Some ask their config alone; with a cache no layers are alike.
-        set_in_configs(model, "use_cache", False),
-    )
-    with ExitStack() as stack:
-        for replaced in (torch.no_grad(), *rerouting):
-            stack.enter_context(replaced)
-        while True:
-            try:
-                main, layers, calls = _capture_layered(model, outer, inputs, ranges, skip)
-                break
-            except NotALayerError as error:
-                skip.append(error.list_name)
-                notes.append(f"layers of {error} (captured as part of the whole model)")
+    try:
+        main, layers, calls, notes = _trace(model, outer, inputs, ranges, is_opaque=dispatches)
+    except CaptureError as error:
+        if kind == "decoder" or not dispatches or has_own_attention(model):
+            raise
+        # An encoder keeps no state, so its attention may be captured as the ordinary ops it is.
+        try:
+            main, layers, calls, notes = _trace(model, outer, inputs, ranges, is_opaque=False)
+        except CaptureError:
+            raise error from None
+        notes.append(f"attention is captured as ordinary ops: {str(error).splitlines()[0]}")
     graphs = [main, *layers.values()]
     if kind == "decoder" and not any(n.target in STATEFUL for g in graphs for n in g.exported.graph.nodes):
         raise _unsupported_attention(model)
@@ -230,6 +219,37 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
     )
 
 
+def _trace(
+    model: PreTrainedModel,
+    outer: _Outer,
+    inputs: Inputs,
+    ranges: Mapping[str, tuple[int, int]],
+    is_opaque: bool,
+) -> tuple[CapturedGraph, dict[str, CapturedGraph], dict[int, LayerCall], list[str]]:
+    """The outer graph, the distinct layers, the calls, and notes on lists of modules that are no layers."""
+    notes: list[str] = []
+    skip: list[str] = []
+    replaced: list[AbstractContextManager[Any]] = [
+        torch.no_grad(),
+        *([opaque_attention(model)] if is_opaque else []),
+        opaque_experts(model),
+        opaque_recurrences(model),
+        rerouted(model, attention_forward),
+        pure_rotaries(model, outer.length),
+        # Some ask their config alone whether to keep a cache; with one no two layers are alike.
+        set_in_configs(model, "use_cache", False),
+    ]
+    with ExitStack() as stack:
+        for context in replaced:
+            stack.enter_context(context)
+        while True:
+            try:
+                return *_capture_layered(model, outer, inputs, ranges, skip), notes
+            except NotALayerError as error:
+                skip.append(error.list_name)
+                notes.append(f"layers of {error} (captured as part of the whole model)")
+
+
 def _capture_layered(
     model: PreTrainedModel,
     outer: _Outer,
@@ -245,8 +265,8 @@ def _capture_layered(
     }
     shapes = {name: _symbolic(shape, dims) for name, (_, shape) in inputs.items()}
     with opaque_layers(find_layers(model, skip)) as recording:
-        exported = _export(outer, (examples,), {"inputs": shapes}, type(model).__name__)
-    symbols = _symbol_names(exported, [shape for _, shape in inputs.values()])
+        exported = export(outer, (examples,), {"inputs": shapes}, type(model).__name__)
+    symbols = symbol_names(exported, [shape for _, shape in inputs.values()])
     main = _untied(_graph("main", exported, tuple(inputs), symbols, prefix="model."), model)
     layers: dict[str, CapturedGraph] = {}
     by_signature: dict[Any, str] = {}
@@ -272,10 +292,10 @@ def _capture_layer(
     )
     shapes = tuple(_symbolic(shape, dims) for shape in named)
     try:
-        exported = _export(LayerForward(record), (examples,), {"inputs": shapes}, record.layer.name)
+        exported = export(LayerForward(record), (examples,), {"inputs": shapes}, record.layer.name)
     except CaptureError as error:
         raise NotALayerError(record.layer.list_name, str(error).splitlines()[0]) from error
-    return _graph(name, exported, record.names(), _symbol_names(exported, named), prefix="layer.")
+    return _graph(name, exported, record.names(), symbol_names(exported, named), prefix="layer.")
 
 
 def _example_sizes(shape: Sequence[str | int]) -> list[int]:
@@ -380,7 +400,7 @@ def _capture_module(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str
     exported, ranges, notes = _export_dynamic_batch(plain, args, kwargs, leaves)
     names = _input_names(model, args, kwargs)
     dims: list[tuple[str, ...]] = [("B",)] * len(leaves) if ranges else []
-    main = _untied(_graph("main", exported, names, _symbol_names(exported, dims), prefix="model."), model)
+    main = _untied(_graph("main", exported, names, symbol_names(exported, dims), prefix="model."), model)
     spec = plain.returned.spec
     assert spec is not None
     return Captured(
@@ -428,39 +448,11 @@ def _export_dynamic_batch(
                 batch = Dim("B", min=least, max=MAX_BATCH)
                 shapes = pytree.tree_map(lambda _, dim=batch: {0: dim}, (args, kwargs))
                 try:
-                    exported = _export(plain, grown, {"args": shapes[0], "kwargs": shapes[1]}, name)
+                    exported = export(plain, grown, {"args": shapes[0], "kwargs": shapes[1]}, name)
                     return exported, {"B": (least, MAX_BATCH)}, ()
                 except CaptureError as error:
                     note = str(error).splitlines()[0]
-        return _export(plain, (args, kwargs), None, name), {}, (f"sizes are fixed to the example's: {note}",)
-
-
-# --- torch.export -------------------------------------------------------------------------------------------------
-
-
-def _export(module: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any, where: str) -> ExportedProgram:
-    """torch.export at training IR; anything it raises becomes a CaptureError that names the module."""
-    module.eval()
-    try:
-        return torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
-    except (CaptureError, NotALayerError):
-        raise
-    except Exception as error:
-        raise CaptureError(
-            f"torch.export could not trace {where}: {type(error).__name__}: {error}\n"
-            "Look in that module's forward for control flow or sizes that depend on data, or pass other example_inputs="
-        ) from error
-
-
-def _symbol_names(exported: ExportedProgram, named: Sequence[Sequence[str | int]]) -> dict[sympy.Symbol, str]:
-    """Our name for each size symbol of the export, read off the input placeholders."""
-    placeholders = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
-    names: dict[sympy.Symbol, str] = {}
-    for user_input, dims in zip(exported.graph_signature.user_inputs, named, strict=False):
-        for size, name in zip(placeholders[str(user_input)].meta["val"].shape, dims, strict=False):
-            if isinstance(size, torch.SymInt) and isinstance(name, str):
-                names[size.node.expr] = name
-    return names
+        return export(plain, (args, kwargs), None, name), {}, (f"sizes are fixed to the example's: {note}",)
 
 
 _TENSOR_KINDS = frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR})

@@ -111,7 +111,7 @@ def most_positions(model: Any) -> int:
     if isinstance(model, PreTrainedModel):
         config = model.config.get_text_config()
     limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
-    return next((limit for limit in limits if limit), 0)
+    return next((limit for limit in limits if limit and limit > 0), 0)
 
 
 def _image_shape(model: PreTrainedModel) -> tuple[int, int, int]:

@@ -9,22 +9,18 @@ tracing, and lowering gives them their meaning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
-from transformers.masking_utils import (
-    AttentionMaskInterface,
-    and_masks,
-    bidirectional_mask_function,
-    causal_mask_function,
-    sliding_window_overlay,
-)
+from transformers.masking_utils import AttentionMaskInterface
 
 from tilewright.ir.errors import CaptureError
+
+from .capture_masks import mask_forward, pattern_of, window_table
 
 IMPLEMENTATION = "tilewright"
 
@@ -108,7 +104,8 @@ def attention_forward(
 
     query, key, value [B, H, S, D] give [B, S, H, D]. ``s_aux`` [H] are sinks, under the name that transformers has for
     them; ``slopes`` f32[H] are those of ALiBi, and a ``position_bias`` f32[H, R] is a table by distance (False: there
-    is none): only ``capture_patches`` passes such. Raises CaptureError for a bias or a mask that the op cannot express.
+    is none): only ``capture_patches`` passes such. What is noted on a mask goes before ``sliding_window`` and
+    ``is_causal``. Raises CaptureError for a bias or a mask that the op cannot express.
     """
     distances = None if position_bias is False else position_bias
     arrays = {"head_mask": extra.get("head_mask"), "position_bias": distances}
@@ -124,6 +121,15 @@ def attention_forward(
             "models whose mask comes from transformers.masking_utils can be compiled"
         )
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    if (pattern := pattern_of(attention_mask)) is not None:
+        causal, sliding_window = pattern.causal, pattern.behind
+        if pattern.around is not None:
+            if distances is not None:
+                raise CaptureError(
+                    f"unsupported attention: {type(module).__name__} has a bias by distance and a window on both "
+                    "sides of a query, of which the attention op takes one; run this model with Hugging Face instead"
+                )
+            distances = window_table(pattern.around, query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = ATTENTION(
         query,
@@ -141,36 +147,8 @@ def attention_forward(
     return out, None
 
 
-_PLAIN_MASKS: set[Any] = {causal_mask_function, bidirectional_mask_function}
-
-
-def _is_plain(mask_function: Callable[..., Any]) -> bool:
-    """True for causal, bidirectional and sliding-window masks: what the attention op's attributes express."""
-    if mask_function in _PLAIN_MASKS:
-        return True
-    code = mask_function.__code__
-    if code is sliding_window_overlay(1).__code__:
-        return True
-    if code is not and_masks(causal_mask_function).__code__:
-        return False
-    parts = [cell.cell_contents for cell in mask_function.__closure__ or ()]
-    return all(_is_plain(part) for group in parts for part in group)
-
-
-def _mask_forward(
-    attention_mask: Tensor | None = None, mask_function: Callable[..., Any] = causal_mask_function, **_: Any
-) -> Tensor | None:
-    """Hand the 2-D key mask through: causality and windows are index arithmetic inside the attention op."""
-    if not _is_plain(mask_function):
-        raise CaptureError(
-            f"unsupported attention: the mask pattern {mask_function.__qualname__} is neither causal, "
-            "bidirectional nor a sliding window; run this model with Hugging Face instead"
-        )
-    return attention_mask
-
-
 AttentionInterface.register(IMPLEMENTATION, attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, _mask_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, mask_forward)
 
 
 def configs_of(model: nn.Module) -> list[PretrainedConfig]:

@@ -57,7 +57,7 @@ def rerouted(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
     Raises CaptureError for a model whose attention no call of ``attend`` can say.
     """
     reroute = _REROUTES.get(model.config.model_type)
-    overrides = list(reroute(model, attend)) if reroute else []
+    overrides = [*(reroute(model, attend) if reroute else ()), *_all_queries(model)]
     saved = [vars(o.module).get(o.name, _ABSENT) for o in overrides]
     for o in overrides:
         o.module.__dict__[o.name] = o.value
@@ -72,6 +72,19 @@ def rerouted(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
 
 
 _ABSENT = object()
+
+
+def _all_queries(model: PreTrainedModel) -> Iterator[_Override]:
+    """Models that drop the queries of most tokens before their last layers, which keep no keys and values of their own,
+    and cut the mask over queries and keys for that. How many logits are kept is decided later, in the IR."""
+
+    def same(x: Tensor, inputs: Any, positions: Any, masks: Any, *_: object, **__: object) -> tuple[Any, ...]:
+        return x, inputs, positions, masks
+
+    for module in model.modules():
+        if hasattr(module, "_maybe_slice_kv_shared_inputs"):
+            yield _Override(module, "_maybe_slice_kv_shared_inputs", same)
+
 
 # --- attention in a method ----------------------------------------------------------------------------------------
 
@@ -142,6 +155,38 @@ def _reroute_relative(model: PreTrainedModel, attend: Attend) -> Iterator[_Overr
                 yield _Override(block, "_forward_pre_hooks", {0: hook})
                 yield _Override(block, "_forward_pre_hooks_with_kwargs", {0: True})
                 yield _Override(block, "forward", route(block))
+
+
+def _reroute_relative_each(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]:
+    """Attention modules each of which has a bias by distance of its own, and computes it in its forward."""
+
+    def route(attention: Any) -> Callable[..., Any]:
+        forward, bucket = type(attention).forward, attention._relative_position_bucket
+        most = getattr(attention, "relative_attention_max_distance", 0)
+
+        def bias(*_: object, **__: object) -> Tensor:
+            buckets = bucket(torch.arange(-most, most + 1, device=model.device))
+            return cast(Tensor, attention.relative_attention_bias(buckets).t().float())
+
+        def routed(*args: Any, **kwargs: Any) -> Any:
+            own = attention.has_relative_attention_bias
+            # Without a bias, as in cross-attention, it would make an array of zeros.
+            given = {
+                "has_relative_attention_bias": True,
+                "compute_bias": bias if own else lambda *_, **__: False,
+            }
+            attention.__dict__.update(given)
+            try:
+                return forward(attention, *args, **kwargs)
+            finally:
+                attention.__dict__["has_relative_attention_bias"] = own
+                del attention.__dict__["compute_bias"]
+
+        return routed
+
+    for module in model.modules():
+        if hasattr(module, "compute_bias") and hasattr(module, "_relative_position_bucket"):
+            yield _Override(module, "forward", route(module))
 
 
 # --- attention in a forward ---------------------------------------------------------------------------------------
@@ -303,6 +348,7 @@ _REROUTES: dict[str, Callable[[PreTrainedModel, Attend], Iterator[_Override]]] =
     "falcon": _reroute_falcon,
     "t5": _reroute_relative,
     "mt5": _reroute_relative,
+    "umt5": _reroute_relative_each,
     "mamba": _reroute_mamba,
     "falcon_mamba": _reroute_mamba,
     "jamba": _reroute_mamba,

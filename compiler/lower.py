@@ -39,7 +39,7 @@ from .aten_rules import RULES, TAKES_EMPTY, Context, Result, Rule
 from .capture import Captured, CapturedGraph, LayerCall
 from .capture_experts import EXPERTS
 from .capture_ops import ATTENTION, CAUSAL_CONV1D, LAYER, LINEAR_ATTENTION, NEW_TOKENS, SELECTIVE_SCAN
-from .shown_outputs import is_functional
+from .writes import functional, is_write, overwritten
 
 
 def lower(captured: Captured, is_bounded: bool = True) -> Module:
@@ -160,7 +160,10 @@ class _FunctionLowering:
         if node.target is LAYER:
             self.values[node.name] = self._layer_call(*self._resolve(node.args))
             return
-        if not isinstance(node.target, torch._ops.OpOverload):
+        target, written = node.target, overwritten(node)
+        if written is not None:
+            target = functional(node)
+        if not isinstance(target, torch._ops.OpOverload):
             raise LoweringError(
                 "control flow and higher-order ops cannot be lowered; rewrite that part of the model"
             )
@@ -180,17 +183,19 @@ class _FunctionLowering:
         elif node.target is EXPERTS:
             result = aten_rules_matmul.opaque_experts(context, *args)
         else:
-            name = str(node.target).removeprefix("aten.")
+            name = str(target).removeprefix("aten.")
             found = RULES.get(name)
             given = [v.type for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Value)]
             empty = any(d == 0 for type_ in (*given, *outs) for d in type_.shape)
             fits = found and (not empty or name in TAKES_EMPTY)
             result = _attempt(found, context, args, kwargs) if found and fits else None
         if result is None:
-            result = self._torch_call(str(node.target), args, kwargs, outs)
+            result = self._torch_call(str(target), args, kwargs, outs)
             result = result if isinstance(meta, tuple | list) else result[0]
         _check_types(result, outs)
         self.values[node.name] = result
+        if written is not None:
+            self.values[written.name] = result
 
     def _slot(self, causal: bool = True, part: str = "") -> str:
         """The slot of the stateful op at hand, its module's path (and the part of its state), or none where nothing is
@@ -321,7 +326,7 @@ def _without_mutation(graph: CapturedGraph) -> fx.Graph:
     exported = graph.exported
     if isinstance(exported, fx.GraphModule):
         return exported.graph
-    if not is_functional(exported.graph):
+    if any(is_write(node) and overwritten(node) is None for node in exported.graph.nodes):
         exported = exported.run_decompositions({})
     mutated = {**exported.graph_signature.buffers_to_mutate, **exported.graph_signature.user_inputs_to_mutate}
     if mutated:
@@ -337,7 +342,7 @@ def _live(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     nodes = list(nodes)
     live: set[fx.Node] = set()
     for node in reversed(nodes):
-        if node.op == "output" or node in live:
+        if node.op == "output" or node in live or overwritten(node) in live:
             live.add(node)
             if not isinstance(node.meta.get("val"), torch.SymInt):
                 live.update(node.all_input_nodes)

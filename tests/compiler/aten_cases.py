@@ -53,6 +53,17 @@ def case(target: str, args: Callable[[int], tuple[Any, ...]], **kwargs: Any) -> 
     return Case(target, args, tuple(kwargs.items()))
 
 
+_ALIASES = (
+    "subtract",
+    "multiply",
+    "divide",
+    "true_divide",
+    "not_equal",
+    "less",
+    "less_equal",
+    "greater",
+    "greater_equal",
+)
 _UNARY = (
     "neg",
     "abs",
@@ -167,6 +178,8 @@ BINARY = [
     *(case(f"{name}.Tensor", lambda n: (i(n, 4), f(n, 4))) for name in ("eq", "ne", "lt", "le", "gt", "ge")),
     *(case(f"{name}.Scalar", lambda n: (i(n, 4), 1)) for name in ("eq", "ne", "lt", "le", "gt", "ge")),
     case("gt.Scalar", lambda n: (i(n, 4), 0.5)),
+    *(case(f"{name}.Tensor", lambda n: (f(n, 4), positive(n, 4))) for name in _ALIASES),
+    *(case(f"{name}.Scalar", lambda n: (f(n, 4), 2)) for name in _ALIASES),
     *(case(f"logical_{name}.default", lambda n: (i(n, 4), b(n, 4))) for name in ("and", "or", "xor")),
     *(case(f"bitwise_{name}.Tensor", lambda n: (i(n, 4), i(n, 4))) for name in ("and", "or", "xor")),
     *(case(f"bitwise_{name}.Scalar", lambda n: (i(n, 4), 6)) for name in ("and", "or", "xor")),
@@ -283,6 +296,10 @@ VIEW = [
     case("argmax.default", lambda n: (f(n, 7), -1)),
     case("argmax.default", lambda n: (i(n, 9, 3), 1, True)),
     case("argmax.default", lambda n: (f(n, 4) * float("nan"), 1)),
+    case("max.dim", lambda n: (f(n, 7), -1)),
+    case("max.dim", lambda n: (i(n, 9, 3), 1, True)),
+    case("min.dim", lambda n: (f(n, 4, 5), 1, True)),
+    case("min.dim", lambda n: (i(n, 6), 1)),
     case("gather.default", lambda n: (f(n, 7), 1, index(n, 3, size=7))),
     case("gather.default", lambda n: (f(n, 2, 5), -1, index(n, 2, 8, size=5))),
     case("gather.default", lambda n: (f(n, 7, 3), 1, index(n, 4, 3, size=7))),

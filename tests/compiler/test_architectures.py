@@ -33,6 +33,10 @@ _LATENT = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
     "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_routed_experts": 4,
 }  # fmt: skip
+_GEMMA4 = {
+    "sliding_window": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 128,
+}  # fmt: skip
 _RECURRENT = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, **_IDS}
 _FALCON = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **_IDS}
 
@@ -86,6 +90,23 @@ DECODERS: dict[str, PretrainedConfig] = {
     "mamba": hf.MambaConfig(**_RECURRENT),
     "falcon_mamba": hf.FalconMambaConfig(**_RECURRENT),
     "deepseek_v3": hf.DeepseekV3Config(**_PLAIN, **_IDS, **_EXPERTS, **_LATENT, num_key_value_heads=4),
+    "smollm3": hf.SmolLM3Config(**_GROUPED),
+    "exaone4": hf.Exaone4Config(**_HEADS, sliding_window=16),
+    "cohere2": hf.Cohere2Config(**_HEADS, sliding_window=16),
+    "gpt_bigcode": hf.GPTBigCodeConfig(vocab_size=128, n_embd=64, n_layer=2, n_head=4, **_IDS),
+    "olmoe": hf.OlmoeConfig(**_GROUPED, num_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": hf.Qwen2MoeConfig(**_GROUPED, **_EXPERTS, num_experts=4, shared_expert_intermediate_size=32),
+    "glm4_moe": hf.Glm4MoeConfig(**_HEADS, **_EXPERTS, n_routed_experts=4, first_k_dense_replace=0),
+    "phimoe": hf.PhimoeConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2, sliding_window=16),
+    "granitemoe": hf.GraniteMoeConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    "gemma4": hf.Gemma4TextConfig(**_HEADS, **_GEMMA4, layer_types=["sliding_attention", "full_attention"]),
+    "gemma4_shared": hf.Gemma4TextConfig(
+        **_HEADS,
+        **_GEMMA4,
+        layer_types=["full_attention"] * 2,
+        num_kv_shared_layers=1,
+        use_double_wide_mlp=True,
+    ),
 }
 _HYBRID = {**_HEADS, "num_hidden_layers": 3}
 _DELTA = {
@@ -130,6 +151,10 @@ ENCODERS: dict[str, PretrainedConfig] = {
     "bert": hf.BertConfig(**_PLAIN),
     "roberta": hf.RobertaConfig(**_PLAIN),
     "distilbert": hf.DistilBertConfig(vocab_size=128, dim=64, n_layers=2, n_heads=4, hidden_dim=96),
+    "xlm_roberta": hf.XLMRobertaConfig(**_PLAIN),
+    "modernbert": hf.ModernBertConfig(**_PLAIN, local_attention=8, pad_token_id=0),
+    "nomic_bert": hf.NomicBertConfig(**_PLAIN),
+    "layoutlm": hf.LayoutLMConfig(**_PLAIN),
 }
 REFUSED: dict[str, PretrainedConfig] = {
     "xglm": hf.XGLMConfig(vocab_size=128, d_model=64, ffn_dim=96, num_layers=2, attention_heads=4),
@@ -189,14 +214,16 @@ def test_an_encoder_says_what_hugging_face_says(name: str, record_architecture: 
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
-@pytest.mark.parametrize("kind", [hf.T5EncoderModel, hf.MT5EncoderModel])
+@pytest.mark.parametrize("kind", [hf.T5EncoderModel, hf.MT5EncoderModel, hf.UMT5EncoderModel])
 def test_relative_positions_are_a_table_by_distance(
     kind: Any, backend: str, record_architecture: Callable[..., None]
 ) -> None:
     """Prompts longer than the table, whose numbers are all unlike, on both sides of a query."""
     model = random(kind.config_class(**_T5), kind)
     with torch.no_grad():
-        model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.normal_(0, 2)
+        for block in model.encoder.block:
+            if (attention := block.layer[0].SelfAttention).has_relative_attention_bias:
+                attention.relative_attention_bias.weight.normal_(0, 2)
     fast, found, expected = check_encoder(model, backend)
     if backend == "reference":
         name = f"{model.config.model_type}_encoder"

@@ -38,6 +38,7 @@ _SOUND = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions":
 MODELS: dict[str, tuple[Any, Callable[[], hf.PretrainedConfig]]] = {
     "t5": (hf.T5ForConditionalGeneration, lambda: hf.T5Config(**_T5)),
     "mt5": (hf.MT5ForConditionalGeneration, lambda: hf.MT5Config(**_T5)),
+    "umt5": (hf.UMT5ForConditionalGeneration, lambda: hf.UMT5Config(**_T5)),
     "bart": (hf.BartForConditionalGeneration, lambda: hf.BartConfig(**_BART)),
     "mbart": (hf.MBartForConditionalGeneration, lambda: hf.MBartConfig(**_BART)),
     "marian": (hf.MarianMTModel, lambda: hf.MarianConfig(**_BART)),
