@@ -181,8 +181,8 @@ def test_torch_compile_decodes_what_the_model_does(
     chosen: list[int] = []
     step = system._step
 
-    def noted(token: torch.Tensor, cache: Any, extra: dict[str, torch.Tensor]) -> torch.Tensor:
-        rows = step(token, cache, extra)
+    def noted(token: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+        rows = step(token, given)
         assert rows.shape == (batch, 1)
         assert len(set(rows.flatten().tolist())) == 1
         chosen.append(int(rows[0]))
