@@ -45,14 +45,15 @@ class _Merge:
 
 
 def _merge_of(op: Op) -> _Merge | None:
-    """What a view merges, if that and nothing else: several dims, the last of them a constant."""
+    """What a view merges, if that and nothing else: tokens, of whose number nothing is known, and a constant number of
+    heads."""
     (source,), shape = op.operands, op.result.shape
     extra = source.type.rank - len(shape)
     at = next((n for n, (a, b) in enumerate(zip(source.shape, shape, strict=False)) if a != b), None)
     if extra < 1 or at is None or source.shape[at + extra + 1 :] != shape[at + 1 :]:
         return None
     parts = source.shape[at : at + extra + 1]
-    if not parts[-1].is_Integer or parts[-1] == 1 or sympy.prod(parts[:-1]) == 1:
+    if not parts[-1].is_Integer or parts[-1] == 1 or sympy.prod(parts[:-1]).is_Integer:
         return None
     return _Merge(source, at, parts) if op.attr("map") == reshape_map(source.shape, shape) else None
 
