@@ -54,7 +54,9 @@ def _gates(module: Any) -> Iterator[Gate]:
 def find_gate(module: nn.Module) -> Gate | None:
     """The gate of a module that is decorated with ``use_experts_implementation``, or None where it is none of ours."""
     experts: Any = module
-    if not experts.has_gate or experts.has_post_expert_norm or experts._is_expert_parallel:
+    # What some releases have not heard of, their modules do not do.
+    more = [getattr(experts, name, False) for name in ("has_post_expert_norm", "_is_expert_parallel")]
+    if not experts.has_gate or any(more):
         return None
     inner = experts.down_proj.shape[1 if experts.is_transposed else 2]
     probe = _probe(inner)
