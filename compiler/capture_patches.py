@@ -323,6 +323,16 @@ def _reroute_mamba(model: PreTrainedModel, attend: Attend) -> Iterator[_Override
 
         return forward
 
+    for module in model.modules():
+        if hasattr(module, "A_log") and hasattr(module, "x_proj"):
+            yield _Override(module, "forward", route(module))
+    yield from _wide_residuals(model)
+
+
+def _wide_residuals(model: PreTrainedModel, _: Attend | None = None) -> Iterator[_Override]:
+    """Models of half precision whose layers give float32: the first one takes the embeddings in it too, which changes
+    no number, and so is like the others."""
+
     def widened(embeddings: Any) -> Callable[[Tensor], Tensor]:
         own = embeddings.forward
 
@@ -331,11 +341,7 @@ def _reroute_mamba(model: PreTrainedModel, attend: Attend) -> Iterator[_Override
 
         return forward
 
-    for module in model.modules():
-        if hasattr(module, "A_log") and hasattr(module, "x_proj"):
-            yield _Override(module, "forward", route(module))
     if getattr(model.config, "residual_in_fp32", False) and model.dtype.itemsize < 4:
-        # Its layers take the embeddings in half precision, and each other's results in float32.
         embeddings = model.get_input_embeddings()
         yield _Override(embeddings, "forward", widened(embeddings))
 
@@ -352,4 +358,5 @@ _REROUTES: dict[str, Callable[[PreTrainedModel, Attend], Iterator[_Override]]] =
     "mamba": _reroute_mamba,
     "falcon_mamba": _reroute_mamba,
     "jamba": _reroute_mamba,
+    "mamba2": _wide_residuals,
 }

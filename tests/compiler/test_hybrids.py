@@ -100,6 +100,11 @@ def test_a_long_prompt_runs_in_chunks() -> None:
     torch.testing.assert_close(found[kept], logits(model_of("qwen3_5"))[kept], rtol=2e-4, atol=2e-4)
 
 
+def test_layers_with_a_wide_residual_are_alike() -> None:
+    """The first takes embeddings in half precision, the others each other's float32."""
+    assert "layer1" not in compiled("mamba2", torch.bfloat16).ir("lowered")
+
+
 def test_half_precision() -> None:
     """No further from float64 than eager is. Keys and states stay in float32, as there."""
     half, whole = model_of("qwen3_5", torch.bfloat16), copy.deepcopy(model_of("qwen3_5")).double()
