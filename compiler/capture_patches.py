@@ -5,9 +5,11 @@ Keyed by ``config.model_type``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal, cast
 
 import torch
@@ -38,9 +40,9 @@ Attend = Callable[..., tuple[Tensor, None]]
 
 @dataclass(frozen=True)
 class _Override:
-    """An attribute that a module has while capture runs."""
+    """An attribute that a module has while capture runs, or the file of the model's class."""
 
-    module: nn.Module
+    module: nn.Module | ModuleType
     name: str
     value: Any
 
@@ -187,6 +189,36 @@ def _reroute_relative_each(model: PreTrainedModel, attend: Attend) -> Iterator[_
     for module in model.modules():
         if hasattr(module, "compute_bias") and hasattr(module, "_relative_position_bucket"):
             yield _Override(module, "forward", route(module))
+
+
+# --- rotary embeddings as complex numbers -------------------------------------------------------------------------
+
+
+def _reroute_complex_rotary(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]:
+    """Models that turn neighbours in a head by multiplying complex numbers, which the IR has none of: cosines and sines
+    take their place, in a last dim of two."""
+
+    def angles(rotary: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        def forward(x: Tensor, position_ids: Tensor) -> Tensor:
+            turned = position_ids.unsqueeze(-1).float() * rotary.inv_freq.float()
+            return torch.stack((turned.cos(), turned.sin()), dim=-1) * rotary.attention_scaling
+
+        return forward
+
+    def apply_rotary_emb(query: Tensor, key: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
+        cosine, sine = turned.unsqueeze(1).unbind(-1)
+
+        def rotated(x: Tensor) -> Tensor:
+            real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+            both = (real * cosine - imaginary * sine, real * sine + imaginary * cosine)
+            return torch.stack(both, dim=-1).flatten(3).type_as(x)
+
+        return rotated(query), rotated(key)
+
+    yield _Override(sys.modules[type(model).__module__], "apply_rotary_emb", apply_rotary_emb)
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            yield _Override(module, "forward", angles(module))
 
 
 # --- attention in a forward ---------------------------------------------------------------------------------------
@@ -355,6 +387,7 @@ _REROUTES: dict[str, Callable[[PreTrainedModel, Attend], Iterator[_Override]]] =
     "t5": _reroute_relative,
     "mt5": _reroute_relative,
     "umt5": _reroute_relative_each,
+    "deepseek_v2": _reroute_complex_rotary,
     "mamba": _reroute_mamba,
     "falcon_mamba": _reroute_mamba,
     "jamba": _reroute_mamba,

@@ -89,6 +89,9 @@ DECODERS: dict[str, PretrainedConfig] = {
     "falcon_heads": hf.FalconConfig(**_FALCON, multi_query=False, parallel_attn=False, bias=True),
     "mamba": hf.MambaConfig(**_RECURRENT),
     "falcon_mamba": hf.FalconMambaConfig(**_RECURRENT),
+    "deepseek_v2": hf.DeepseekV2Config(
+        **_PLAIN, **_IDS, **_EXPERTS, **_LATENT | {"q_lora_rank": None}, num_key_value_heads=4
+    ),
     "deepseek_v3": hf.DeepseekV3Config(**_PLAIN, **_IDS, **_EXPERTS, **_LATENT, num_key_value_heads=4),
     "smollm3": hf.SmolLM3Config(**_GROUPED),
     "exaone4": hf.Exaone4Config(**_HEADS, sliding_window=16),
