@@ -14,6 +14,7 @@ from tilewright.ir.errors import CaptureError
 
 from .cache import cache_name
 from .capture_ops import configs_of
+from .capture_patches import types_are_tokens
 from .capture_rope import CALL_LENGTH, switch_length
 from .capture_seq2seq import ENCODER_MASK, ENCODER_STATES, is_encoder_decoder, numbers_positions, state_width
 
@@ -92,7 +93,7 @@ def model_inputs(model: PreTrainedModel, kind: Kind) -> Inputs:
         inputs["attention_mask"] = (torch.bool, ("B", "T" if kind == "decoder" else "S"))
     if kind == "decoder" and switch_length(model):
         inputs[CALL_LENGTH] = (torch.int64, (1,))
-    if kind == "encoder" and "token_type_ids" in known:
+    if kind == "encoder" and "token_type_ids" in known and not types_are_tokens(model.config.model_type):
         inputs["token_type_ids"] = (torch.int64, ("B", "S"))
     return inputs
 

@@ -33,6 +33,16 @@ def position_rule(model_type: str) -> PositionRule:
     return "mask" if model_type in _POSITIONS_FROM_MASK else "past"
 
 
+# An encoder that is told no token types takes zeros. These look types up in their table of tokens, so that no types
+# add nothing, and zeros would add the first token.
+_TYPES_ARE_TOKENS = frozenset({"xlm", "flaubert", "codegen", "openai-gpt", "imagegpt"})
+
+
+def types_are_tokens(model_type: str) -> bool:
+    """True for a model to which token types of zero are not the same as none."""
+    return model_type in _TYPES_ARE_TOKENS
+
+
 Attend = Callable[..., tuple[Tensor, None]]
 """The hook of ``AttentionInterface``: (module, query, key, value [B, H, S, D], mask, scaling=, is_causal=, slopes=) ->
 [B, S, H, D], None."""

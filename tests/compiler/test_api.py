@@ -22,6 +22,8 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    XLMConfig,
+    XLMModel,
     pipeline,
 )
 
@@ -30,7 +32,7 @@ from tilewright.cache import EngineCache, cache_name, cache_of, with_cache
 from tilewright.errors import DeviceError, InputError, OptionError
 
 from .hf_engine import eager_decoder, eager_encoder
-from .models import DECODERS, tiny
+from .models import DECODERS, random, tiny
 
 Factory = Callable[..., Any]
 ENGINES = ("hf", "cpp")
@@ -87,6 +89,18 @@ def test_slow_engines(family: str, engine: str) -> None:
 
 
 # Forward
+
+
+def test_token_types_that_are_tokens() -> None:
+    """None of them are not the same as zeros there."""
+    model = random(XLMConfig(vocab_size=128, emb_dim=64, n_layers=2, n_heads=4), XLMModel)
+    fast = tilewright.compile(model, batch_sizes=(3,), max_length=64, backend="cpp", autotune="off")
+    with torch.no_grad():
+        expected = model(PADDED, attention_mask=MASK).last_hidden_state
+    found = fast(PADDED, attention_mask=MASK).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="does not take token_type_ids"):
+        fast(PADDED, attention_mask=MASK, token_type_ids=torch.zeros_like(PADDED))
 
 
 def test_forward_equals_the_original(pair: tuple[PreTrainedModel, Any]) -> None:
