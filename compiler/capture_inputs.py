@@ -32,8 +32,9 @@ def model_kind(model: PreTrainedModel) -> Kind:
     are encoders."""
     if cache_name(model.forward) is None:
         return "encoder"
-    flags = _causal_flags(model)
-    causal = any(flags) if flags else is_recurrent(model) or model.can_generate()
+    flags = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    # Without attention Transformers' mark of states that cannot go back tells; until 5.23 the cache's name did, too.
+    causal = any(flags) if flags else model._is_stateful or model.can_generate()
     return "decoder" if causal else "encoder"
 
 
@@ -56,20 +57,6 @@ def decoder_inputs(model: PreTrainedModel) -> Inputs:
     inputs[ENCODER_STATES] = (model.dtype, ("B", "E", state_width(model)))
     inputs[ENCODER_MASK] = (torch.bool, ("B", "E"))
     return inputs
-
-
-def is_recurrent(model: PreTrainedModel) -> bool:
-    """True for a model whose state is no keys and values at all.
-
-    What it takes its cache as says so until Transformers 5.23 only. Models whose state cannot go back are marked in all
-    releases; among those, some attend in other layers, and parts of some keep no state.
-    """
-    return bool(model._is_stateful) and cache_name(model.forward) is not None and not _causal_flags(model)
-
-
-def _causal_flags(model: PreTrainedModel) -> list[bool]:
-    """For each attention in the model, whether it is causal."""
-    return [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
 
 
 def model_inputs(model: PreTrainedModel, kind: Kind) -> Inputs:
