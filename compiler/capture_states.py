@@ -17,17 +17,17 @@ from torch import fx, nn
 from tilewright.ir.errors import CaptureError
 
 from .cache import cache_name
-from .capture_ops import CAUSAL_CONV1D, LAYER, LINEAR_ATTENTION, SELECTIVE_SCAN, STATEFUL
+from .capture_ops import ATTENTION, CAUSAL_CONV1D, LAYER, LINEAR_ATTENTION, SELECTIVE_SCAN, STATEFUL
 
 _KEPT_BY = {
+    "update": frozenset({ATTENTION}),
     "update_conv_state": frozenset({CAUSAL_CONV1D}),
     "update_recurrent_state": frozenset({SELECTIVE_SCAN, LINEAR_ATTENTION}),
 }
-"""Methods of Transformers' caches by which a module keeps a state of a fixed size, and the ops that stand for it."""
+"""Methods of Transformers' caches by which a module keeps something, and the ops that stand for it."""
 
-_OWNERS = STATEFUL | {
-    LAYER
-}  # a layer has a graph of its own, in which the module that keeps something is looked at
+# Of modules that keep something in other words. A layer has a graph of its own, in which its modules are looked at.
+_OWNERS = STATEFUL | {LAYER}
 _NAMES = ("layer_past", "past_key_value")
 """What some modules call the cache that the model hands down to them."""
 
@@ -37,7 +37,8 @@ def require_known_states(model: nn.Module, graphs: Iterable[fx.Graph]) -> None:
     keepers = _keepers(model)
     for graph in graphs:
         for (path, kind), targets in _targets(graph, keepers).items():
-            needed = [ops for method, ops in _KEPT_BY.items() if method in keepers[kind]] or [_OWNERS]
+            updates = [name for name in keepers[kind] if name.startswith("update")]
+            needed = [_KEPT_BY.get(name, frozenset()) for name in updates] or [_OWNERS]
             if not all(ops & targets for ops in needed):
                 raise CaptureError(
                     f"unsupported state: {kind.rpartition('.')[2]} ({path}) of {type(model).__name__} keeps something "
@@ -63,9 +64,14 @@ def _used_of_cache(kind: Any) -> frozenset[str]:
     return frozenset(
         str(after.argval)
         for step, after in itertools.pairwise(steps)
-        if name is not None and step.opname.startswith("LOAD_FAST") and step.argval == name
+        if name is not None and step.opname.startswith("LOAD_FAST") and _last_loaded(step) == name
         if after.opname in ("LOAD_ATTR", "LOAD_METHOD")
     )
+
+
+def _last_loaded(step: dis.Instruction) -> Any:
+    """The local variable on top of the stack; from Python 3.13 on one instruction may load two."""
+    return step.argval[-1] if isinstance(step.argval, tuple) else step.argval
 
 
 def _full_name(kind: type) -> str:

@@ -53,7 +53,7 @@ class _Recurrence(ABC):
         row = f"{pid} // {blocks}"
         # A tensor of more than 2^31 elements is only the one with all tokens.
         wide = any(self.pointers.is_large(v) for v in (*op.operands, *op.results))
-        self.row = base.bind(f"tl.cast({row}, tl.int64)" if wide else row, "row")
+        self.row = self.sequence = base.bind(f"tl.cast({row}, tl.int64)" if wide else row, "row")
         self.channel = base.bind(f"{pid} % {blocks} * {self.width} + tl.arange(0, {self.width})", "channel")
         even = self.channels % tile.block_n == 0
         self.inside = "" if even else base.bind(f"{self.channel} < {self.channels}", "ok")
@@ -76,9 +76,13 @@ class _Recurrence(ABC):
     def _token(self, loop: Scope, n: int, count: str) -> _Token:
         number = loop.bind(f"first + {n}", "token")
         there = f"{number} < {count}" if self.tile.block_m > 1 else ""
-        at = loop.bind(f"{self.row} * {count} + {number}", "at")
-        place = loop.bind(f"{at} * {self.channels} + {self.channel}", "place")
+        at = loop.bind(f"{self.sequence} * {count} + {number}", "at")
+        place = loop.bind(f"{self._line_of(at)} * {self.channels} + {self.channel}", "place")
         return _Token(at, place, there)
+
+    def _line_of(self, at: str) -> str:
+        """Which line of channels is that of token ``at`` in this program's row."""
+        return at
 
     @abstractmethod
     def _start(self) -> None:
@@ -206,18 +210,14 @@ class _LinearAttention(_Matrix):
         self.head = self.base.bind(f"{self.row} % {self.heads}", "head")
         self.group = self.base.bind(f"{self.head} // {self.heads // self.groups}", "group")
 
-    def _token(self, loop: Scope, n: int, count: str) -> _Token:
-        number = loop.bind(f"first + {n}", "token")
-        there = f"{number} < {count}" if self.tile.block_m > 1 else ""
-        at = loop.bind(f"{self.sequence} * {count} + {number}", "at")
-        place = loop.bind(f"({at} * {self.heads} + {self.head}) * {self.channels} + {self.channel}", "place")
-        return _Token(at, place, there)
+    def _line_of(self, at: str) -> str:
+        return f"({at} * {self.heads} + {self.head})"
 
     def _bring(self, loop: Scope, token: _Token) -> list[str]:
         q, k, v, decay, *beta = self.op.operands
         here, state = _where(token, self.channel, self.inside), _where(token, self.state, self.real)
         key = f"({token.at} * {self.groups} + {self.group}) * {self.count} + {self.state}"
-        own = f"({token.at} * {self.heads} + {self.head})"
+        own = self._line_of(token.at)
         rate = f"{own} * {self.rates} + " + (self.state if self.rates > 1 else f"{self.state} * 0")
         return [
             *(self._load(loop, x, key, state, x.name) for x in (q, k)),

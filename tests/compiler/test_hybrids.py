@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 import tilewright as tw
 from tests.closeness import assert_no_further
-from tilewright import capture_recurrent
-from tilewright.cache import cache_name
+from tilewright import capture_recurrent, capture_states
+from tilewright.cache import cache_of, with_cache
 from tilewright.capture import capture
 from tilewright.runtime.engine import Engine
 
@@ -56,13 +56,13 @@ def logits(model: Any, ids: Tensor = PROMPT, mask: Tensor | None = MASK) -> Tens
 
 def in_pieces(fast: Any, name: str, pieces: tuple[int, ...]) -> Tensor:
     """The logits of a prompt that is given piece by piece."""
-    argument = cache_name(model_of(name).forward)
     found, past, start = [], None, 0
     for size in pieces:
         stop = start + size
         with torch.no_grad():
-            out = fast(PROMPT[:, start:stop], attention_mask=MASK[:, :stop], **{argument: past})
-        past, start = out[argument], stop
+            held = with_cache(model_of(name).forward, past)
+            out = fast(PROMPT[:, start:stop], attention_mask=MASK[:, :stop], **held)
+        past, start = cache_of(out), stop
         found.append(out.logits)
     assert past.get_seq_length() == PROMPT.shape[1]
     return torch.cat(found, dim=1)
@@ -151,6 +151,13 @@ def test_what_is_kept_in_another_way_is_refused(
         tw.CaptureError, match=rf"unsupported state: {kind} .* run this model with Hugging Face"
     ):
         capture(model_of(name))
+
+
+def test_what_is_kept_by_a_method_that_nobody_knows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside keys and values, for one: an attention's op would hide it."""
+    monkeypatch.delitem(capture_states._KEPT_BY, "update_conv_state")
+    with pytest.raises(tw.CaptureError, match="unsupported state: Lfm2ShortConv"):
+        capture(model_of("lfm2"))
 
 
 def test_functions_are_the_files_own_again() -> None:
