@@ -44,6 +44,7 @@ from .encoder_decoder import attach_both, states_of
 from .interface import index_bounds, require_decoder
 from .lower import lower
 from .model_identity import identity
+from .multimodal import MultimodalMixin
 from .options import Options, check_options
 from .phases import (
     PER_REQUEST,
@@ -219,7 +220,8 @@ class _Compilation:
         self.adapters.stay()
         if self.encoder is not None:
             return attach_both(self.model, compiled, self.encoder)
-        return attach(self.model, compiled, _MIXINS[captured.kind])
+        mixin = MultimodalMixin if engine.embed is not None else _MIXINS[captured.kind]
+        return attach(self.model, compiled, mixin)
 
     def _graph(
         self, example_inputs: tuple[Any, ...] | dict[str, Any] | None
@@ -415,7 +417,9 @@ class _Compilation:
         once = next(
             (e for e, p in zip(built.executors, programs, strict=True) if p.phase == PER_REQUEST), None
         )
-        return Engine(decode, built.executors[-1], self._spec(captured, programs[-1]), once)
+        spec = self._spec(captured, programs[-1])
+        embed = self.model.get_submodule(captured.embedding) if spec.has_input("inputs_embeds") else None
+        return Engine(decode, built.executors[-1], spec, once, embed)
 
     def _spec(self, captured: CapturedFacts, program: Program) -> EngineSpec:
         return EngineSpec.of(

@@ -197,6 +197,17 @@ class CompiledMixin:
         refuse_configured_outputs(self.config, arguments)  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids i64[B, S], the mask over past and new tokens, and positions, as callers give them. vectors: f[B, S, d]
+    where these are not the model's own for the ids."""
+
+    ids: Tensor
+    mask: Tensor | None
+    positions: Tensor | None
+    vectors: Tensor | None = None
+
+
 class DecoderMixin(CompiledMixin):
     """A model with KV state: forward as a Hugging Face causal model, and generate."""
 
@@ -218,19 +229,26 @@ class DecoderMixin(CompiledMixin):
             )
         )  # fmt: skip
         kept = given.pop("logits_to_keep", 0)
-        self._refuse(given)
         if ids is None:
+            self._refuse(given)
             raise InputError("input_ids is missing")
         ids = engine.check_prompt(ids)
         cache = self._own_cache(past)
+        prompt = self._prompt(Prompt(ids, mask, positions), cache, given)
         last = kept if isinstance(kept, int) else 0
-        result = engine.step(cache.state_for(ids.shape[0]), ids, mask, positions, last)
+        state = cache.state_for(ids.shape[0])
+        result = engine.step(state, ids, prompt.mask, prompt.positions, last, prompt.vectors)
         if not isinstance(kept, int):
             result = result[:, kept]
         return self._output(result, None if use_cache is False else cache, return_dict)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return super()._arguments(args, by_own_name(kwargs, self._cache_name))
+
+    def _prompt(self, prompt: Prompt, cache: EngineCache, given: dict[str, Any]) -> Prompt:
+        """What a prompt is in view of the arguments ``given`` beside texts. Raises InputError for those not served."""
+        self._refuse(given)
+        return prompt
 
     def _own_cache(self, given: Any) -> EngineCache:
         """The cache that a caller goes on from, or a new one. Raises InputError for that of another model."""
@@ -328,20 +346,26 @@ class DecoderMixin(CompiledMixin):
         covered = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
         # A mask as long as the ids says that they repeat what the cache holds; otherwise they are all new.
         held = cache.get_seq_length() if covered == input_ids.shape[1] else 0
+        logits = self._first_logits(input_ids, model_kwargs)
         return generate(
             cache.engine,
             self._state(cache, input_ids.shape[0], model_kwargs),
             input_ids,
             options,
             attention_mask=mask,
-            position_ids=own.get("position_ids"),
+            position_ids=own.get("position_ids") if logits is None else None,
             streamer=streamer,
             held=held,
+            logits=logits,
         )
 
     def _own_arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Those of generate()'s arguments for forward that our loop takes, by a decoder's names for them."""
         return dict(model_kwargs)
+
+    def _first_logits(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor | None:
+        """Logits[B, 1, V] of a prompt that our loop cannot run itself; it has been run then. None for texts."""
+        return None
 
     def _state(self, cache: EngineCache, batch: int, model_kwargs: dict[str, Any]) -> RequestState:
         """The request's state, ready for our loop."""

@@ -38,6 +38,7 @@ from .capture_inputs import (
     symbol_ranges,
 )
 from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, flat_names, opaque_layers
+from .capture_multimodal import token_vectors
 from .capture_ops import STATEFUL, attention_forward, opaque_attention, set_in_configs
 from .capture_patches import PositionRule, has_own_attention, position_rule, rerouted
 from .capture_ready import check_ready
@@ -84,7 +85,8 @@ class CapturedFacts:
     ``outputs`` names what the outer graph returns, in order. They fill the pytree ``output_spec``, for a "module"
     together with ``output_constants``, the leaves (by position) that are no tensors. For a Hugging Face model that tree
     is a ModelOutput, of the class ``output_class``. ``per_request`` names
-    inputs that stay the same while a request is decoded. ``notes`` says, for the report, which
+    inputs that stay the same while a request is decoded. ``embedding`` is the path of the module that makes vectors of
+    token ids, where a prompt may be vectors. ``notes`` says, for the report, which
     repeated layers could not be captured as layers and why.
     """
 
@@ -97,6 +99,7 @@ class CapturedFacts:
     position_rule: PositionRule
     notes: tuple[str, ...]
     per_request: tuple[str, ...] = ()
+    embedding: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +219,7 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
         position_rule=position_rule(model.config.model_type),
         notes=tuple(notes),
         per_request=PER_REQUEST if is_encoder_decoder(model) else (),
+        embedding=token_vectors(model) if kind == "decoder" else "",
     )
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from tilewright.ir.errors import CaptureError
 
 from .cache import cache_name
+from .capture_multimodal import position_axes
 from .capture_ops import configs_of
 from .capture_patches import types_are_tokens
 from .capture_rope import CALL_LENGTH, switch_length
@@ -73,7 +74,8 @@ def model_inputs(model: PreTrainedModel, kind: Kind) -> Inputs:
     if "input_ids" in known:
         inputs["input_ids"] = (torch.int64, ("B", "S"))
     if kind == "decoder" and "position_ids" in known:
-        inputs["position_ids"] = (torch.int64, ("B", "S"))
+        axes = position_axes(model)
+        inputs["position_ids"] = (torch.int64, ("B", "S") if axes == 1 else (axes, "B", "S"))
     if kind == "encoder" and "pixel_values" in known:
         inputs["pixel_values"] = (model.dtype, ("I" if inputs else "B", *_image_shape(model)))
     if "input_ids" in known:

@@ -19,7 +19,7 @@ from tilewright.runtime.sampling import GenerateOptions, Sampling
 # In the order in which transformers applies them, and our loop too.
 _MINIMUM = [MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor]
 _WARPERS = [TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper]
-_KNOWN_KWARGS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+KNOWN_KWARGS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 
 
 def plain_options(
@@ -33,7 +33,7 @@ def plain_options(
     """
     if config.return_dict_in_generate or config.is_assistant or config.prefill_chunk_size is not None:
         return None
-    if any(value is not None for name, value in model_kwargs.items() if name not in _KNOWN_KWARGS):
+    if any(value is not None for name, value in model_kwargs.items() if name not in KNOWN_KWARGS):
         return None
     stops = {type(c): c for c in criteria}
     if len(stops) != len(criteria) or not {MaxLengthCriteria} <= set(stops) <= {

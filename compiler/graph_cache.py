@@ -28,7 +28,7 @@ from tilewright.runtime.files import require_private, write_atomically
 from .capture import CapturedFacts, own_tensors
 from .settings import cache_dir
 
-_SCHEMA = 1
+_SCHEMA = 2
 _LONGEST = 4096
 """Elements of a tensor that the code spells out, above which a graph is not kept."""
 
@@ -58,6 +58,7 @@ def load(key: str, model: nn.Module) -> tuple[CapturedFacts, Module] | None:
             position_rule=record["position_rule"],
             notes=tuple(record["notes"]),
             per_request=tuple(record["per_request"]),
+            embedding=record["embedding"],
         ), lowered
     except (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, TilewrightError):
         return None
@@ -84,6 +85,7 @@ def store(key: str, model: nn.Module, facts: CapturedFacts, lowered: Module) -> 
             "position_rule": facts.position_rule,
             "notes": facts.notes,
             "per_request": facts.per_request,
+            "embedding": facts.embedding,
         }
         text = json.dumps(record)
         write_atomically(_path(key), f"{_digest(text)}\n{text}")

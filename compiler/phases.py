@@ -14,6 +14,7 @@ from tilewright.passes.base import PassOptions
 from tilewright.passes.hoist_per_request import hoist_per_request
 from tilewright.passes.pipeline import run_passes
 from tilewright.passes.plan_memory import plan_memory
+from tilewright.passes.prompt_inputs import prompt_of_vectors, step_of_tokens
 from tilewright.passes.weight_forms import FORMS
 
 from .backends import (
@@ -50,23 +51,29 @@ class Phase:
 @dataclass(frozen=True)
 class Parts:
     """A lowered model, less what depends on nothing but what is known at a request's start: that is ``per_request``,
-    whose results are the inputs ``names`` of ``steps``."""
+    whose results are the inputs ``names`` of ``steps``. ``prompt`` is what runs prompts where these are vectors."""
 
     steps: Module
     per_request: Module | None = None
     names: tuple[str, ...] = ()
+    prompt: Module | None = None
 
     @staticmethod
     def of(captured: CapturedFacts, lowered: Module) -> Parts:
         hoisted = hoist_per_request(lowered, captured.per_request)
-        if hoisted is None:
-            return Parts(lowered)
-        return Parts(hoisted.steps, hoisted.once, hoisted.names)
+        if hoisted is not None:
+            return Parts(hoisted.steps, hoisted.once, hoisted.names)
+        prompt = prompt_of_vectors(lowered, captured.embedding) if captured.embedding else None
+        return Parts(step_of_tokens(lowered), prompt=prompt)
 
     def module(self, phase: Phase) -> Module:
         """The module that a phase's program is made of, with the sizes that the program is for."""
-        part = self.per_request if phase.phase == PER_REQUEST else self.steps
-        assert part is not None
+        part = self.steps
+        if phase.phase == PER_REQUEST:
+            assert self.per_request is not None
+            part = self.per_request
+        elif phase.phase == "prefill" and self.prompt is not None:
+            part = self.prompt
         return part.with_symbols(**phase.ranges)
 
 

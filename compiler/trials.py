@@ -76,12 +76,16 @@ class Trial:
         state = RequestState(spec, batch, rows)
         ids = torch.arange(tokens, device=spec.device).remainder(max(spec.vocab_size, 1))
         positions = torch.arange(tokens, device=spec.device)
+        several = spec.input("position_ids")
+        axes = several.type.shape[:-2] if several is not None and tokens > 1 else ()
         inputs = {
             "input_ids": ids.repeat(batch, 1),
-            "position_ids": positions.repeat(batch, 1),
+            "position_ids": positions.repeat(*map(int, axes), batch, 1),
             "attention_mask": state.mask,
             "call_length": state.no_length,
         }
+        if (vectors := spec.input("inputs_embeds")) is not None:
+            inputs["inputs_embeds"] = vectors.empty(dims, spec.device).normal_()
         if spec.per_request is not None:
             state.hold({name: low for name, low, _ in spec.symbols if name not in dims})
             inputs |= {name: tensor[:batch] for name, tensor in state.held.tensors.items()}

@@ -20,7 +20,8 @@ class Engine:
     """Runs a compiled model. Safe to use from several threads, each with its own request states.
 
     ``decode`` holds one executor per batch bucket (S = 1); ``prefill`` takes any B and S, and is the only program of
-    an encoder or a plain module. ``per_request`` is that of a decoder that attends to an encoder.
+    an encoder or a plain module. ``per_request`` is that of a decoder that attends to an encoder. ``embed`` makes
+    vectors f[B, S, d] of token ids, where the prefill program takes those.
     """
 
     def __init__(
@@ -29,8 +30,10 @@ class Engine:
         prefill: Executor,
         spec: EngineSpec,
         per_request: Executor | None = None,
+        embed: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.spec = spec
+        self.embed = embed
         self.prefill_executor = prefill
         self.per_request_executor = per_request
         self.decode_executors = {e.batch: e for e in sorted(decode, key=lambda e: e.batch)}
@@ -122,12 +125,15 @@ class Engine:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         keep: int = 0,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Append tokens to a request and return the logits of its last ``keep`` positions (0: of all).
 
         ``input_ids`` is i64[B, S] (i32 also goes), ``attention_mask`` [B, past + S] or None for all ones, and
-        ``position_ids`` [B, S] or [1, S] or None. Returns logits[B, keep, V], a fresh tensor. Raises InputError for
-        inputs that do not fit, and leaves the state as it was.
+        ``position_ids`` [B, S] or [1, S] or None; [3, B, S] where the positions of a prompt are of several numbers.
+        ``inputs_embeds`` f[B, S, d] are the tokens' vectors, where these are not the model's own.
+        Returns logits[B, keep, V], a fresh tensor. Raises InputError for inputs that do not fit, and leaves the state
+        as it was.
         """
         if self.spec.per_request is not None and not state.held.ready:
             raise InputError("the cache is empty, and there are no states of an encoder to attend to")
@@ -135,12 +141,14 @@ class Engine:
         self._check_mask(state, ids, attention_mask)
         if position_ids is not None:
             position_ids = self._check_positions(ids, position_ids)
+        if inputs_embeds is not None:
+            inputs_embeds = self._check_vectors(ids, inputs_embeds)
         try:
-            return self._append(state, ids, attention_mask, position_ids, keep)
+            return self._append(state, ids, attention_mask, position_ids, keep, inputs_embeds)
         except RuntimeError as error:
             if not is_out_of_memory(error) or not self.idle.make_room():
                 raise
-        return self._append(state, ids, attention_mask, position_ids, keep)
+        return self._append(state, ids, attention_mask, position_ids, keep, inputs_embeds)
 
     def _append(
         self,
@@ -149,14 +157,15 @@ class Engine:
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         keep: int,
+        vectors: Tensor | None,
     ) -> Tensor:
         """As :meth:`step`, on arguments that have been checked."""
         with state.undone_on_failure():
             self._write_mask(state, attention_mask, state.length + ids.shape[1])
             positions = self._positions(state, ids) if position_ids is None else position_ids
             keep = ids.shape[1] if keep == 0 else min(keep, ids.shape[1])
-            if ids.shape[1] > 1:
-                return self._prefill(state, ids, positions, keep)
+            if ids.shape[1] > 1 or vectors is not None or positions.ndim > 2:
+                return self._prefill(state, ids, positions, keep, vectors)
             state.ids[: state.batch] = ids
             state.positions[: state.batch] = positions
             self.advance(state)
@@ -178,9 +187,15 @@ class Engine:
         executor = self.decode_executors[state.rows]
         return executor.device_step(state) if isinstance(executor, DeviceStepping) else None
 
-    def _prefill(self, state: RequestState, ids: Tensor, positions: Tensor, keep: int) -> Tensor:
+    def _prefill(
+        self, state: RequestState, ids: Tensor, positions: Tensor, keep: int, vectors: Tensor | None
+    ) -> Tensor:
         """Run the prompt in chunks, so that the arena does not grow with it. Returns logits[B, keep, V]."""
         spec, batch, total = self.spec, state.batch, ids.shape[1]
+        if vectors is None and self.embed is not None:
+            vectors = self.embed(ids)
+        if self._position_axes > 1:
+            positions = positions.expand(self._position_axes, batch, total)
         reached = positions.max().add(1).view(1) if spec.has_input("call_length") else state.no_length
         name, first_kept = spec.outputs[0].name, total - keep
         parts: list[Tensor] = []
@@ -189,11 +204,13 @@ class Engine:
             kept = max(1, stop - max(start, first_kept))
             inputs = {
                 "input_ids": aligned(ids[:, start:stop]),
-                "position_ids": aligned(positions[:, start:stop]),
+                "position_ids": aligned(positions[..., start:stop]),
                 "attention_mask": state.mask,
                 "call_length": reached,
                 **{name: tensor[:batch] for name, tensor in state.held.tensors.items()},
             }
+            if vectors is not None:
+                inputs["inputs_embeds"] = aligned(vectors[:, start:stop])
             dims = {"B": batch, "S": stop - start, "T": state.length + stop - start, "L": kept}
             dims |= state.held.dims
             logits = spec.outputs[0].empty(dims, spec.device)
@@ -201,6 +218,9 @@ class Engine:
             state.length += stop - start
             if stop > first_kept:
                 parts.append(logits)
+        if self._position_axes > 1:
+            # The next token comes after the last of all positions, in whichever direction it is.
+            state.shift[:batch] = positions.amax((0, 2)).unsqueeze(1) + 1 - state.length
         logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return logits[:, -keep:]  # a model without a head gives every position
 
@@ -210,8 +230,7 @@ class Engine:
         if self.spec.positions == "mask":
             mask = state.mask[: state.batch, :total].to(torch.int64)
             return (mask.cumsum(1) * mask - 1)[:, state.length :]
-        positions = torch.arange(state.length, total, device=self.spec.device)
-        return positions.unsqueeze(0).expand(state.batch, -1)
+        return torch.arange(state.length, total, device=self.spec.device) + state.shift[: state.batch]
 
     def _write_mask(self, state: RequestState, attention_mask: Tensor | None, total: int) -> None:
         if attention_mask is not None:
@@ -261,18 +280,26 @@ class Engine:
                 f"attention_mask must be of shape {expected}, [batch, past + new tokens], got {tuple(mask.shape)}"
             )
 
+    @property
+    def _position_axes(self) -> int:
+        """How many numbers the position of a token in a prompt is."""
+        spec = self.spec.input("position_ids")
+        return int(spec.type.shape[0]) if spec is not None and spec.type.rank > 2 else 1
+
+    def _check_vectors(self, ids: Tensor, vectors: Tensor) -> Tensor:
+        spec = self.spec.input("inputs_embeds")
+        if spec is None:
+            raise InputError("a prompt of this model is token ids; it does not take inputs_embeds")
+        return self._check_input(spec, vectors, {"B": ids.shape[0], "S": ids.shape[1]})
+
     def _check_positions(self, ids: Tensor, positions: Tensor) -> Tensor:
         require_tensor("position_ids", positions)
         if positions.dtype not in (torch.int64, torch.int32):
             raise InputError(f"position_ids must be of dtype int64, got {positions.dtype}")
-        if (
-            positions.ndim != 2
-            or positions.shape[0] not in (1, ids.shape[0])
-            or positions.shape[1] != ids.shape[1]
-        ):
-            raise InputError(
-                f"position_ids must be of shape {tuple(ids.shape)}, got {tuple(positions.shape)}"
-            )
+        axes = self._position_axes if positions.ndim > 2 else 1
+        expected = tuple(ids.shape) if axes == 1 else (axes, *ids.shape)
+        if tuple(positions.shape) not in (expected, (*expected[:-2], 1, ids.shape[1])):
+            raise InputError(f"position_ids must be of shape {expected}, got {tuple(positions.shape)}")
         low, high = (int(v) for v in torch.aminmax(positions))
         # Where positions count the mask, tokens before the first attended one are at -1.
         if high >= self.spec.max_length or low < (-1 if self.spec.positions == "mask" else 0):
@@ -281,7 +308,7 @@ class Engine:
             )
         if (spec := self.spec.input("position_ids")) is not None:
             _check_bounds(spec, positions)
-        return positions.to(self.spec.device, torch.int64).expand(ids.shape[0], -1)
+        return positions.to(self.spec.device, torch.int64).expand(*expected)
 
     # Encoders and plain modules
 

@@ -41,12 +41,14 @@ def generate(
     position_ids: Tensor | None = None,
     streamer: Streamer | None = None,
     held: int = 0,
+    logits: Tensor | None = None,
     look_every: int | None = None,
     recorder: Recorder | None = None,
 ) -> Tensor:
     """Continue every row of ``input_ids``, i64[B, S]. Returns i64[B, n] with S < n <= max_length, prompt included.
 
-    The first ``held`` ids are in ``state`` already and not run again. Raises InputError before any work when the prompt
+    The first ``held`` ids are in ``state`` already and not run again; all of them are, where ``logits`` [B, 1, V] are
+    what the last one gave. Raises InputError before any work when the prompt
     does not fit. A streamer is given each step's tokens, i64[B], but not the prompt.
 
     look_every: steps between two looks of the host at which rows are finished; more than one lets a GPU run on
@@ -60,14 +62,16 @@ def generate(
         raise InputError(
             f"the prompt has {prompt} tokens already, but max_length={options.max_length}; raise it"
         )
-    engine.check_length(state.length - held + options.max_length)
     fed = ids[:, held:]
+    begun = state.length - held if logits is None else state.length - prompt
+    engine.check_length(begun + options.max_length)
     if position_ids is not None:
         require_tensor("position_ids", position_ids)
         position_ids = position_ids[:, -fed.shape[1] :]
         # Each new token but the last is run at the position after the one before it.
         engine.check_length(int(position_ids.max()) + options.max_length - prompt)
-    logits = engine.step(state, fed, attention_mask, position_ids, keep=1)
+    if logits is None:
+        logits = engine.step(state, fed, attention_mask, position_ids, keep=1)
     copy(state.logits[:batch], logits)
     state.positions.zero_()
     # The last prompt position, whatever rule produced it, is what decoding counts on from.
@@ -106,10 +110,10 @@ _record_step = partial(record, otherwise="decode steps go through the host")
 
 
 def _last_position(engine: Engine, state: RequestState, position_ids: Tensor | None) -> Tensor:
-    """Position of the last token that was run, i64[B, 1] or [1, 1]."""
+    """Position of the last token that was run, i64[B, 1]."""
     if position_ids is not None:
         return position_ids[:, -1:]
-    last = torch.tensor([[state.length - 1]], device=state.mask.device)
+    last = state.shift[: state.batch] + (state.length - 1)
     if engine.spec.positions == "mask":
         last = state.mask[: state.batch, : state.length].sum(1, keepdim=True, dtype=torch.int64) - 1
     return last

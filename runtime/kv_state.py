@@ -28,7 +28,8 @@ class RequestState:
     ``buffers[slot]`` is [rows, heads, max_length, head_dim], of which the first ``length`` positions are filled;
     what recurrent layers remember is there too, and has gone on by ``length`` positions.
     ``mask`` is bool[rows, max_length], one byte each, true where a key may be attended to and from ``length`` on.
-    ``held`` are the inputs that stay the same, of a decoder that attends to an encoder.
+    ``held`` are the inputs that stay the same, of a decoder that attends to an encoder. ``shift``, i64[rows, 1], is how
+    far the next position is from ``length``: an image may have fewer positions than tokens.
     ``version`` changes whenever a tensor is replaced, which invalidates the addresses that an executor keeps in
     ``scratch``. ``stream`` is the GPU stream that the request runs on, 0 elsewhere.
     """
@@ -56,6 +57,7 @@ class RequestState:
         self.mask.fill_(True)
         self.ids.zero_()
         self.positions.zero_()
+        self.shift.zero_()
 
     def _allocate(self) -> None:
         spec, rows = self.spec, self.rows
@@ -72,7 +74,7 @@ class RequestState:
             self.buffers |= self.recurrent.buffers
             self.mask = torch.ones(rows, spec.max_length, dtype=torch.bool, device=spec.device)
             self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=spec.device)
-            self.positions = torch.zeros_like(self.ids)
+            self.positions, self.shift = torch.zeros_like(self.ids), torch.zeros_like(self.ids)
             self.no_length = torch.zeros(
                 1, dtype=torch.int64, device=spec.device
             )  # a step's positions say enough
@@ -104,6 +106,7 @@ class RequestState:
             twin.buffers |= twin.recurrent.buffers
             twin.mask, twin.ids = self.mask.clone(), self.ids.clone()
             twin.positions, twin.logits = self.positions.clone(), self.logits.clone()
+            twin.shift = self.shift.clone()
             twin.held = self.held.copy()
         twin.scratch = {}
         twin._bind()
@@ -129,7 +132,7 @@ class RequestState:
         Keys and values that the block appended stay in their buffers, where nothing reads them.
         """
         past, padded, mask = self.length, self.padded, self.mask[:, : self.length].clone()
-        remembered = self.recurrent.memory.clone()
+        remembered, shift = self.recurrent.memory.clone(), self.shift.clone()
         try:
             yield
         except BaseException:
@@ -137,6 +140,7 @@ class RequestState:
             self.mask[:, past:] = True
             self.length, self.padded = past, padded
             self.recurrent.memory.copy_(remembered)
+            self.shift.copy_(shift)
             raise
 
     @property
@@ -177,7 +181,8 @@ class RequestState:
         for name in self.buffers:
             filled = self._filled(name)
             filled.copy_(filled.index_select(0, rows))
-        self.mask[: self.batch] = self.mask[: self.batch].index_select(0, rows)
+        for kept in (self.mask[: self.batch], self.shift[: self.batch]):
+            kept.copy_(kept.index_select(0, rows))
         self.held.reorder(rows)
 
     def select(self, rows: Tensor, new_rows: int) -> None:
@@ -189,7 +194,7 @@ class RequestState:
         if rows.ndim != 1 or not 1 <= rows.numel() <= new_rows:
             raise InputError(f"a batch of {rows.numel()} sequences does not fit a state of {new_rows} rows")
         kept = {name: self._filled(name).index_select(0, rows) for name in self.buffers}
-        mask = self.mask[: self.batch].index_select(0, rows)
+        mask, shift = (x[: self.batch].index_select(0, rows) for x in (self.mask, self.shift))
         self.batch = rows.numel()
         self.held.select(rows, new_rows)
         if new_rows != self.rows:
@@ -200,4 +205,4 @@ class RequestState:
             self._moved()
         for name in self.buffers:
             self._filled(name).copy_(kept[name])
-        self.mask[: self.batch] = mask
+        self.mask[: self.batch], self.shift[: self.batch] = mask, shift

@@ -1,0 +1,40 @@
+"""Models that take images or sound beside texts: what they make of them are vectors among those of the prompt's tokens.
+
+In Transformers such a model holds a decoder of texts, and hands it the prompt as vectors. What comes before that is the
+model's own affair; the decoder is captured through the whole model, given texts alone, and its prompts are vectors.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from .capture_ops import configs_of
+
+
+def text_decoder(model: PreTrainedModel) -> str:
+    """The path of the decoder to which a model of texts and more hands vectors; "" for a model that is one itself."""
+    if model.config.is_encoder_decoder or model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    if decoder is None or decoder in (model, model.base_model):
+        return ""
+    return next((path for path, module in model.named_modules() if module is decoder), "")
+
+
+def token_vectors(model: PreTrainedModel) -> str:
+    """The path of the module that makes vectors of token ids, where prompts may be vectors; else ""."""
+    if not text_decoder(model):
+        return ""
+    table = model.get_input_embeddings()
+    return next((path for path, module in model.named_modules() if module is table), "")
+
+
+def position_axes(model: PreTrainedModel) -> int:
+    """How many numbers the position of a token is: 3 where an image has rows, columns and a time, else 1.
+
+    (Wang et al., "Qwen2-VL: Enhancing Vision-Language Model's Perception of the World at Any Resolution", 2024.)
+    """
+    if not text_decoder(model):
+        return 1
+    ropes = (getattr(c, "rope_parameters", None) or {} for c in configs_of(model))
+    return 3 if any("mrope_section" in rope for rope in ropes) else 1

@@ -1,0 +1,64 @@
+"""What a prompt may be that a step is not: vectors instead of token ids, at positions of several numbers.
+
+    main(%input_ids, %position_ids):               prompt: main(%inputs_embeds, %position_ids):
+      %x = gather %table, %input_ids @ "embed"               %y = mul %inputs_embeds, ...
+      %y = mul %x, ...                         =>
+                                                   step:   main(%input_ids, %position_ids_0):
+      %position_ids : [3, B, S]                              %position_ids = view %position_ids_0 : [3, B, S]
+
+The vectors of a prompt with images come from elsewhere, and so do those of its texts. A step is one token of text, the
+numbers of whose position are equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tilewright.ir.index import IndexMap, index_symbols
+from tilewright.ir.module import Function, Module, Names, Op, make_attrs
+from tilewright.ir.types import TensorType, Value
+
+from .base import PassOptions, parameters_first
+from .dce import eliminate_dead_code
+
+IDS, VECTORS, POSITIONS = "input_ids", "inputs_embeds", "position_ids"
+
+
+def prompt_of_vectors(module: Module, embedding: str) -> Module | None:
+    """The module with an input ``inputs_embeds`` instead of what the model's module at the path ``embedding`` gives.
+
+    None where token ids are used otherwise, too: then vectors do not say all of a prompt.
+    """
+    main = module.main
+    inside = {v for op in main.ops if f"{op.loc.module}.".startswith(f"{embedding}.") for v in op.results}
+    used = {v for op in main.ops if not inside.issuperset(op.results) for v in op.operands} & inside
+    used -= {v for op in main.ops if op.opcode == "param" for v in op.results}
+    if len(used) != 1:
+        return None
+    (vectors,) = used
+    given = Value(VECTORS, vectors.type)
+    kept = main.substitute({vectors: given})
+    shorter = eliminate_dead_code(_with_main(module, kept), PassOptions())
+    if any(p.name == IDS and p in op.operands for op in shorter.main.ops for p in main.params):
+        return None
+    params = tuple(given if p.name == IDS else p for p in main.params)
+    return _with_main(shorter, replace(shorter.main, params=params))
+
+
+def step_of_tokens(module: Module) -> Module:
+    """The module with positions [B, S], each of which stands for all numbers of a position."""
+    main = module.main
+    several = next((p for p in main.params if p.name == POSITIONS and p.type.rank == 3), None)
+    if several is None:
+        return module
+    same = Value(POSITIONS, TensorType(several.dtype, several.shape[1:]))
+    inner = Value(Names.of(main).fresh(POSITIONS), several.type)
+    index = IndexMap(3, index_symbols(3)[1:])
+    view = Op("view", (same,), make_attrs({"map": index}), (inner,))
+    rest = main.substitute({several: inner})
+    params = tuple(same if p == several else p for p in main.params)
+    return _with_main(module, replace(rest, params=params, ops=tuple(parameters_first([view, *rest.ops]))))
+
+
+def _with_main(module: Module, main: Function) -> Module:
+    return module.with_functions(main if f.name == main.name else f for f in module.functions)

@@ -1,0 +1,191 @@
+"""Prompts with images: the model's own code makes vectors of them, and all that follows is compiled.
+
+Transformers itself is the oracle. Where images have positions of their own, what comes after them must not be numbered
+by counting tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tilewright as tw
+from tests.closeness import assert_no_further
+from tilewright import api_mixin
+from tilewright.cache import cache_of, with_cache
+from tilewright.errors import InputError
+from tilewright.runtime.engine import Engine
+
+from .multimodal import CONFIGS, IMAGE, REFUSED, compiled, model_of, prompts
+
+GREEDY = {"max_new_tokens": 9, "do_sample": False}
+
+
+@torch.no_grad()
+def logits(model: Any, given: dict[str, Any]) -> Tensor:
+    """Logits of what is no padding."""
+    found: Tensor = model(**given).logits
+    return found[given["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_logits_are_those_of_hugging_face(name: str, backend: str) -> None:
+    given = prompts(name)
+    torch.testing.assert_close(
+        logits(compiled(name, backend), given), logits(model_of(name), given), atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["idefics3", "qwen3_5"])
+def test_half_precision(name: str) -> None:
+    """No further from float64 than eager is."""
+    half, whole = model_of(name, torch.bfloat16), copy.deepcopy(model_of(name)).double()
+    given = prompts(name)
+    pixels = given.pop("pixel_values")
+    ours, eager = (
+        logits(m, {**given, "pixel_values": pixels.bfloat16()})
+        for m in (compiled(name, "cpp", torch.bfloat16), half)
+    )
+    assert_no_further(ours, eager, logits(whole, {**given, "pixel_values": pixels.double()}))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"return_dict_in_generate": True}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}],
+    ids=["own loop", "other loop", "beams", "several of each"],
+)
+def test_generate_is_that_of_hugging_face(name: str, how: dict[str, Any]) -> None:
+    expected, found = (m.generate(**prompts(name), **GREEDY, **how) for m in (model_of(name), compiled(name)))
+    if how.get("return_dict_in_generate"):
+        expected, found = expected.sequences, found.sequences
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_our_own_loop_decodes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the prompt nothing is known of images, so no step has to go through Transformers' loop."""
+    lengths: list[int] = []
+    loop = api_mixin.generate
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        lengths.append(kwargs["logits"].shape[1])
+        return loop(*args, **kwargs)
+
+    monkeypatch.setattr(api_mixin, "generate", noted)
+    compiled(name).generate(**prompts(name), **GREEDY)
+    assert lengths == [1]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_texts_alone(name: str) -> None:
+    """Prompts without images: no tower runs, and vectors are the model's own for the ids."""
+    model, fast = model_of(name), compiled(name)
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(1))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    named = inspect.signature(model.forward).parameters  # of which processors give token types
+    given |= {n: torch.zeros_like(ids) for n in ("token_type_ids", "mm_token_type_ids") if n in named}
+    torch.testing.assert_close(logits(fast, given), logits(model, given), atol=1e-5, rtol=1e-4)
+    assert torch.equal(fast.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_request_goes_on_after_an_image(name: str) -> None:
+    """Several tokens and then one, without a word about positions: they go on where the image's end."""
+    model, fast = model_of(name), compiled(name)
+    more = torch.randint(3, 90, (1, 5), generator=torch.Generator().manual_seed(2))
+    given = prompts(name, rows=1)
+    found: dict[Any, list[Tensor]] = {model: [], fast: []}
+    for m, results in found.items():
+        with torch.no_grad():
+            cache = cache_of(m(**given, use_cache=True))
+            for ids in (more, more[:, :1]):
+                results.append(m(input_ids=ids, **with_cache(m.forward, cache)).logits)
+    for ours, expected in zip(found[fast], found[model], strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["idefics3", "qwen3_5"])
+def test_a_conversation(name: str) -> None:
+    """The second turn repeats all ids, whose image is in the cache already."""
+    more = torch.randint(3, 90, (1, 5), generator=torch.Generator().manual_seed(2))
+    answers = []
+    for m in (model_of(name), compiled(name)):
+        given = prompts(name, rows=1)
+        first = m.generate(**given, **GREEDY, return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, more], 1)
+        known = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "image_grid_thw" in given:
+            known |= {
+                "mm_token_type_ids": (ids == IMAGE).int(),
+                "image_grid_thw": given["image_grid_thw"],
+            }
+        answers.append(m.generate(**known, **with_cache(m.forward, cache_of(first)), **GREEDY))
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_a_long_prompt_runs_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, given = compiled(name), prompts(name)
+    expected = logits(fast, given)
+    engine: Engine = fast._tilewright.engine
+    monkeypatch.setattr(engine, "spec", replace(engine.spec, chunk=5))
+    torch.testing.assert_close(logits(fast, given), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_calls_leave_nothing_behind() -> None:
+    """Qwen2-VL notes in itself how positions went on after an image; the model that is compiled must not be changed."""
+    model = model_of("qwen2_vl")
+    fast, given = compiled("qwen2_vl"), prompts("qwen2_vl", rows=1)
+    model.model.rope_deltas = None
+    first = logits(fast, given)
+    logits(fast, prompts("qwen2_vl", seed=5))
+    assert model.model.rope_deltas is None
+    assert torch.equal(logits(fast, given), first)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_needs_more_than_vectors_is_refused(name: str) -> None:
+    """The error names a remedy, the cache stays as it was, and texts go on working."""
+    model, fast = model_of(name), compiled(name)
+    ids = torch.randint(3, 90, (1, 7), generator=torch.Generator().manual_seed(1))
+    cache = cache_of(fast(input_ids=ids))
+    with pytest.raises(InputError, match="use the original model for prompts with images"):
+        fast(**prompts(name, rows=1))
+    assert cache.get_seq_length() == 7
+    assert torch.equal(fast.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
+
+
+def test_other_arguments_are_refused() -> None:
+    fast, given = compiled("llava"), prompts("llava", rows=1)
+    vectors = torch.zeros(1, given["input_ids"].shape[1], 32)
+    for name, value in {"output_hidden_states": True, "inputs_embeds": vectors}.items():
+        with pytest.raises(InputError, match=f"does not take {name}"):
+            fast(**given, **{name: value})
+
+
+def test_an_engine_checks_vectors_and_positions() -> None:
+    """Those that do not fit would be read beyond their end."""
+    engine: Engine = compiled("qwen2_vl")._tilewright.engine
+    ids = torch.tensor([[5, 6, 7]])
+    for vectors in (torch.zeros(1, 2, 32), torch.zeros(1, 3, 31), torch.zeros(1, 3, 32).double()):
+        with pytest.raises(InputError, match="inputs_embeds must be"):
+            engine.step(engine.new_state(1), ids, inputs_embeds=vectors)
+    for positions in (torch.zeros(2, 1, 3).long(), torch.zeros(3, 1, 2).long()):
+        with pytest.raises(InputError, match=r"position_ids must be of shape \(3, 1, 3\)"):
+            engine.step(engine.new_state(1), ids, position_ids=positions)
+
+
+def test_models_of_texts_take_no_vectors() -> None:
+    """Their prompts are ids, looked up by the first kernel."""
+    model = model_of("llava").model.language_model
+    engine: Engine = tw.compile(model, max_length=32, backend="reference", autotune="off")._tilewright.engine
+    with pytest.raises(InputError, match="does not take inputs_embeds"):
+        engine.step(engine.new_state(1), torch.tensor([[5]]), inputs_embeds=torch.zeros(1, 1, 32))

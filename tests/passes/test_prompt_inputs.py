@@ -1,0 +1,79 @@
+"""Prompts of vectors and steps of tokens mean the same as the module that they come from."""
+
+from __future__ import annotations
+
+import torch
+
+from tilewright.ir.module import Module
+from tilewright.ir.parser import parse_module
+from tilewright.ir.reference import evaluate
+from tilewright.ir.verify import verify_module
+from tilewright.passes.prompt_inputs import prompt_of_vectors, step_of_tokens
+
+TEXT = """
+symbol B [1, 4]
+symbol S [1, 8]
+func @main(%input_ids: i64[B, S], %position_ids: i64[3, B, S]) -> (%y) {
+  %table = param {name = "embed.weight"} : f32[7, 4]
+  %scale = param {name = "embed.scale"} : f32[]
+  %x = gather %table, %input_ids {axis = 0} : f32[B, S, 4]  @ "embed" "model.py:1"
+  %z = mul %x, %scale : f32[B, S, 4]  @ "embed" "model.py:2"
+  %p = cast %position_ids : f32[3, B, S]  @ "rotary" "model.py:3"
+  %r = reduce %p {axes = (0), keepdim = false, kind = "sum"} : f32[B, S]  @ "rotary" "model.py:4"
+  %v = view %r {map = (i0, i1, i2) -> (i0, i1)} : f32[B, S, 1]  @ "rotary" "model.py:4"
+  %y = add %z, %v : f32[B, S, 4]  @ "layer" "model.py:5"
+}
+"""
+WEIGHTS = {"embed.weight": torch.randn(7, 4), "embed.scale": torch.tensor(3.0)}
+IDS = torch.tensor([[1, 6, 0], [2, 3, 4]])
+
+
+def parsed(text: str = TEXT) -> Module:
+    module = parse_module(text)
+    verify_module(module)
+    return module
+
+
+def run(module: Module, **inputs: torch.Tensor) -> torch.Tensor:
+    verify_module(module)
+    (found,) = evaluate(module, inputs, WEIGHTS, {"B": 2, "S": 3})
+    return found
+
+
+def test_a_prompt_of_vectors_begins_after_the_table() -> None:
+    """What the embedding does to a row (Gemma scales it) is done already."""
+    positions = torch.randint(0, 9, (3, 2, 3))
+    expected = run(parsed(), input_ids=IDS, position_ids=positions)
+    prompt = prompt_of_vectors(parsed(), "embed")
+    assert prompt is not None
+    assert [p.name for p in prompt.main.params] == ["inputs_embeds", "position_ids"]
+    assert not [op for op in prompt.main.ops if op.opcode in ("param", "gather")]
+    vectors = WEIGHTS["embed.weight"][IDS] * 3.0
+    torch.testing.assert_close(run(prompt, inputs_embeds=vectors, position_ids=positions), expected)
+
+
+def test_ids_that_are_read_otherwise_too_say_more_than_vectors() -> None:
+    own = """
+  %i = cast %input_ids : f32[B, S]
+  %j = view %i {map = (i0, i1, i2) -> (i0, i1)} : f32[B, S, 1]
+  %w = add %v, %j : f32[B, S, 1]
+  %y = add %z, %w"""
+    other = TEXT.replace("  %y = add %z, %v", own.lstrip("\n"))
+    assert prompt_of_vectors(parsed(other), "embed") is None
+
+
+def test_a_module_without_that_embedding_stays() -> None:
+    assert prompt_of_vectors(parsed(), "wte") is None
+
+
+def test_a_step_has_one_number_for_each_position() -> None:
+    step = step_of_tokens(parsed())
+    assert [str(p.type) for p in step.main.params] == ["i64[B, S]", "i64[B, S]"]
+    positions = torch.randint(0, 9, (2, 3))
+    found = run(step, input_ids=IDS, position_ids=positions)
+    torch.testing.assert_close(found, run(parsed(), input_ids=IDS, position_ids=positions.expand(3, 2, 3)))
+
+
+def test_positions_of_one_number_stay() -> None:
+    step = step_of_tokens(parsed())
+    assert step_of_tokens(step) is step
