@@ -200,12 +200,12 @@ class CompiledMixin:
 @dataclass(frozen=True)
 class Prompt:
     """Token ids i64[B, S], the mask over past and new tokens, and positions, as callers give them. vectors: f[B, S, d]
-    where these are not the model's own for the ids."""
+    by the names of the program's inputs, where these are not the model's own for the ids."""
 
     ids: Tensor
     mask: Tensor | None
     positions: Tensor | None
-    vectors: Tensor | None = None
+    vectors: Mapping[str, Tensor] | None = None
 
 
 class DecoderMixin(CompiledMixin):

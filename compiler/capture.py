@@ -38,7 +38,7 @@ from .capture_inputs import (
     symbol_ranges,
 )
 from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, flat_names, opaque_layers
-from .capture_multimodal import token_vectors
+from .capture_multimodal import deep_layers, token_vectors
 from .capture_ops import STATEFUL, attention_forward, opaque_attention, set_in_configs
 from .capture_patches import PositionRule, has_own_attention, position_rule, rerouted
 from .capture_ready import check_ready
@@ -86,7 +86,8 @@ class CapturedFacts:
     together with ``output_constants``, the leaves (by position) that are no tensors. For a Hugging Face model that tree
     is a ModelOutput, of the class ``output_class``. ``per_request`` names
     inputs that stay the same while a request is decoded. ``embedding`` is the path of the module that makes vectors of
-    token ids, where a prompt may be vectors. ``notes`` says, for the report, which
+    token ids, where a prompt may be vectors, and ``deep_layers`` are those of layers whose results it adds vectors to.
+    ``notes`` says, for the report, which
     repeated layers could not be captured as layers and why.
     """
 
@@ -100,6 +101,7 @@ class CapturedFacts:
     notes: tuple[str, ...]
     per_request: tuple[str, ...] = ()
     embedding: str = ""
+    deep_layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +222,7 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
         notes=tuple(notes),
         per_request=PER_REQUEST if is_encoder_decoder(model) else (),
         embedding=token_vectors(model) if kind == "decoder" else "",
+        deep_layers=deep_layers(model) if kind == "decoder" else (),
     )
 
 

@@ -6,9 +6,14 @@ model's own affair; the decoder is captured through the whole model, given texts
 
 from __future__ import annotations
 
+import inspect
+
 from transformers import PreTrainedModel
 
 from .capture_ops import configs_of
+
+DEEP_VECTORS, DEEP_PLACES = "deepstack_visual_embeds", "visual_pos_masks"
+"""Names of the vectors of images for later layers, f[n, d] for each of these, and their tokens, bool[B, S]."""
 
 
 def text_decoder(model: PreTrainedModel) -> str:
@@ -27,6 +32,18 @@ def token_vectors(model: PreTrainedModel) -> str:
         return ""
     table = model.get_input_embeddings()
     return next((path for path, module in model.named_modules() if module is table), "")
+
+
+def deep_layers(model: PreTrainedModel) -> tuple[str, ...]:
+    """The paths of the layers to whose results a prompt with images adds vectors, where a model has such.
+
+    (Meng et al., "DeepStack: Deeply Stacking Visual Tokens is Surprisingly Simple and Effective for LMMs", 2024.)
+    """
+    path = text_decoder(model)
+    if not path or DEEP_VECTORS not in inspect.signature(model.get_submodule(path).forward).parameters:
+        return ()
+    sources = (getattr(config, "deepstack_visual_indexes", ()) for config in configs_of(model))
+    return tuple(f"{path}.layers.{n}" for n in range(max(map(len, sources))))
 
 
 def position_axes(model: PreTrainedModel) -> int:

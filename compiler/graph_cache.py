@@ -59,6 +59,7 @@ def load(key: str, model: nn.Module) -> tuple[CapturedFacts, Module] | None:
             notes=tuple(record["notes"]),
             per_request=tuple(record["per_request"]),
             embedding=record["embedding"],
+            deep_layers=tuple(record["deep_layers"]),
         ), lowered
     except (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, TilewrightError):
         return None
@@ -86,6 +87,7 @@ def store(key: str, model: nn.Module, facts: CapturedFacts, lowered: Module) -> 
             "notes": facts.notes,
             "per_request": facts.per_request,
             "embedding": facts.embedding,
+            "deep_layers": facts.deep_layers,
         }
         text = json.dumps(record)
         write_atomically(_path(key), f"{_digest(text)}\n{text}")

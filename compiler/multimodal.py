@@ -14,13 +14,15 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from tilewright.ir.errors import InputError
+from tilewright.passes.prompt_inputs import DEEP, VECTORS
 
 from .api_mixin import DecoderMixin, Prompt
 from .cache import EngineCache, with_cache
-from .capture_multimodal import text_decoder
+from .capture_multimodal import DEEP_PLACES, DEEP_VECTORS, text_decoder
 from .generate_options import KNOWN_KWARGS
 from .unserved import EXTRA_OUTPUTS
 
@@ -50,8 +52,10 @@ class MultimodalMixin(DecoderMixin):
         try:
             front(**texts, **more, use_cache=True, return_dict=True)
         except _ReachedError as reached:
-            vectors, mask, positions = _handed_on(reached.arguments, type(self).__name__)
-        return replace(prompt, vectors=vectors, mask=mask, positions=_without_repetition(positions))
+            return _handed_on(reached.arguments, prompt, type(self).__name__)
+        raise InputError(
+            f"{type(self).__name__} did not call its decoder of texts; use the original model for that"
+        )
 
     def _own_arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """What our loop takes; all there is, which it does not, where a request goes on with more than texts."""
@@ -118,14 +122,14 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
 _TEXT = {"input_ids", "use_cache", "return_dict", "cache_position", "logits_to_keep", "kwargs"}
 
 
-def _handed_on(arguments: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Vectors, mask and positions that a decoder is called with. Raises InputError for what else it is told."""
+def _handed_on(arguments: Mapping[str, Any], prompt: Prompt, name: str) -> Prompt:
+    """The prompt as a decoder is called with it. Raises InputError for what it is told beyond vectors, where each
+    token is, and which ones are padding."""
     rest = {n: v for n, v in arguments.items() if v is not None and v is not False}
-    vectors, mask, positions = (
-        rest.pop(n, None) for n in ("inputs_embeds", "attention_mask", "position_ids")
-    )
+    first, mask, positions = (rest.pop(n, None) for n in (VECTORS, "attention_mask", "position_ids"))
+    deep, places = rest.pop(DEEP_VECTORS, ()), rest.pop(DEEP_PLACES, None)
     told = [n for n, v in rest.items() if n not in _TEXT and not isinstance(v, EngineCache)]
-    if told or vectors is None:
+    if told or first is None:
         raise InputError(
             f"{name} hands its decoder {' and '.join(told) or 'no vectors'} for this prompt, which a compiled one does "
             "not take; use the original model for prompts with images or sound"
@@ -135,7 +139,11 @@ def _handed_on(arguments: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor 
             f"{name} has its decoder see this prompt by a mask of its own, where tokens also see later ones; use the "
             "original model for prompts with images or sound"
         )
-    return vectors, mask, positions
+    vectors = {VECTORS: first}
+    for number, some in enumerate(deep):
+        vectors[f"{DEEP}{number}"] = torch.zeros_like(first)
+        vectors[f"{DEEP}{number}"][places] = some.to(first)
+    return Prompt(prompt.ids, mask, _without_repetition(positions), vectors)
 
 
 def _without_repetition(positions: Any) -> Any:

@@ -63,7 +63,9 @@ class Parts:
         hoisted = hoist_per_request(lowered, captured.per_request)
         if hoisted is not None:
             return Parts(hoisted.steps, hoisted.once, hoisted.names)
-        prompt = prompt_of_vectors(lowered, captured.embedding) if captured.embedding else None
+        prompt = None
+        if captured.embedding:
+            prompt = prompt_of_vectors(lowered, captured.embedding, captured.deep_layers)
         return Parts(step_of_tokens(lowered), prompt=prompt)
 
     def module(self, phase: Phase) -> Module:

@@ -84,8 +84,7 @@ class Trial:
             "attention_mask": state.mask,
             "call_length": state.no_length,
         }
-        if (vectors := spec.input("inputs_embeds")) is not None:
-            inputs["inputs_embeds"] = vectors.empty(dims, spec.device).normal_()
+        inputs |= {v.name: v.empty(dims, spec.device).normal_() for v in spec.prompt_vectors}
         if spec.per_request is not None:
             state.hold({name: low for name, low, _ in spec.symbols if name not in dims})
             inputs |= {name: tensor[:batch] for name, tensor in state.held.tensors.items()}

@@ -1,33 +1,37 @@
 """What a prompt may be that a step is not: vectors instead of token ids, at positions of several numbers.
 
-    main(%input_ids, %position_ids):               prompt: main(%inputs_embeds, %position_ids):
-      %x = gather %table, %input_ids @ "embed"               %y = mul %inputs_embeds, ...
-      %y = mul %x, ...                         =>
+    main(%input_ids, %position_ids):               prompt: main(%inputs_embeds, %position_ids, %deepstack_0):
+      %x = gather %table, %input_ids @ "embed"               %y = call %inputs_embeds {scope = "layers.0"}
+      %y = call %x {scope = "layers.0"}                      %z = add %y, %deepstack_0
+      %z = call %y {scope = "layers.1"}        =>            %0 = call %z {scope = "layers.1"}
+
                                                    step:   main(%input_ids, %position_ids_0):
       %position_ids : [3, B, S]                              %position_ids = view %position_ids_0 : [3, B, S]
 
-The vectors of a prompt with images come from elsewhere, and so do those of its texts. A step is one token of text, the
-numbers of whose position are equal.
+The vectors of a prompt with images come from elsewhere, and so do those of its texts; where images have vectors for
+later layers, too, those of texts are zeros. A step is one token of text, the numbers of whose position are equal.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from tilewright.ir.index import IndexMap, index_symbols
 from tilewright.ir.module import Function, Module, Names, Op, make_attrs
 from tilewright.ir.types import TensorType, Value
 
-from .base import PassOptions, parameters_first
+from .base import PassOptions, Rewriter, parameters_first
 from .dce import eliminate_dead_code
 
-IDS, VECTORS, POSITIONS = "input_ids", "inputs_embeds", "position_ids"
+IDS, VECTORS, POSITIONS, DEEP = "input_ids", "inputs_embeds", "position_ids", "deepstack_"
 
 
-def prompt_of_vectors(module: Module, embedding: str) -> Module | None:
-    """The module with an input ``inputs_embeds`` instead of what the model's module at the path ``embedding`` gives.
+def prompt_of_vectors(module: Module, embedding: str, deep_layers: Sequence[str] = ()) -> Module | None:
+    """The module with an input ``inputs_embeds`` instead of what the model's module at the path ``embedding`` gives,
+    and inputs ``deepstack_0``, ``..._1`` that are added to the results of the layers at the paths ``deep_layers``.
 
-    None where token ids are used otherwise, too: then vectors do not say all of a prompt.
+    None where token ids are used otherwise, too (then vectors do not say all of a prompt), or a layer is no call.
     """
     main = module.main
     inside = {v for op in main.ops if f"{op.loc.module}.".startswith(f"{embedding}.") for v in op.results}
@@ -42,7 +46,24 @@ def prompt_of_vectors(module: Module, embedding: str) -> Module | None:
     if any(p.name == IDS and p in op.operands for op in shorter.main.ops for p in main.params):
         return None
     params = tuple(given if p.name == IDS else p for p in main.params)
-    return _with_main(shorter, replace(shorter.main, params=params))
+    return _added_behind(_with_main(shorter, replace(shorter.main, params=params)), deep_layers)
+
+
+def _added_behind(module: Module, layers: Sequence[str]) -> Module | None:
+    """An input for each of the calls with these scopes, added to its result; None where one is not there."""
+    rewriter, added = Rewriter(module.main), {}
+    for op in rewriter:
+        rewriter.keep(op)
+        if op.opcode == "call" and op.attr("scope") in layers and len(op.results) == 1:
+            place = layers.index(op.attr("scope"))
+            added[place] = Value(f"{DEEP}{place}", op.result.type)
+            rewriter.replace(op.result, rewriter.add("add", op.result, added[place], loc=op.loc))
+    if len(added) < len(layers):
+        return None
+    ops = tuple(rewriter.ops)
+    returns = tuple(rewriter.table.get(v, v) for v in module.main.returns)
+    params = (*module.main.params, *(added[n] for n in sorted(added)))
+    return _with_main(module, replace(module.main, params=params, ops=ops, returns=returns))
 
 
 def step_of_tokens(module: Module) -> Module:

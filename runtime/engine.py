@@ -125,15 +125,15 @@ class Engine:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         keep: int = 0,
-        inputs_embeds: Tensor | None = None,
+        vectors: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Append tokens to a request and return the logits of its last ``keep`` positions (0: of all).
 
         ``input_ids`` is i64[B, S] (i32 also goes), ``attention_mask`` [B, past + S] or None for all ones, and
         ``position_ids`` [B, S] or [1, S] or None; [3, B, S] where the positions of a prompt are of several numbers.
-        ``inputs_embeds`` f[B, S, d] are the tokens' vectors, where these are not the model's own.
-        Returns logits[B, keep, V], a fresh tensor. Raises InputError for inputs that do not fit, and leaves the state
-        as it was.
+        ``vectors`` f[B, S, d] say what tokens are instead of ids: ``inputs_embeds``, and what is added
+        to the results of later layers, as ``spec.prompt_vectors`` names it. Returns logits[B, keep, V], a fresh tensor.
+        Raises InputError for inputs that do not fit, and leaves the state as it was.
         """
         if self.spec.per_request is not None and not state.held.ready:
             raise InputError("the cache is empty, and there are no states of an encoder to attend to")
@@ -141,14 +141,14 @@ class Engine:
         self._check_mask(state, ids, attention_mask)
         if position_ids is not None:
             position_ids = self._check_positions(ids, position_ids)
-        if inputs_embeds is not None:
-            inputs_embeds = self._check_vectors(ids, inputs_embeds)
+        if vectors is not None:
+            vectors = self._check_vectors(ids, vectors)
         try:
-            return self._append(state, ids, attention_mask, position_ids, keep, inputs_embeds)
+            return self._append(state, ids, attention_mask, position_ids, keep, vectors)
         except RuntimeError as error:
             if not is_out_of_memory(error) or not self.idle.make_room():
                 raise
-        return self._append(state, ids, attention_mask, position_ids, keep, inputs_embeds)
+        return self._append(state, ids, attention_mask, position_ids, keep, vectors)
 
     def _append(
         self,
@@ -157,7 +157,7 @@ class Engine:
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         keep: int,
-        vectors: Tensor | None,
+        vectors: Mapping[str, Tensor] | None,
     ) -> Tensor:
         """As :meth:`step`, on arguments that have been checked."""
         with state.undone_on_failure():
@@ -188,12 +188,16 @@ class Engine:
         return executor.device_step(state) if isinstance(executor, DeviceStepping) else None
 
     def _prefill(
-        self, state: RequestState, ids: Tensor, positions: Tensor, keep: int, vectors: Tensor | None
+        self,
+        state: RequestState,
+        ids: Tensor,
+        positions: Tensor,
+        keep: int,
+        vectors: Mapping[str, Tensor] | None,
     ) -> Tensor:
         """Run the prompt in chunks, so that the arena does not grow with it. Returns logits[B, keep, V]."""
         spec, batch, total = self.spec, state.batch, ids.shape[1]
-        if vectors is None and self.embed is not None:
-            vectors = self.embed(ids)
+        vectors = self._vectors(ids, vectors or {})
         if self._position_axes > 1:
             positions = positions.expand(self._position_axes, batch, total)
         reached = positions.max().add(1).view(1) if spec.has_input("call_length") else state.no_length
@@ -208,9 +212,8 @@ class Engine:
                 "attention_mask": state.mask,
                 "call_length": reached,
                 **{name: tensor[:batch] for name, tensor in state.held.tensors.items()},
+                **{name: aligned(tensor[:, start:stop]) for name, tensor in vectors.items()},
             }
-            if vectors is not None:
-                inputs["inputs_embeds"] = aligned(vectors[:, start:stop])
             dims = {"B": batch, "S": stop - start, "T": state.length + stop - start, "L": kept}
             dims |= state.held.dims
             logits = spec.outputs[0].empty(dims, spec.device)
@@ -286,11 +289,23 @@ class Engine:
         spec = self.spec.input("position_ids")
         return int(spec.type.shape[0]) if spec is not None and spec.type.rank > 2 else 1
 
-    def _check_vectors(self, ids: Tensor, vectors: Tensor) -> Tensor:
-        spec = self.spec.input("inputs_embeds")
-        if spec is None:
-            raise InputError("a prompt of this model is token ids; it does not take inputs_embeds")
-        return self._check_input(spec, vectors, {"B": ids.shape[0], "S": ids.shape[1]})
+    def _vectors(self, ids: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a prompt's program takes of each token: what is given, or the model's own for its id and zeros."""
+        found = dict(given)
+        for spec in self.spec.prompt_vectors:
+            if spec.name == "inputs_embeds" and self.embed is not None:
+                found.setdefault(spec.name, self.embed(ids))
+            elif spec.name not in found:
+                dims = {"B": ids.shape[0], "S": ids.shape[1]}
+                found[spec.name] = spec.empty(dims, self.spec.device).zero_()
+        return found
+
+    def _check_vectors(self, ids: Tensor, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        known = {spec.name: spec for spec in self.spec.prompt_vectors}
+        if unknown := sorted(set(vectors) - set(known)):
+            raise InputError(f"a prompt of this model does not take {unknown[0]}")
+        dims = {"B": ids.shape[0], "S": ids.shape[1]}
+        return {name: self._check_input(known[name], tensor, dims) for name, tensor in vectors.items()}
 
     def _check_positions(self, ids: Tensor, positions: Tensor) -> Tensor:
         require_tensor("position_ids", positions)

@@ -236,6 +236,12 @@ class EngineSpec:
         """The input of that name, or None when the program reads none."""
         return next((i for i in self.inputs if i.name == name), None)
 
+    @property
+    def prompt_vectors(self) -> tuple[TensorSpec, ...]:
+        """Inputs f[B, S, d] of a decoder: a vector for each token of a prompt."""
+        tokens = (i for i in self.inputs if i.type.rank == 3 and str(i.type.shape[1]) == "S")
+        return tuple(i for i in tokens if i.dtype.is_floating_point) if self.kind == "decoder" else ()
+
     def has_input(self, name: str) -> bool:
         """True when the program reads an input of that name."""
         return self.input(name) is not None

@@ -51,7 +51,14 @@ CONFIGS: dict[str, hf.PretrainedConfig] = {
         vision_config={**_GRID, "out_hidden_size": 32, "intermediate_size": 64},
         **_TOKENS,
     ),
-}
+    "qwen3_vl": hf.Qwen3VLConfig(
+        text_config={**_TEXT, "head_dim": 8, "rope_parameters": _AXES},
+        vision_config={
+            **_GRID, "out_hidden_size": 32, "intermediate_size": 64, "deepstack_visual_indexes": [0, 1],
+        },
+        **_TOKENS,
+    ),
+}  # fmt: skip
 REFUSED: dict[str, hf.PretrainedConfig] = {
     "gemma3": hf.Gemma3Config(
         text_config=hf.Gemma3TextConfig(**_TEXT, head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
@@ -59,15 +66,8 @@ REFUSED: dict[str, hf.PretrainedConfig] = {
         mm_tokens_per_image=4,
         image_token_index=IMAGE,
     ),
-    "qwen3_vl": hf.Qwen3VLConfig(
-        text_config={**_TEXT, "head_dim": 8, "rope_parameters": _AXES},
-        vision_config={
-            **_GRID, "out_hidden_size": 32, "intermediate_size": 64, "deepstack_visual_indexes": [0],
-        },
-        **_TOKENS,
-    ),
-}  # fmt: skip
-"""Whose prompts with images need more than vectors: a mask of their own, and vectors for later layers too."""
+}
+"""Whose prompts with images need more than vectors: a mask of their own."""
 _LENGTHS = {"llava": 16, "idefics3": 4, "gemma3": 4}
 _COUNTED = ("qwen2_vl", "qwen3_5", "qwen3_vl")
 """Models in which images have positions of their own."""

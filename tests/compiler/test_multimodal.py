@@ -177,7 +177,7 @@ def test_an_engine_checks_vectors_and_positions() -> None:
     ids = torch.tensor([[5, 6, 7]])
     for vectors in (torch.zeros(1, 2, 32), torch.zeros(1, 3, 31), torch.zeros(1, 3, 32).double()):
         with pytest.raises(InputError, match="inputs_embeds must be"):
-            engine.step(engine.new_state(1), ids, inputs_embeds=vectors)
+            engine.step(engine.new_state(1), ids, vectors={"inputs_embeds": vectors})
     for positions in (torch.zeros(2, 1, 3).long(), torch.zeros(3, 1, 2).long()):
         with pytest.raises(InputError, match=r"position_ids must be of shape \(3, 1, 3\)"):
             engine.step(engine.new_state(1), ids, position_ids=positions)
@@ -188,4 +188,6 @@ def test_models_of_texts_take_no_vectors() -> None:
     model = model_of("llava").model.language_model
     engine: Engine = tw.compile(model, max_length=32, backend="reference", autotune="off")._tilewright.engine
     with pytest.raises(InputError, match="does not take inputs_embeds"):
-        engine.step(engine.new_state(1), torch.tensor([[5]]), inputs_embeds=torch.zeros(1, 1, 32))
+        engine.step(
+            engine.new_state(1), torch.tensor([[5]]), vectors={"inputs_embeds": torch.zeros(1, 1, 32)}
+        )

@@ -62,6 +62,34 @@ def test_ids_that_are_read_otherwise_too_say_more_than_vectors() -> None:
     assert prompt_of_vectors(parsed(other), "embed") is None
 
 
+LAYERS = """
+symbol B [1, 4]
+symbol S [1, 8]
+func @main(%input_ids: i64[B, S]) -> (%b) {
+  %table = param {name = "embed.weight"} : f32[7, 4]
+  %x = gather %table, %input_ids {axis = 0} : f32[B, S, 4]  @ "embed" "model.py:1"
+  %a = call %x {callee = "layer", scope = "layers.0"} : f32[B, S, 4]  @ "layers.0" "model.py:2"
+  %b = call %a {callee = "layer", scope = "layers.1"} : f32[B, S, 4]  @ "layers.1" "model.py:2"
+}
+func @layer(%x: f32[B, S, 4]) -> (%y) {
+  %y = mul %x, %x : f32[B, S, 4]
+}
+"""
+
+
+def test_vectors_are_added_behind_layers() -> None:
+    """The last layer's result too, which is returned."""
+    prompt = prompt_of_vectors(parsed(LAYERS), "embed", ("layers.0", "layers.1"))
+    assert prompt is not None
+    x, first, second = torch.randn(3, 2, 3, 4)
+    found = run(prompt, inputs_embeds=x, deepstack_0=first, deepstack_1=second)
+    torch.testing.assert_close(found, (x * x + first).square() + second)
+
+
+def test_a_layer_that_is_no_call_takes_no_vectors() -> None:
+    assert prompt_of_vectors(parsed(LAYERS), "embed", ("layers.0", "layers.2")) is None
+
+
 def test_a_module_without_that_embedding_stays() -> None:
     assert prompt_of_vectors(parsed(), "wte") is None
 
