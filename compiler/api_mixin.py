@@ -199,13 +199,13 @@ class CompiledMixin:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids i64[B, S], the mask over past and new tokens, and positions, as callers give them. vectors: f[B, S, d]
-    by the names of the program's inputs, where these are not the model's own for the ids."""
+    """Token ids i64[B, S], the mask over past and new tokens, and positions, as callers give them. given: what else is
+    said of the tokens (see ``Engine.step``)."""
 
     ids: Tensor
     mask: Tensor | None
     positions: Tensor | None
-    vectors: Mapping[str, Tensor] | None = None
+    given: Mapping[str, Tensor] | None = None
 
 
 class DecoderMixin(CompiledMixin):
@@ -237,7 +237,7 @@ class DecoderMixin(CompiledMixin):
         prompt = self._prompt(Prompt(ids, mask, positions), cache, given)
         last = kept if isinstance(kept, int) else 0
         state = cache.state_for(ids.shape[0])
-        result = engine.step(state, ids, prompt.mask, prompt.positions, last, prompt.vectors)
+        result = engine.step(state, ids, prompt.mask, prompt.positions, last, prompt.given)
         if not isinstance(kept, int):
             result = result[:, kept]
         return self._output(result, None if use_cache is False else cache, return_dict)
@@ -353,7 +353,7 @@ class DecoderMixin(CompiledMixin):
             input_ids,
             options,
             attention_mask=mask,
-            position_ids=own.get("position_ids") if logits is None else None,
+            position_ids=None if logits is not None else own.get("position_ids"),
             streamer=streamer,
             held=held,
             logits=logits,

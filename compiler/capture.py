@@ -38,7 +38,7 @@ from .capture_inputs import (
     symbol_ranges,
 )
 from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, flat_names, opaque_layers
-from .capture_multimodal import deep_layers, token_vectors
+from .capture_multimodal import deep_layers, makes_masks, token_vectors
 from .capture_ops import STATEFUL, attention_forward, opaque_attention, set_in_configs
 from .capture_patches import PositionRule, has_own_attention, position_rule, rerouted
 from .capture_ready import check_ready
@@ -87,6 +87,7 @@ class CapturedFacts:
     is a ModelOutput, of the class ``output_class``. ``per_request`` names
     inputs that stay the same while a request is decoded. ``embedding`` is the path of the module that makes vectors of
     token ids, where a prompt may be vectors, and ``deep_layers`` are those of layers whose results it adds vectors to.
+    ``sees_ahead``: tokens of such a prompt may see later ones.
     ``notes`` says, for the report, which
     repeated layers could not be captured as layers and why.
     """
@@ -102,6 +103,7 @@ class CapturedFacts:
     per_request: tuple[str, ...] = ()
     embedding: str = ""
     deep_layers: tuple[str, ...] = ()
+    sees_ahead: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +225,7 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
         per_request=PER_REQUEST if is_encoder_decoder(model) else (),
         embedding=token_vectors(model) if kind == "decoder" else "",
         deep_layers=deep_layers(model) if kind == "decoder" else (),
+        sees_ahead=kind == "decoder" and makes_masks(model),
     )
 
 

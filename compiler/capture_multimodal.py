@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import inspect
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .capture_ops import configs_of
+from .front import decoder_call
 
 DEEP_VECTORS, DEEP_PLACES = "deepstack_visual_embeds", "visual_pos_masks"
 """Names of the vectors of images for later layers, f[n, d] for each of these, and their tokens, bool[B, S]."""
@@ -44,6 +47,24 @@ def deep_layers(model: PreTrainedModel) -> tuple[str, ...]:
         return ()
     sources = (getattr(config, "deepstack_visual_indexes", ()) for config in configs_of(model))
     return tuple(f"{path}.layers.{n}" for n in range(max(map(len, sources))))
+
+
+@torch.no_grad()
+def makes_masks(model: PreTrainedModel) -> bool:
+    """Whether a model tells its decoder which keys tokens see, and not only which of them are padding.
+
+    That is seen in what it calls it with for a short text.
+    """
+    path = text_decoder(model)
+    if not path:
+        return False
+    ids = torch.ones(1, 2, dtype=torch.int64, device=model.device)
+    try:
+        told = decoder_call(model, path, type(model), input_ids=ids, attention_mask=torch.ones_like(ids))
+    except (TypeError, ValueError, RuntimeError):  # no text alone
+        return False
+    mask = (told or {}).get("attention_mask")
+    return mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)
 
 
 def position_axes(model: PreTrainedModel) -> int:

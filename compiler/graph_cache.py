@@ -60,6 +60,7 @@ def load(key: str, model: nn.Module) -> tuple[CapturedFacts, Module] | None:
             per_request=tuple(record["per_request"]),
             embedding=record["embedding"],
             deep_layers=tuple(record["deep_layers"]),
+            sees_ahead=record["sees_ahead"],
         ), lowered
     except (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, TilewrightError):
         return None
@@ -88,6 +89,7 @@ def store(key: str, model: nn.Module, facts: CapturedFacts, lowered: Module) -> 
             "per_request": facts.per_request,
             "embedding": facts.embedding,
             "deep_layers": facts.deep_layers,
+            "sees_ahead": facts.sees_ahead,
         }
         text = json.dumps(record)
         write_atomically(_path(key), f"{_digest(text)}\n{text}")

@@ -1,32 +1,32 @@
 """Calls with images or sound: the model's own code makes vectors of them, and the compiled decoder runs from there.
 
-What comes before the decoder of texts is run as it is, by PyTorch, in a copy of the model that stops at its decoder:
-towers, projectors, and the rules by which each model places what they give among the vectors of the prompt's tokens and
-numbers the positions.
+What comes before the decoder of texts is run as it is, by PyTorch: towers, projectors, and the rules by which each
+model places what they give among the vectors of the prompt's tokens, numbers positions and builds masks.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property, partial
-from typing import Any, NoReturn
+from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tilewright.ir.errors import InputError
-from tilewright.passes.prompt_inputs import DEEP, VECTORS
+from tilewright.passes.prompt_inputs import DEEP, REACH, VECTORS
 
 from .api_mixin import DecoderMixin, Prompt
 from .cache import EngineCache, with_cache
 from .capture_multimodal import DEEP_PLACES, DEEP_VECTORS, text_decoder
+from .front import decoder_call
 from .generate_options import KNOWN_KWARGS
 from .unserved import EXTRA_OUTPUTS
 
 _NOT_TAKEN = ("inputs_embeds", "labels", *EXTRA_OUTPUTS)
+_TEXT = {"input_ids", "use_cache", "return_dict", "cache_position", "logits_to_keep", "kwargs"}
+_REMEDY = "use the original model for prompts with images or sound"
 
 
 class MultimodalMixin(DecoderMixin):
@@ -42,20 +42,57 @@ class MultimodalMixin(DecoderMixin):
         if not more:
             return super()._prompt(prompt, cache, {n: given[n] for n in given if n in _NOT_TAKEN})
         self._refuse({name: given.get(name) for name in _NOT_TAKEN})
-        front = _stopping_at(self, self._decoder_path)  # type: ignore[arg-type]
         texts = {
             "input_ids": prompt.ids,
             "attention_mask": prompt.mask,
             "position_ids": prompt.positions,
             **with_cache(self._tilewright_forward, cache),
         }
-        try:
-            front(**texts, **more, use_cache=True, return_dict=True)
-        except _ReachedError as reached:
-            return _handed_on(reached.arguments, prompt, type(self).__name__)
-        raise InputError(
-            f"{type(self).__name__} did not call its decoder of texts; use the original model for that"
-        )
+        kind = type(self).__bases__[1]
+        told = decoder_call(self, self._decoder_path, kind, **texts, **more, use_cache=True, return_dict=True)  # type: ignore[arg-type]
+        if told is None:
+            raise InputError(f"{kind.__name__} did not call its decoder of texts for this prompt; {_REMEDY}")
+        return self._as_told(prompt, cache, dict(told))
+
+    def _as_told(self, prompt: Prompt, cache: EngineCache, told: dict[str, Any]) -> Prompt:
+        """The prompt as the decoder is called with it. Raises InputError for what it cannot be told."""
+        name = type(self).__name__
+        first, mask, positions = (told.pop(n, None) for n in (VECTORS, "attention_mask", "position_ids"))
+        deep, places = told.pop(DEEP_VECTORS, ()), told.pop(DEEP_PLACES, None)
+        rest = [n for n, v in told.items() if n not in _TEXT and not isinstance(v, EngineCache)]
+        if rest or first is None:
+            what = " and ".join(rest) or "no vectors"
+            raise InputError(
+                f"{name} hands its decoder {what} for this prompt, which a compiled one does not take; {_REMEDY}"
+            )
+        given = {VECTORS: first}
+        for number, some in enumerate(deep):
+            given[f"{DEEP}{number}"] = torch.zeros_like(first)
+            given[f"{DEEP}{number}"][places] = some.to(first)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            prompt = replace(prompt, mask=mask)
+        elif mask is not None:
+            masks = mask if isinstance(mask, Mapping) else {"full_attention": mask, "sliding_attention": mask}
+            given |= self._reaches(masks, prompt, cache.get_seq_length())
+        return replace(prompt, positions=_without_repetition(positions), given=given)
+
+    def _reaches(self, masks: Mapping[str, Any], prompt: Prompt, past: int) -> dict[str, Tensor]:
+        """The last key that each token sees in layers of each window, as the masks say that the model has built."""
+        found = {}
+        inputs = [i.name for i in self._tilewright.engine.spec.prompt_inputs if i.name.startswith(REACH)]
+        for name in inputs or [f"{REACH}0"]:
+            window = int(name.removeprefix(REACH))
+            mask = masks.get("sliding_attention" if window else "full_attention")
+            if mask is None:  # as causality has it
+                continue
+            reach = reach_of(mask, prompt.mask, prompt.ids.shape, past, window)
+            if reach is None or not inputs:
+                raise InputError(
+                    f"{type(self).__name__} has its decoder see this prompt by a mask that a compiled one cannot "
+                    f"follow; {_REMEDY}"
+                )
+            found[name] = reach
+        return found
 
     def _own_arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """What our loop takes; all there is, which it does not, where a request goes on with more than texts."""
@@ -72,12 +109,28 @@ class MultimodalMixin(DecoderMixin):
         return logits[:, -1:]
 
 
-class _ReachedError(Exception):
-    """The decoder of texts is called. ``arguments``: its own by their names, and those that it takes by any name."""
+def reach_of(mask: object, valid: Tensor | None, shape: torch.Size, past: int, window: int) -> Tensor | None:
+    """The last key that each of the tokens [B, S] after ``past`` others sees by a mask [B, 1, S, past + S], i64[B, S].
 
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
-        super().__init__("the decoder of texts is called")
-        self.arguments = arguments
+    valid: [B, past + S], zero where a key is padding. None for a mask that says anything else than that a token sees
+    the keys up to there, less those further back than the window, and less padding.
+    """
+    batch, tokens = shape
+    total = past + tokens
+    if not isinstance(mask, Tensor) or mask.shape[1:] != (1, tokens, total):
+        return None
+    seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0].expand(batch, tokens, total)
+    keys = torch.arange(total, device=seen.device)
+    own = keys[past:]
+    real = torch.ones_like(seen[:, 0]) if valid is None else valid != 0
+    # What padding itself sees is nobody's concern.
+    concerned = real[:, None, :] & real[:, past:, None]
+    last = torch.where(seen & concerned, keys, -1).amax(-1)
+    reach = torch.maximum(last, own).cummax(1).values
+    expected = keys <= reach[:, :, None]
+    if window:
+        expected = expected & (own[:, None] - keys < window)
+    return reach if torch.equal(expected & concerned, seen & concerned) else None
 
 
 def _more(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,59 +144,6 @@ def _says_nothing(name: str, value: Any) -> bool:
     if isinstance(value, Tensor):
         return name.endswith("token_type_ids") and not bool(value.any())
     return not value
-
-
-def _stopping_at(compiled: nn.Module, path: str) -> nn.Module:
-    """The original model of ``compiled``, which raises _ReachedError where it calls its decoder, at ``path``.
-
-    All on the way there is copied, so that what a model notes of a call (as the positions of its images) is not seen by
-    another one.
-    """
-    front = top = _shallow_copy(compiled)
-    top.__class__ = type(compiled).__bases__[1]
-    *parents, last = path.split(".")
-    for name in parents:
-        top._modules[name] = top = _shallow_copy(top._modules[name])  # type: ignore[arg-type]
-    decoder = top._modules[last] = _shallow_copy(top._modules[last])  # type: ignore[arg-type]
-    decoder.__dict__["forward"] = partial(_reached, inspect.signature(decoder.forward))
-    return front
-
-
-def _reached(signature: inspect.Signature, *args: Any, **kwargs: Any) -> NoReturn:
-    raise _ReachedError(signature.bind(*args, **kwargs).arguments)
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    twin = copy.copy(module)
-    twin.__dict__["_modules"] = dict(module._modules)
-    return twin
-
-
-_TEXT = {"input_ids", "use_cache", "return_dict", "cache_position", "logits_to_keep", "kwargs"}
-
-
-def _handed_on(arguments: Mapping[str, Any], prompt: Prompt, name: str) -> Prompt:
-    """The prompt as a decoder is called with it. Raises InputError for what it is told beyond vectors, where each
-    token is, and which ones are padding."""
-    rest = {n: v for n, v in arguments.items() if v is not None and v is not False}
-    first, mask, positions = (rest.pop(n, None) for n in (VECTORS, "attention_mask", "position_ids"))
-    deep, places = rest.pop(DEEP_VECTORS, ()), rest.pop(DEEP_PLACES, None)
-    told = [n for n, v in rest.items() if n not in _TEXT and not isinstance(v, EngineCache)]
-    if told or first is None:
-        raise InputError(
-            f"{name} hands its decoder {' and '.join(told) or 'no vectors'} for this prompt, which a compiled one does "
-            "not take; use the original model for prompts with images or sound"
-        )
-    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-        raise InputError(
-            f"{name} has its decoder see this prompt by a mask of its own, where tokens also see later ones; use the "
-            "original model for prompts with images or sound"
-        )
-    vectors = {VECTORS: first}
-    for number, some in enumerate(deep):
-        vectors[f"{DEEP}{number}"] = torch.zeros_like(first)
-        vectors[f"{DEEP}{number}"][places] = some.to(first)
-    return Prompt(prompt.ids, mask, _without_repetition(positions), vectors)
 
 
 def _without_repetition(positions: Any) -> Any:

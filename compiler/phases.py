@@ -14,7 +14,7 @@ from tilewright.passes.base import PassOptions
 from tilewright.passes.hoist_per_request import hoist_per_request
 from tilewright.passes.pipeline import run_passes
 from tilewright.passes.plan_memory import plan_memory
-from tilewright.passes.prompt_inputs import prompt_of_vectors, step_of_tokens
+from tilewright.passes.prompt_inputs import prompt_of_vectors, seeing_ahead, step_of_tokens
 from tilewright.passes.weight_forms import FORMS
 
 from .backends import (
@@ -66,6 +66,8 @@ class Parts:
         prompt = None
         if captured.embedding:
             prompt = prompt_of_vectors(lowered, captured.embedding, captured.deep_layers)
+        if prompt is not None and captured.sees_ahead:
+            prompt = seeing_ahead(prompt)
         return Parts(step_of_tokens(lowered), prompt=prompt)
 
     def module(self, phase: Phase) -> Module:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tilewright.ir.program import Program
 from tilewright.runtime.executor import EngineSpec
 from tilewright.runtime.kv_state import RequestState
+from tilewright.runtime.prompts import completed
 
 # On a CPU enough for kernels to be timed, and that products are bound by arithmetic as those of a full chunk are; a GPU
 # is filled by far more.
@@ -84,7 +85,7 @@ class Trial:
             "attention_mask": state.mask,
             "call_length": state.no_length,
         }
-        inputs |= {v.name: v.empty(dims, spec.device).normal_() for v in spec.prompt_vectors}
+        inputs |= completed(spec, inputs["input_ids"], 0, {}, None)
         if spec.per_request is not None:
             state.hold({name: low for name, low, _ in spec.symbols if name not in dims})
             inputs |= {name: tensor[:batch] for name, tensor in state.held.tensors.items()}

@@ -40,6 +40,8 @@ Scores are scaled, capped, biased, then masked. ``extras`` names the operands th
   et al., "Train Short, Test Long", 2022)
 - distances f32[H, R], R odd: ``distances[h, R // 2 + key - query]`` is added to each score, or the first or last of
   them beyond either end (T5's relative positions: Raffel et al., "Exploring the Limits of Transfer Learning", 2020)
+- reach i64[B, S], with ``causal``: the last key of the context that each query sees, in place of its own; not less than
+  that, nor less than the query's before (of tokens of an image, the image's last one, in Gemma 3)
 
 ``matmul`` may carry ``activation_group``: runs of that many values of a's rows, or equal parts of such runs, may then
 be rounded to int8, each with a scale of its own, so that a kernel can multiply integers. Codes and scales are those of
@@ -270,6 +272,7 @@ def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
         "mask": TensorType(DType.bool, (q.shape[0], context)),
         "sinks": TensorType(q.dtype, (heads,)),
         "slopes": TensorType(DType.f32, (heads,)),
+        "reach": TensorType(DType.i64, (q.shape[0], q.shape[2])),
     }
     given = attention_extras(op, op.operands)
     if (table := given.get("distances")) is not None:
@@ -278,10 +281,11 @@ def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
         types["distances"] = TensorType(DType.f32, (heads, table.shape[1]))
     for name, value in given.items():
         _need(value.type == types[name], op, f"{name} must be {types[name]}, not {value.type}")
+    _need("reach" not in given or op.attr("causal"), op, "reach is for causal attention")
     return q, k, v
 
 
-ATTENTION_EXTRAS = ("mask", "sinks", "slopes", "distances")
+ATTENTION_EXTRAS = ("mask", "sinks", "slopes", "distances", "reach")
 
 
 def attention_extras(op: Op, operands: Sequence[T]) -> dict[str, T]:

@@ -348,12 +348,12 @@ def _scores(op: Op, args: list[Tensor]) -> tuple[Tensor, Tensor]:
         table = extras["distances"].to(scores.dtype)
         middle = table.shape[1] // 2
         scores = scores + table[:, (key - query).clamp(-middle, middle) + middle]
-    valid = torch.ones(s, t, dtype=torch.bool)
+    valid = torch.ones(1, s, t, dtype=torch.bool)
     if op.attr("causal"):
-        valid &= key <= query
+        valid = valid & (key <= (extras["reach"][:, :, None] if "reach" in extras else query))
     if window := op.attr("window"):
-        valid &= query - key < window
-    valid = valid[None, None]
+        valid = valid & (query - key < window)
+    valid = valid[:, None]
     if "mask" in extras:
         valid = valid & extras["mask"][:, None, None, :].bool()
     return scores.masked_fill(~valid, MASKED), v

@@ -1,4 +1,4 @@
-"""What a prompt may be that a step is not: vectors instead of token ids, at positions of several numbers.
+"""What a prompt may be that a step is not: vectors instead of token ids, at positions of several numbers, seeing ahead.
 
     main(%input_ids, %position_ids):               prompt: main(%inputs_embeds, %position_ids, %deepstack_0):
       %x = gather %table, %input_ids @ "embed"               %y = call %inputs_embeds {scope = "layers.0"}
@@ -10,6 +10,10 @@
 
 The vectors of a prompt with images come from elsewhere, and so do those of its texts; where images have vectors for
 later layers, too, those of texts are zeros. A step is one token of text, the numbers of whose position are equal.
+Where tokens of an image see each other, causal attention reads the last key that each query sees, an input for all of
+one window:
+
+    %y = attention %q, %k, %v {causal, window = 8}    =>    %y = attention %q, %k, %v, %reach_8 {causal, window = 8}
 """
 
 from __future__ import annotations
@@ -19,12 +23,13 @@ from dataclasses import replace
 
 from tilewright.ir.index import IndexMap, index_symbols
 from tilewright.ir.module import Function, Module, Names, Op, make_attrs
-from tilewright.ir.types import TensorType, Value
+from tilewright.ir.types import DType, TensorType, Value
 
 from .base import PassOptions, Rewriter, parameters_first
 from .dce import eliminate_dead_code
 
-IDS, VECTORS, POSITIONS, DEEP = "input_ids", "inputs_embeds", "position_ids", "deepstack_"
+IDS, VECTORS, POSITIONS = "input_ids", "inputs_embeds", "position_ids"
+DEEP, REACH = "deepstack_", "reach_"
 
 
 def prompt_of_vectors(module: Module, embedding: str, deep_layers: Sequence[str] = ()) -> Module | None:
@@ -64,6 +69,36 @@ def _added_behind(module: Module, layers: Sequence[str]) -> Module | None:
     returns = tuple(rewriter.table.get(v, v) for v in module.main.returns)
     params = (*module.main.params, *(added[n] for n in sorted(added)))
     return _with_main(module, replace(module.main, params=params, ops=ops, returns=returns))
+
+
+def seeing_ahead(module: Module) -> Module:
+    """The module whose attention over the request's keys has ``reach`` from an input i64[B, S] of the main function,
+    ``reach_0`` where it has no window, else ``reach_<window>``."""
+    functions = {f.name: _with_reach(f) for f in module.functions}
+    taken = {name: [p for p in f.params if p.name.startswith(REACH)] for name, f in functions.items()}
+    main = functions[module.entry]
+    ops, own = [], {p.name: p for p in taken[module.entry]}
+    for op in main.ops:
+        more = taken[op.attr("callee")] if op.opcode == "call" else []
+        own |= {p.name: p for p in more if p.name not in own}
+        ops.append(replace(op, operands=(*op.operands, *(own[p.name] for p in more))))
+    new = (p for p in own.values() if p not in main.params)
+    functions[module.entry] = replace(main, params=(*main.params, *new), ops=tuple(ops))
+    return module.with_functions(functions.values())
+
+
+def _with_reach(function: Function) -> Function:
+    """A function with a parameter for each window that its attention has."""
+    ops, params = [], dict[str, Value]()
+    for op in function.ops:
+        if op.opcode == "attention" and op.attr("slot") and op.attr("causal"):
+            q = op.operands[0]
+            name = f"{REACH}{op.attr('window')}"
+            reach = params.setdefault(name, Value(name, TensorType(DType.i64, (q.shape[0], q.shape[2]))))
+            extras = (*op.attr("extras", ()), "reach")
+            op = replace(op.with_attrs(extras=extras), operands=(*op.operands, reach))
+        ops.append(op)
+    return replace(function, params=(*function.params, *params.values()), ops=tuple(ops))
 
 
 def step_of_tokens(module: Module) -> Module:

@@ -14,6 +14,7 @@ from .executor import Compiling, DeviceStepping, EngineSpec, Executor, TensorSpe
 from .host import aligned, clone
 from .idle_states import IdleStates
 from .kv_state import RequestState
+from .prompts import completed, pieces
 
 
 class Engine:
@@ -125,15 +126,15 @@ class Engine:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         keep: int = 0,
-        vectors: Mapping[str, Tensor] | None = None,
+        given: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Append tokens to a request and return the logits of its last ``keep`` positions (0: of all).
 
         ``input_ids`` is i64[B, S] (i32 also goes), ``attention_mask`` [B, past + S] or None for all ones, and
         ``position_ids`` [B, S] or [1, S] or None; [3, B, S] where the positions of a prompt are of several numbers.
-        ``vectors`` f[B, S, d] say what tokens are instead of ids: ``inputs_embeds``, and what is added
-        to the results of later layers, as ``spec.prompt_vectors`` names it. Returns logits[B, keep, V], a fresh tensor.
-        Raises InputError for inputs that do not fit, and leaves the state as it was.
+        ``given`` is what else a prompt says of its tokens, as ``spec.prompt_inputs`` names it: vectors f[B, S, d] other
+        than the model's own, and the last keys i64[B, S] that they see, of the context. Returns logits[B, keep, V], a
+        fresh tensor. Raises InputError for inputs that do not fit, and leaves the state as it was.
         """
         if self.spec.per_request is not None and not state.held.ready:
             raise InputError("the cache is empty, and there are no states of an encoder to attend to")
@@ -141,14 +142,13 @@ class Engine:
         self._check_mask(state, ids, attention_mask)
         if position_ids is not None:
             position_ids = self._check_positions(ids, position_ids)
-        if vectors is not None:
-            vectors = self._check_vectors(ids, vectors)
+        given = self._check_given(ids, given or {})
         try:
-            return self._append(state, ids, attention_mask, position_ids, keep, vectors)
+            return self._append(state, ids, attention_mask, position_ids, keep, given)
         except RuntimeError as error:
             if not is_out_of_memory(error) or not self.idle.make_room():
                 raise
-        return self._append(state, ids, attention_mask, position_ids, keep, vectors)
+        return self._append(state, ids, attention_mask, position_ids, keep, given)
 
     def _append(
         self,
@@ -157,15 +157,15 @@ class Engine:
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         keep: int,
-        vectors: Mapping[str, Tensor] | None,
+        given: Mapping[str, Tensor],
     ) -> Tensor:
         """As :meth:`step`, on arguments that have been checked."""
         with state.undone_on_failure():
             self._write_mask(state, attention_mask, state.length + ids.shape[1])
             positions = self._positions(state, ids) if position_ids is None else position_ids
             keep = ids.shape[1] if keep == 0 else min(keep, ids.shape[1])
-            if ids.shape[1] > 1 or vectors is not None or positions.ndim > 2:
-                return self._prefill(state, ids, positions, keep, vectors)
+            if ids.shape[1] > 1 or given or positions.ndim > 2:
+                return self._prefill(state, ids, positions, keep, given)
             state.ids[: state.batch] = ids
             state.positions[: state.batch] = positions
             self.advance(state)
@@ -193,18 +193,17 @@ class Engine:
         ids: Tensor,
         positions: Tensor,
         keep: int,
-        vectors: Mapping[str, Tensor] | None,
+        given: Mapping[str, Tensor],
     ) -> Tensor:
         """Run the prompt in chunks, so that the arena does not grow with it. Returns logits[B, keep, V]."""
         spec, batch, total = self.spec, state.batch, ids.shape[1]
-        vectors = self._vectors(ids, vectors or {})
+        tokens = completed(spec, ids, state.length, given, self.embed)
         if self._position_axes > 1:
             positions = positions.expand(self._position_axes, batch, total)
         reached = positions.max().add(1).view(1) if spec.has_input("call_length") else state.no_length
         name, first_kept = spec.outputs[0].name, total - keep
         parts: list[Tensor] = []
-        for start in range(0, total, spec.chunk):
-            stop = min(start + spec.chunk, total)
+        for start, stop in pieces(spec, total, state.length, tokens):
             kept = max(1, stop - max(start, first_kept))
             inputs = {
                 "input_ids": aligned(ids[:, start:stop]),
@@ -212,7 +211,7 @@ class Engine:
                 "attention_mask": state.mask,
                 "call_length": reached,
                 **{name: tensor[:batch] for name, tensor in state.held.tensors.items()},
-                **{name: aligned(tensor[:, start:stop]) for name, tensor in vectors.items()},
+                **{name: aligned(tensor[:, start:stop]) for name, tensor in tokens.items()},
             }
             dims = {"B": batch, "S": stop - start, "T": state.length + stop - start, "L": kept}
             dims |= state.held.dims
@@ -221,9 +220,13 @@ class Engine:
             state.length += stop - start
             if stop > first_kept:
                 parts.append(logits)
-        if self._position_axes > 1:
-            # The next token comes after the last of all positions, in whichever direction it is.
-            state.shift[:batch] = positions.amax((0, 2)).unsqueeze(1) + 1 - state.length
+        # The last position, whatever rule produced it, is what decoding counts on from.
+        last = positions[..., -1:]
+        if self._position_axes > 1:  # the next token comes after all of them, in whichever direction they are
+            last = positions.amax((0, 2)).unsqueeze(1)
+            state.shift[:batch] = last + 1 - state.length
+        state.positions.zero_()
+        state.positions[:batch] = last
         logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return logits[:, -keep:]  # a model without a head gives every position
 
@@ -289,23 +292,12 @@ class Engine:
         spec = self.spec.input("position_ids")
         return int(spec.type.shape[0]) if spec is not None and spec.type.rank > 2 else 1
 
-    def _vectors(self, ids: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a prompt's program takes of each token: what is given, or the model's own for its id and zeros."""
-        found = dict(given)
-        for spec in self.spec.prompt_vectors:
-            if spec.name == "inputs_embeds" and self.embed is not None:
-                found.setdefault(spec.name, self.embed(ids))
-            elif spec.name not in found:
-                dims = {"B": ids.shape[0], "S": ids.shape[1]}
-                found[spec.name] = spec.empty(dims, self.spec.device).zero_()
-        return found
-
-    def _check_vectors(self, ids: Tensor, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        known = {spec.name: spec for spec in self.spec.prompt_vectors}
-        if unknown := sorted(set(vectors) - set(known)):
+    def _check_given(self, ids: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        known = {spec.name: spec for spec in self.spec.prompt_inputs}
+        if unknown := sorted(set(given) - set(known)):
             raise InputError(f"a prompt of this model does not take {unknown[0]}")
         dims = {"B": ids.shape[0], "S": ids.shape[1]}
-        return {name: self._check_input(known[name], tensor, dims) for name, tensor in vectors.items()}
+        return {name: self._check_input(known[name], tensor, dims) for name, tensor in given.items()}
 
     def _check_positions(self, ids: Tensor, positions: Tensor) -> Tensor:
         require_tensor("position_ids", positions)

@@ -237,10 +237,12 @@ class EngineSpec:
         return next((i for i in self.inputs if i.name == name), None)
 
     @property
-    def prompt_vectors(self) -> tuple[TensorSpec, ...]:
-        """Inputs f[B, S, d] of a decoder: a vector for each token of a prompt."""
-        tokens = (i for i in self.inputs if i.type.rank == 3 and str(i.type.shape[1]) == "S")
-        return tuple(i for i in tokens if i.dtype.is_floating_point) if self.kind == "decoder" else ()
+    def prompt_inputs(self) -> tuple[TensorSpec, ...]:
+        """What a decoder's prompts say of each token beside its id and position, [B, S, ..]: vectors, which are floats,
+        and the last keys that tokens see, which are integers."""
+        known = ("input_ids", "position_ids")
+        of_tokens = (i for i in self.inputs if [str(d) for d in i.type.shape[:2]] == ["B", "S"])
+        return tuple(i for i in of_tokens if i.name not in known) if self.kind == "decoder" else ()
 
     def has_input(self, name: str) -> bool:
         """True when the program reads an input of that name."""

@@ -73,9 +73,6 @@ def generate(
     if logits is None:
         logits = engine.step(state, fed, attention_mask, position_ids, keep=1)
     copy(state.logits[:batch], logits)
-    state.positions.zero_()
-    # The last prompt position, whatever rule produced it, is what decoding counts on from.
-    state.positions[:batch] = _last_position(engine, state, position_ids)
     on_gpu = ids.device.type == "cuda"
     steps: HostSteps | DeviceSteps
     if on_gpu or look_every is not None or recorder is not None:
@@ -107,16 +104,6 @@ def generate(
 
 
 _record_step = partial(record, otherwise="decode steps go through the host")
-
-
-def _last_position(engine: Engine, state: RequestState, position_ids: Tensor | None) -> Tensor:
-    """Position of the last token that was run, i64[B, 1]."""
-    if position_ids is not None:
-        return position_ids[:, -1:]
-    last = state.shift[: state.batch] + (state.length - 1)
-    if engine.spec.positions == "mask":
-        last = state.mask[: state.batch, : state.length].sum(1, keepdim=True, dtype=torch.int64) - 1
-    return last
 
 
 def _first_end(new: Tensor, eos_ids: tuple[int, ...]) -> int:

@@ -78,13 +78,14 @@ def emit_attention(form: AttentionForm, tile: Tile, context: Context, pid: str, 
 @dataclass(frozen=True)
 class _Walk:
     """Texts that a loop over keys needs: its range, of which all queries see whole blocks up to ``inner`` ("" where
-    that is not looked for), the queries and their positions, slopes or ""."""
+    that is not looked for), the queries, their positions and the last keys that they see, slopes or ""."""
 
     low: str
     inner: str
     high: str
     q: str
     query: str
+    last: str
     slopes: str
 
 
@@ -118,7 +119,8 @@ class _Attention:
         query = base.bind(
             self._text(sizes.context - sizes.queries + FloorDiv(ROW, sizes.share), {ROW: down}), "position"
         )
-        low, high = self._range(query)
+        last = self._reach() if "reach" in self.extras else query
+        low, high = self._range(query, last)
         inner = self._inner(low, high, query)
         q = self._load_query()
         slopes = self._per_head("slopes") if "slopes" in self.extras else ""
@@ -133,7 +135,7 @@ class _Attention:
         self._start(base, sums)
 
         def walk(scope: Scope, step: Step) -> None:
-            self._walk(scope, _Walk(low, inner, high, q, query, slopes), step)
+            self._walk(scope, _Walk(low, inner, high, q, query, last, slopes), step)
 
         if not agreed:
             walk(base, partial(online_step, sums=sums))
@@ -174,7 +176,14 @@ class _Attention:
         zeros = {s: Integer(0) for s in (BATCH, GROUP, PART) if s not in names}
         return print_index(sympy.expand(expr.xreplace(zeros)), lambda s: names.get(s, str(s)))
 
-    def _range(self, query: str) -> tuple[str, str]:
+    def _reach(self) -> str:
+        """The last key that each query sees, as a column of the tile's rows."""
+        address = self._address(
+            self.extras["reach"], (BATCH, FloorDiv(ROW, self.sizes.share)), {ROW: self.rows.text}
+        )
+        return self.base.bind(f"tl.load({address}, mask={self.rows.mask}, other=0).to(tl.int32)", "reach")
+
+    def _range(self, query: str, last: str) -> tuple[str, str]:
         """The context positions that some query of the tile may see, as [low, high)."""
         base, sizes = self.base, self.sizes
         low, high = "0", print_index(sizes.context)
@@ -184,7 +193,7 @@ class _Attention:
             low = base.bind(f"{part} * {chunk}", "low")
             high = base.bind(f"tl.minimum({low} + {chunk}, {high})", "high")
         if self.op.attr("causal") and sizes.queries != 1:
-            high = base.bind(f"tl.minimum({high}, tl.max({query}) + 1)", "high")
+            high = base.bind(f"tl.minimum({high}, tl.max({last}) + 1)", "high")
         if window := self.op.attr("window"):
             first = base.bind(f"tl.min({query}) - {int(window) - 1}", "first")
             low = base.bind(f"tl.maximum({low}, {first})", "low")
@@ -296,7 +305,7 @@ class _Attention:
             scores = scope.bind(f"{scores} + {over.slopes} * ({row} - {query}).to({self.float})", "scores")
         if "distances" in self.extras:
             scores = scope.bind(f"{scores} + {self._by_distance(scope, row, query)}", "scores")
-        if seen := self._condition(scope, row, query, high, edge):
+        if seen := self._condition(scope, row, over, edge):
             masked = FAR_MASKED if self.waits else MASKED
             scores = scope.bind(f"tl.where({seen}, {scores}, {masked})", "scores")
 
@@ -321,14 +330,14 @@ class _Attention:
         value = f"f8_to_float({text})" if stored is DType.f8 else text
         return scope.bind(f"{value}.to({TRITON_TYPES[self.dtype]})", hint)
 
-    def _condition(self, scope: Scope, key: str, query: str, high: str, edge: bool) -> str:
+    def _condition(self, scope: Scope, key: str, over: _Walk, edge: bool) -> str:
         """Which keys each query may see; "" for all. Rows beyond the last are not stored, whatever they see."""
-        inside = f"{key} < {high}"
+        inside = f"{key} < {over.high}"
         parts = [f"({inside})"] if edge else []
         if edge and self.op.attr("causal") and self.sizes.queries != 1:
-            parts.append(f"({key} <= {query})")
+            parts.append(f"({key} <= {over.last})")
         if window := self.op.attr("window"):
-            parts.append(f"({query} - {key} < {int(window)})")
+            parts.append(f"({over.query} - {key} < {int(window)})")
         if edge and "mask" in self.extras:
             address = self._address(self.extras["mask"], (BATCH, KEY), {KEY: key})
             valid = scope.bind(f"tl.load({address}, mask={inside}, other=0)", "valid")

@@ -19,7 +19,7 @@ def attend(opcode: str, dtype: DType, size: int, **attrs: object) -> Case:
     k, v = (b.param_value(n, tensor_type(stored, ["B", groups, keys, size])) for n in "kv")
     types = {
         "mask": tensor_type("bool", ["B", keys]), "sinks": tensor_type(dtype, [6]), "slopes": tensor_type("f32", [6]),
-        "distances": tensor_type("f32", [6, 27]),
+        "distances": tensor_type("f32", [6, 27]), "reach": tensor_type("i64", ["B", queries]),
     }  # fmt: skip
     extras = [b.param_value(name, types[name]) for name in attrs.get("extras", ())]
     full = {"scale": size**-0.5, "causal": True, "window": 0, "softcap": 0.0, **attrs}
@@ -31,7 +31,20 @@ def attend(opcode: str, dtype: DType, size: int, **attrs: object) -> Case:
     valid = torch.ones(3, {"T": 45, "S": 19}.get(keys, keys), dtype=torch.bool)
     valid[1, :30] = False
     valid[2] = False
-    return Case(made.module, made.dims, {"mask": valid, "slopes": torch.linspace(-0.2, 0.6, 6)})
+    return Case(
+        made.module,
+        made.dims,
+        {"mask": valid, "slopes": torch.linspace(-0.2, 0.6, 6), "reach": blocks(3, 19, 45 - 19)},
+    )
+
+
+def blocks(batch: int, tokens: int, past: int) -> torch.Tensor:
+    """The last key that each query sees, i64[batch, tokens]: its own, or that of a block in which all see each other;
+    none, one up to the end, and one in the middle."""
+    reach = torch.arange(past, past + tokens).repeat(batch, 1)
+    reach[1, 3:] = past + tokens - 1
+    reach[2, 2:9] = past + 8
+    return reach
 
 
 @case("attention", *FLOATS, (DType.f64,))
@@ -65,6 +78,12 @@ def attention_distances(dtype: DType, queries: object, keys: object) -> Case:
     """A table of biases by distance, shorter than the context at either side; keys that come after their query too."""
     extras = ("mask", "distances")
     return attend("attention", dtype, 16, slot="", extras=extras, queries=queries, keys=keys, causal=False)
+
+
+@case("attention_reach", *((d, w) for d in (DType.f32, DType.bf16, DType.f64) for w in (0, 7)))
+def attention_reach(dtype: DType, window: int) -> Case:
+    """Queries that see beyond themselves; a window hides nothing that comes after its query."""
+    return attend("attention", dtype, 16, slot="", extras=("mask", "reach"), window=window)
 
 
 @case("attention_split_distances", *FLOATS)

@@ -58,16 +58,19 @@ CONFIGS: dict[str, hf.PretrainedConfig] = {
         },
         **_TOKENS,
     ),
-}  # fmt: skip
-REFUSED: dict[str, hf.PretrainedConfig] = {
     "gemma3": hf.Gemma3Config(
-        text_config=hf.Gemma3TextConfig(**_TEXT, head_dim=8, sliding_window=16, query_pre_attn_scalar=8),
+        text_config=hf.Gemma3TextConfig(
+            **_TEXT,
+            head_dim=8,
+            sliding_window=6,
+            query_pre_attn_scalar=8,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
         vision_config=hf.SiglipVisionConfig(**_VISION),
         mm_tokens_per_image=4,
         image_token_index=IMAGE,
     ),
-}
-"""Whose prompts with images need more than vectors: a mask of their own."""
+}  # fmt: skip
 _LENGTHS = {"llava": 16, "idefics3": 4, "gemma3": 4}
 _COUNTED = ("qwen2_vl", "qwen3_5", "qwen3_vl")
 """Models in which images have positions of their own."""
@@ -75,7 +78,7 @@ _COUNTED = ("qwen2_vl", "qwen3_5", "qwen3_vl")
 
 @cache
 def model_of(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    return random((CONFIGS | REFUSED)[name], hf.AutoModelForImageTextToText).to(dtype)
+    return random(CONFIGS[name], hf.AutoModelForImageTextToText).to(dtype)
 
 
 @cache

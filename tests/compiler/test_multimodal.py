@@ -17,12 +17,13 @@ from torch import Tensor
 
 import tilewright as tw
 from tests.closeness import assert_no_further
-from tilewright import api_mixin
-from tilewright.cache import cache_of, with_cache
+from tilewright import api_mixin, multimodal
+from tilewright.cache import EngineCache, cache_of, with_cache
 from tilewright.errors import InputError
+from tilewright.multimodal import reach_of
 from tilewright.runtime.engine import Engine
 
-from .multimodal import CONFIGS, IMAGE, REFUSED, compiled, model_of, prompts
+from .multimodal import CONFIGS, IMAGE, compiled, model_of, prompts
 
 GREEDY = {"max_new_tokens": 9, "do_sample": False}
 
@@ -131,13 +132,23 @@ def test_a_conversation(name: str) -> None:
     assert torch.equal(*answers)
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl", "gemma3"])
 def test_a_long_prompt_runs_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fast, given = compiled(name), prompts(name)
     expected = logits(fast, given)
     engine: Engine = fast._tilewright.engine
     monkeypatch.setattr(engine, "spec", replace(engine.spec, chunk=5))
     torch.testing.assert_close(logits(fast, given), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_tokens_that_see_each_other_stay_in_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, given = compiled("gemma3"), prompts("gemma3")
+    engine: Engine = fast._tilewright.engine
+    monkeypatch.setattr(engine, "spec", replace(engine.spec, chunk=3))
+    with pytest.raises(
+        InputError, match="4 tokens of a prompt see each other, but prompts run in pieces of 3"
+    ):
+        fast(**given)
 
 
 def test_calls_leave_nothing_behind() -> None:
@@ -151,16 +162,76 @@ def test_calls_leave_nothing_behind() -> None:
     assert torch.equal(logits(fast, given), first)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_needs_more_than_vectors_is_refused(name: str) -> None:
+BACKWARDS = torch.ones(1, 1, 22, 22, dtype=torch.bool).triu()
+
+
+@pytest.mark.parametrize(
+    ("told", "what"),
+    [
+        ({"cross_attention_states": torch.ones(1)}, "hands its decoder cross_attention_states"),
+        ({"inputs_embeds": None}, "no vectors"),
+        ({"attention_mask": BACKWARDS}, "a mask that a compiled one cannot follow"),
+        ({"attention_mask": {"full_attention": BACKWARDS}}, "a mask that a compiled one cannot follow"),
+        (None, "did not call its decoder"),
+    ],
+)
+def test_what_a_decoder_cannot_be_told_is_refused(
+    told: dict[str, Any] | None, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The error names a remedy, the cache stays as it was, and texts go on working."""
-    model, fast = model_of(name), compiled(name)
+    model, fast = model_of("llava"), compiled("llava")
+    call = multimodal.decoder_call
+    monkeypatch.setattr(
+        multimodal, "decoder_call", lambda *a, **k: None if told is None else {**call(*a, **k), **told}
+    )
     ids = torch.randint(3, 90, (1, 7), generator=torch.Generator().manual_seed(1))
-    cache = cache_of(fast(input_ids=ids))
-    with pytest.raises(InputError, match="use the original model for prompts with images"):
-        fast(**prompts(name, rows=1))
-    assert cache.get_seq_length() == 7
+    cache = EngineCache(fast._tilewright.engine)
+    with pytest.raises(InputError, match=f"{what}.*use the original model for prompts with images"):
+        fast(**prompts("llava", rows=1), **with_cache(model.forward, cache))
+    assert cache.get_seq_length() == 0
     assert torch.equal(fast.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
+
+
+def blockwise(tokens: int, blocks: list[tuple[int, int]], past: int = 0, window: int = 0) -> Tensor:
+    """A mask bool[1, 1, S, past + S]: causal, tokens of a block see each other, all within a window."""
+    own, keys = torch.arange(past, past + tokens)[:, None], torch.arange(past + tokens)
+    seen = keys <= own
+    for first, end in blocks:
+        seen |= (own >= first) & (own < end) & (keys >= first) & (keys < end)
+    return (seen & (own - keys < (window or past + tokens + 1)))[None, None]
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("past", [0, 4])
+def test_how_far_tokens_see_is_read_off_a_mask(past: int, window: int) -> None:
+    mask = blockwise(9, [(past + 2, past + 5), (past + 6, past + 8)], past, window)
+    expected = torch.tensor([[0, 1, 4, 4, 4, 5, 7, 7, 8]]) + past
+    shape = torch.Size([1, 9])
+    for form in (mask, torch.where(mask, 0.0, torch.finfo(torch.float32).min)):
+        reach = reach_of(form, None, shape, past, window)
+        assert reach is not None
+        assert torch.equal(reach, expected)
+
+
+def test_masks_that_say_more_are_not_read() -> None:
+    """A hole, keys that a later token no longer sees, another window, another size, no tensor at all."""
+    shape = torch.Size([1, 9])
+    hole = blockwise(9, [])
+    hole[..., 5, 2] = False
+    apart = blockwise(9, [])
+    apart[..., 2, 7] = True
+    for mask in (hole, apart, blockwise(9, [], window=3), blockwise(8, []), "flex"):
+        assert reach_of(mask, None, shape, 0, 0) is None
+
+
+def test_what_padding_sees_is_not_asked() -> None:
+    """Transformers lets rows of padding see everything, to keep their softmax free of NaN."""
+    mask, valid = blockwise(6, [(3, 5)]), torch.tensor([[0, 0, 1, 1, 1, 1]])
+    mask[..., :2, :] = True
+    mask[..., 2:, :2] = False
+    reach = reach_of(mask, valid, torch.Size([1, 6]), 0, 0)
+    assert reach is not None
+    assert reach.tolist() == [[0, 1, 2, 4, 4, 5]]
 
 
 def test_other_arguments_are_refused() -> None:
@@ -177,7 +248,7 @@ def test_an_engine_checks_vectors_and_positions() -> None:
     ids = torch.tensor([[5, 6, 7]])
     for vectors in (torch.zeros(1, 2, 32), torch.zeros(1, 3, 31), torch.zeros(1, 3, 32).double()):
         with pytest.raises(InputError, match="inputs_embeds must be"):
-            engine.step(engine.new_state(1), ids, vectors={"inputs_embeds": vectors})
+            engine.step(engine.new_state(1), ids, given={"inputs_embeds": vectors})
     for positions in (torch.zeros(2, 1, 3).long(), torch.zeros(3, 1, 2).long()):
         with pytest.raises(InputError, match=r"position_ids must be of shape \(3, 1, 3\)"):
             engine.step(engine.new_state(1), ids, position_ids=positions)
@@ -188,6 +259,4 @@ def test_models_of_texts_take_no_vectors() -> None:
     model = model_of("llava").model.language_model
     engine: Engine = tw.compile(model, max_length=32, backend="reference", autotune="off")._tilewright.engine
     with pytest.raises(InputError, match="does not take inputs_embeds"):
-        engine.step(
-            engine.new_state(1), torch.tensor([[5]]), vectors={"inputs_embeds": torch.zeros(1, 1, 32)}
-        )
+        engine.step(engine.new_state(1), torch.tensor([[5]]), given={"inputs_embeds": torch.zeros(1, 1, 32)})

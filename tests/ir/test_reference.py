@@ -258,11 +258,11 @@ def reference_attention(
     s, t = q.shape[2], k.shape[2]
     query, key = torch.arange(t - s, t)[:, None], torch.arange(t)
     valid = torch.ones(s, t, dtype=torch.bool)
-    if causal:
-        valid &= key <= query
     if window:
         valid &= key > query - window
     valid = valid[None, None].expand(q.shape[0], q.shape[1], s, t)
+    if causal:
+        valid = valid & (key <= extras.get("reach", query[:, 0].expand(q.shape[0], s))[:, None, :, None])
     if "mask" in extras:
         valid = valid & extras["mask"][:, None, None]
     bias = torch.zeros(q.shape[1], s, t)
@@ -302,8 +302,12 @@ def attentions(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict[str, Tenso
         extras["slopes"] = torch.rand(g * group, generator=generator)
     if columns := draw(st.sampled_from([0, 1, 5, 13])):
         extras["distances"] = torch.randn(g * group, columns, generator=generator)
+    if causal := draw(st.booleans()):
+        further = torch.arange(t - s, t) + torch.randint(0, 3, (b, s), generator=generator)
+        if draw(st.booleans()):
+            extras["reach"] = further.clamp(max=t - 1).cummax(1).values
     attrs = {
-        "causal": draw(st.booleans()), "window": draw(st.sampled_from([0, 1, 3])),
+        "causal": causal, "window": draw(st.sampled_from([0, 1, 3])),
         "softcap": draw(st.sampled_from([0.0, 2.0])), "scale": draw(st.sampled_from([0.3, 1.0])),
     }  # fmt: skip
     return q, k, v, extras, attrs

@@ -8,7 +8,7 @@ from tilewright.ir.module import Module
 from tilewright.ir.parser import parse_module
 from tilewright.ir.reference import evaluate
 from tilewright.ir.verify import verify_module
-from tilewright.passes.prompt_inputs import prompt_of_vectors, step_of_tokens
+from tilewright.passes.prompt_inputs import prompt_of_vectors, seeing_ahead, step_of_tokens
 
 TEXT = """
 symbol B [1, 4]
@@ -92,6 +92,38 @@ def test_a_layer_that_is_no_call_takes_no_vectors() -> None:
 
 def test_a_module_without_that_embedding_stays() -> None:
     assert prompt_of_vectors(parsed(), "wte") is None
+
+
+ATTENTION = """
+symbol B [1, 4]
+symbol S [1, 8]
+symbol T [1, 8]
+func @main(%x: f32[B, 2, S, 4]) -> (%b) {
+  %a = call %x {callee = "wide", scope = "layers.0"} : f32[B, 2, S, 4]
+  %b = call %a {callee = "near", scope = "layers.1"} : f32[B, 2, S, 4]
+}
+func @wide(%x: f32[B, 2, S, 4]) -> (%y) {
+  %y = attention %x, %x, %x {causal = true, scale = 1.0, slot = "kept", softcap = 0.0, window = 0} : f32[B, 2, S, 4]
+}
+func @near(%x: f32[B, 2, S, 4]) -> (%y) {
+  %y = attention %x, %x, %x {causal = true, scale = 1.0, slot = "kept", softcap = 0.0, window = 2} : f32[B, 2, S, 4]
+}
+"""
+
+
+def test_each_window_has_a_reach_of_its_own() -> None:
+    """Causal attention as it was where each token reaches itself; another where some reach further."""
+    ahead = seeing_ahead(parsed(ATTENTION))
+    assert [p.name for p in ahead.main.params] == ["x", "reach_0", "reach_2"]
+    assert [p.name for p in ahead.function("near").params] == ["x", "reach_2"]
+    x, own = torch.randn(2, 2, 3, 4), torch.arange(3).repeat(2, 1)
+    causal = run(parsed(ATTENTION), x=x)
+    torch.testing.assert_close(run(ahead, x=x, reach_0=own, reach_2=own), causal)
+    further = own.clone()
+    further[1, 0] = 1
+    found = run(ahead, x=x, reach_0=own, reach_2=further)
+    changed = (found - causal).abs().amax((1, 3)) > 1e-6
+    assert changed.tolist() == [[False] * 3, [True, False, False]]
 
 
 def test_a_step_has_one_number_for_each_position() -> None:

@@ -13,7 +13,7 @@ static inline void attend_row(const AttentionShape& s, long batch, long head, lo
                               const double* k, const double* v, double* sum, double& total) {
     const double* from = q + s.q.at(batch, head, query);
     const long group = head / s.heads_per_group();
-    const Range visible = s.visible(query);
+    const Range visible = s.visible(batch, query);
     double top = s.sinks != nullptr ? static_cast<const double*>(s.sinks)[head] : MASKED;
     total = s.sinks != nullptr ? 1.0 : 0.0;
     for (int i = 0; i < DV; i++) sum[i] = 0.0;

@@ -175,8 +175,8 @@ static inline void attend_many(const Worker& worker, const AttentionShape& s, co
         block.load_queries(q);
         const C* kg = k + s.k.at(block.batch, block.group, 0);
         const C* vg = v + s.v.at(block.batch, block.group, 0);
-        const long last = s.visible(end - 1).end;
-        for (long first = s.visible(block.q0).begin; first < last; first += KEY_TILE) {
+        const long last = s.visible(block.batch, end - 1).end;
+        for (long first = s.visible(block.batch, block.q0).begin; first < last; first += KEY_TILE) {
             block.step(kg, vg, first, int(last - first < KEY_TILE ? last - first : KEY_TILE));
         }
         block.store(out);

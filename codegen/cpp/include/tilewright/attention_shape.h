@@ -38,6 +38,7 @@ struct AttentionShape {
     const float* slopes = nullptr;  // [heads]: of the bias slope * (key - query), in positions of the context; or null
     const float* distances = nullptr;  // [heads, distance_count]: a bias by key - query, in the middle 0; or null
     long distance_count = 1;
+    const int64_t* reach = nullptr;  // [batch, queries]: the last key that each query sees; or null
     long prefetch_bytes = 0;  // how far ahead of their use keys and values are requested
 
     // The highest score of a row before any key: its head's sink, where there are any (their weight is then 1).
@@ -54,11 +55,11 @@ struct AttentionShape {
         const long middle = distance_count / 2, place = middle + key - position(query);
         return distances[head * distance_count + (place < 0 ? 0 : place < distance_count ? place : distance_count - 1)];
     }
-    // The keys that causality and window leave to a query.
-    Range visible(long query) const {
-        const long at = position(query);
+    // The keys that causality and window leave to a query; neither end is before that of the query before.
+    Range visible(long b, long query) const {
+        const long at = position(query), last = reach != nullptr ? long(reach[b * queries + query]) : at;
         const long begin = window > 0 && at - window + 1 > 0 ? at - window + 1 : 0;
-        return {begin < keys ? begin : keys, causal && at + 1 < keys ? at + 1 : keys};
+        return {begin < keys ? begin : keys, causal && last + 1 < keys ? last + 1 : keys};
     }
 };
 
@@ -79,7 +80,7 @@ static inline void finish_scores(const AttentionShape& s, long batch, long head,
     if (s.distances != nullptr) {
         for (int j = 0; j < count; j++) scores[j] += s.by_distance(head, query, first + j);
     }
-    const Range visible = s.visible(query);
+    const Range visible = s.visible(batch, query);
     if (visible.begin > first || visible.end < first + count) {
         for (int j = 0; j < count; j++) {
             if (first + j < visible.begin || first + j >= visible.end) scores[j] = MASKED;
