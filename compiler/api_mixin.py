@@ -200,12 +200,13 @@ class CompiledMixin:
 @dataclass(frozen=True)
 class Prompt:
     """Token ids i64[B, S], the mask over past and new tokens, and positions, as callers give them. given: what else is
-    said of the tokens (see ``Engine.step``)."""
+    said of the tokens (see ``Engine.step``). counts_on: positions are the model's own, and go on after them."""
 
     ids: Tensor
     mask: Tensor | None
     positions: Tensor | None
     given: Mapping[str, Tensor] | None = None
+    counts_on: bool = False
 
 
 class DecoderMixin(CompiledMixin):
@@ -238,6 +239,8 @@ class DecoderMixin(CompiledMixin):
         last = kept if isinstance(kept, int) else 0
         state = cache.state_for(ids.shape[0])
         result = engine.step(state, ids, prompt.mask, prompt.positions, last, prompt.given)
+        if prompt.counts_on:
+            state.count_on()
         if not isinstance(kept, int):
             result = result[:, kept]
         return self._output(result, None if use_cache is False else cache, return_dict)

@@ -111,6 +111,10 @@ class EngineCache(Cache):
         """Number of positions held."""
         return 0 if self.state is None else self.state.length
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Keys that a mask is built for, and the first of them: all that there will be, whatever a layer's window."""
+        return self.get_seq_length() + query_length, 0
+
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Capacity in positions."""
         return self.engine.spec.max_length

@@ -53,14 +53,14 @@ def deep_layers(model: PreTrainedModel) -> tuple[str, ...]:
 def makes_masks(model: PreTrainedModel) -> bool:
     """Whether a model tells its decoder which keys tokens see, and not only which of them are padding.
 
-    That is seen in what it calls it with for a short text.
+    That is seen in what it calls it with for a short text, padded, as there may be no mask where nothing is hidden.
     """
     path = text_decoder(model)
     if not path:
         return False
-    ids = torch.ones(1, 2, dtype=torch.int64, device=model.device)
+    ids, padded = (torch.tensor([row], device=model.device) for row in ([1, 1], [0, 1]))
     try:
-        told = decoder_call(model, path, type(model), input_ids=ids, attention_mask=torch.ones_like(ids))
+        told = decoder_call(model, path, type(model), input_ids=ids, attention_mask=padded)
     except (TypeError, ValueError, RuntimeError):  # no text alone
         return False
     mask = (told or {}).get("attention_mask")

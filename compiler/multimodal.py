@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from tilewright.ir.errors import InputError
 from tilewright.passes.prompt_inputs import DEEP, REACH, VECTORS
@@ -38,7 +39,7 @@ class MultimodalMixin(DecoderMixin):
 
     def _prompt(self, prompt: Prompt, cache: EngineCache, given: dict[str, Any]) -> Prompt:
         prompt = replace(prompt, positions=_without_repetition(prompt.positions))
-        more = _more(given)
+        more = self._more(given)
         if not more:
             return super()._prompt(prompt, cache, {n: given[n] for n in given if n in _NOT_TAKEN})
         self._refuse({name: given.get(name) for name in _NOT_TAKEN})
@@ -46,7 +47,8 @@ class MultimodalMixin(DecoderMixin):
             "input_ids": prompt.ids,
             "attention_mask": prompt.mask,
             "position_ids": prompt.positions,
-            **with_cache(self._tilewright_forward, cache),
+            # An empty one of ours counts as begun: it needs no layers to be made first.
+            **(with_cache(self._tilewright_forward, cache) if cache.get_seq_length() else {}),
         }
         kind = type(self).__bases__[1]
         told = decoder_call(self, self._decoder_path, kind, **texts, **more, use_cache=True, return_dict=True)  # type: ignore[arg-type]
@@ -59,7 +61,7 @@ class MultimodalMixin(DecoderMixin):
         name = type(self).__name__
         first, mask, positions = (told.pop(n, None) for n in (VECTORS, "attention_mask", "position_ids"))
         deep, places = told.pop(DEEP_VECTORS, ()), told.pop(DEEP_PLACES, None)
-        rest = [n for n, v in told.items() if n not in _TEXT and not isinstance(v, EngineCache)]
+        rest = [n for n, v in told.items() if n not in _TEXT and not isinstance(v, Cache)]
         if rest or first is None:
             what = " and ".join(rest) or "no vectors"
             raise InputError(
@@ -74,25 +76,44 @@ class MultimodalMixin(DecoderMixin):
         elif mask is not None:
             masks = mask if isinstance(mask, Mapping) else {"full_attention": mask, "sliding_attention": mask}
             given |= self._reaches(masks, prompt, cache.get_seq_length())
-        return replace(prompt, positions=_without_repetition(positions), given=given)
+        positions = _without_repetition(positions)
+        by_model = prompt.positions is None and positions is not None
+        return replace(prompt, positions=positions, given=given, counts_on=by_model)
 
     def _reaches(self, masks: Mapping[str, Any], prompt: Prompt, past: int) -> dict[str, Tensor]:
         """The last key that each token sees in layers of each window, as the masks say that the model has built."""
         found = {}
-        inputs = [i.name for i in self._tilewright.engine.spec.prompt_inputs if i.name.startswith(REACH)]
-        for name in inputs or [f"{REACH}0"]:
+        for name in self._reach_inputs or [f"{REACH}0"]:
             window = int(name.removeprefix(REACH))
             mask = masks.get("sliding_attention" if window else "full_attention")
             if mask is None:  # as causality has it
                 continue
             reach = reach_of(mask, prompt.mask, prompt.ids.shape, past, window)
-            if reach is None or not inputs:
+            if reach is None or not self._reach_inputs:
                 raise InputError(
                     f"{type(self).__name__} has its decoder see this prompt by a mask that a compiled one cannot "
                     f"follow; {_REMEDY}"
                 )
             found[name] = reach
         return found
+
+    def _more(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments beyond those of a text: images and sound, or what generate() has made of them beforehand.
+
+        The token types of a text, which Transformers' processors give as zeros, are none, unless masks depend on them.
+        """
+        more = {
+            n: v
+            for n, v in given.items()
+            if (isinstance(v, Tensor) or v) and n not in (*KNOWN_KWARGS, *_NOT_TAKEN, self._cache_name)
+        }
+        types = [n for n, v in more.items() if n.endswith("token_type_ids") and not bool(v.any())]
+        return {} if len(types) == len(more) and not self._reach_inputs else more
+
+    @property
+    def _reach_inputs(self) -> list[str]:
+        names = (i.name for i in self._tilewright.engine.spec.prompt_inputs)
+        return [name for name in names if name.startswith(REACH)]
 
     def _own_arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """What our loop takes; all there is, which it does not, where a request goes on with more than texts."""
@@ -103,7 +124,7 @@ class MultimodalMixin(DecoderMixin):
         return own | {"position_ids": _without_repetition(own.get("position_ids"))}
 
     def _first_logits(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor | None:
-        if not _more({n: v for n, v in model_kwargs.items() if n != self._cache_name}):
+        if not self._more(model_kwargs):
             return None
         logits: Tensor = self(input_ids, **{**model_kwargs, "logits_to_keep": 1}).logits  # type: ignore[operator]
         return logits[:, -1:]
@@ -131,19 +152,6 @@ def reach_of(mask: object, valid: Tensor | None, shape: torch.Size, past: int, w
     if window:
         expected = expected & (own[:, None] - keys < window)
     return reach if torch.equal(expected & concerned, seen & concerned) else None
-
-
-def _more(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments beyond those of a text: images and sound, or what generate() has made of them beforehand."""
-    texts = (*KNOWN_KWARGS, *_NOT_TAKEN)
-    return {n: v for n, v in given.items() if n not in texts and not _says_nothing(n, v)}
-
-
-def _says_nothing(name: str, value: Any) -> bool:
-    """True for what is not there, and for a text's token types, which Transformers' processors give as zeros."""
-    if isinstance(value, Tensor):
-        return name.endswith("token_type_ids") and not bool(value.any())
-    return not value
 
 
 def _without_repetition(positions: Any) -> Any:

@@ -221,12 +221,12 @@ class Engine:
             if stop > first_kept:
                 parts.append(logits)
         # The last position, whatever rule produced it, is what decoding counts on from.
-        last = positions[..., -1:]
-        if self._position_axes > 1:  # the next token comes after all of them, in whichever direction they are
-            last = positions.amax((0, 2)).unsqueeze(1)
-            state.shift[:batch] = last + 1 - state.length
         state.positions.zero_()
-        state.positions[:batch] = last
+        if self._position_axes > 1:  # the next token comes after all of them, in whichever direction they are
+            state.positions[:batch] = positions.amax((0, 2)).unsqueeze(1)
+            state.count_on()
+        else:
+            state.positions[:batch] = positions[:, -1:]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return logits[:, -keep:]  # a model without a head gives every position
 

@@ -113,6 +113,10 @@ class RequestState:
         twin._bind()
         return twin
 
+    def count_on(self) -> None:
+        """Have the next position come after the last one, however many tokens there are."""
+        self.shift[: self.batch] = self.positions[: self.batch] + 1 - self.length
+
     def hold(self, dims: dict[str, int]) -> None:
         """Make room for what a request at these sizes holds; ``held.tensors`` are to be filled then."""
         per_request = self.spec.per_request

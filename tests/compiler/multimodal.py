@@ -70,8 +70,15 @@ CONFIGS: dict[str, hf.PretrainedConfig] = {
         mm_tokens_per_image=4,
         image_token_index=IMAGE,
     ),
+    "paligemma": hf.PaliGemmaConfig(
+        text_config=hf.GemmaConfig(**_TEXT, head_dim=8),
+        vision_config=hf.SiglipVisionConfig(**_VISION),
+        image_token_index=IMAGE,
+        projection_dim=32,
+        hidden_size=32,
+    ),
 }  # fmt: skip
-_LENGTHS = {"llava": 16, "idefics3": 4, "gemma3": 4}
+_LENGTHS = {"llava": 16, "idefics3": 4, "gemma3": 4, "paligemma": 16}
 _COUNTED = ("qwen2_vl", "qwen3_5", "qwen3_vl")
 """Models in which images have positions of their own."""
 
@@ -107,4 +114,5 @@ def prompts(name: str, seed: int = 0, rows: int = 2) -> dict[str, Tensor]:
         }  # fmt: skip
     shape = (rows, 1, 3, 16, 16) if name == "idefics3" else (rows, 3, 16, 16)
     found["pixel_values"] = torch.randn(*shape, generator=draw)
-    return found | ({"token_type_ids": (ids == IMAGE).int()} if name == "gemma3" else {})
+    types = {"gemma3": (ids == IMAGE).int(), "paligemma": torch.zeros_like(ids)}
+    return found | ({"token_type_ids": types[name]} if name in types else {})

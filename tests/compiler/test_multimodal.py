@@ -113,6 +113,21 @@ def test_a_request_goes_on_after_an_image(name: str) -> None:
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_another_image_comes_later(name: str) -> None:
+    """Its tokens see each other and what is in the cache, behind a window or not."""
+    model, fast = model_of(name), compiled(name)
+    first, second = prompts(name, rows=1), prompts(name, seed=3, rows=1)
+    whole = torch.ones(1, 2 * second["input_ids"].shape[1], dtype=torch.int64)
+    found = []
+    for m in (fast, model):
+        with torch.no_grad():
+            cache = cache_of(m(**first, use_cache=True))
+            given = {**second, "attention_mask": whole}
+            found.append(m(**given, **with_cache(m.forward, cache)).logits)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["idefics3", "qwen3_5"])
 def test_a_conversation(name: str) -> None:
     """The second turn repeats all ids, whose image is in the cache already."""
