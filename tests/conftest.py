@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Before PyTorch is loaded: its threads, as many in each process as there are cores, are to sleep while they have
+# nothing to do. By default they spin for milliseconds after each operation, on cores that the other processes need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
