@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from benchmarks import architectures
 from benchmarks.architectures import Row, error_of
 from tests.compiler.models import tiny
+from tilewright import backends
 from tilewright.pretrained import load_minilm, load_smollm2
 from tilewright.report import Report
 
@@ -90,6 +92,31 @@ def record_architecture(request: pytest.FixtureRequest) -> Callable[..., None]:
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def _libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("libraries")
+    path.chmod(0o700)
+    return path
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _libraries: Path) -> Path:
+    """A cache folder that remembers nothing: no graphs, choices or weights.
+
+    Only compiled libraries, which are found by all that they are made of, are those of other tests with such a folder.
+    """
+    (tmp_path / "cpp").symlink_to(_libraries)
+    monkeypatch.setenv("TILEWRIGHT_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ways to print each kernel, as all of them take most of a minute to build."""
+    every = backends._cpp_candidates
+    monkeypatch.setattr(backends, "_cpp_candidates", lambda op, program: every(op, program)[:2])
 
 
 @pytest.fixture
