@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before PyTorch is loaded: its threads, as many in each process as there are cores, are to sleep while they have
@@ -56,6 +57,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put some files first; the rest stay in order (``--no-loadscope-reorder`` lets them)."""
     places = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays loaded: no collection of garbage is to go through all of PyTorch's objects again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """The last collection, at the end of the process, is of everything: libraries complain of what it leaves."""
+    gc.unfreeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
