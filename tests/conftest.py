@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import os
+
+# Before PyTorch is loaded: its threads, as many in each process as there are cores, are to sleep while they have
+# nothing to do. By default they spin for milliseconds after each operation, on cores that the other processes need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +23,7 @@ from transformers import PreTrainedModel
 from benchmarks import architectures
 from benchmarks.architectures import Row, error_of
 from tests.compiler.models import tiny
+from tilewright import backends
 from tilewright.pretrained import load_minilm, load_smollm2
 from tilewright.report import Report
 
@@ -31,15 +40,18 @@ FIRST = (
     "test_model_identity.py",
     "test_graph_cache.py",
     "test_triton_interpreter.py",
-    "test_quantized.py",
+    "test_architectures.py",
+    "test_triton_models.py",
     "test_real_models.py",
     "test_cpp_kernels.py",
-    "test_architectures.py",
-    "test_tune_kernels.py",
+    "test_triton_offline.py",
+    "test_api.py",
+    "test_quantized.py",
+    "test_serve.py",
+    "test_cpp_experts.py",
     "test_chart.py",
     "test_gpu_check.py",
-    "test_api.py",
-    "test_serve.py",
+    "test_tune_kernels.py",
     "test_compile.py",
 )
 
@@ -48,6 +60,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put some files first; the rest stay in order (``--no-loadscope-reorder`` lets them)."""
     places = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays loaded: no collection of garbage is to go through all of PyTorch's objects again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """The last collection, at the end of the process, is of everything: libraries complain of what it leaves."""
+    gc.unfreeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -84,6 +107,31 @@ def record_architecture(request: pytest.FixtureRequest) -> Callable[..., None]:
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def _libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("libraries")
+    path.chmod(0o700)
+    return path
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _libraries: Path) -> Path:
+    """A cache folder that remembers nothing: no graphs, choices or weights.
+
+    Only compiled libraries, which are found by all that they are made of, are those of other tests with such a folder.
+    """
+    (tmp_path / "cpp").symlink_to(_libraries)
+    monkeypatch.setenv("TILEWRIGHT_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ways to print each kernel, as all of them take most of a minute to build."""
+    every = backends._cpp_candidates
+    monkeypatch.setattr(backends, "_cpp_candidates", lambda op, program: every(op, program)[:2])
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 
 import tilewright as tw
 from tests.compiler.models import tiny
-from tilewright import api, backends, capacity
+from tilewright import api, capacity
 from tilewright.errors import DeviceError
 from tilewright.options import check_options
 from tilewright.runtime import cuda_graph, device
@@ -23,8 +23,7 @@ GIVEN = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 
 
 @pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TILEWRIGHT_CACHE", str(tmp_path))
+def _folder(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "is_busy", lambda: False)
 
 
@@ -157,13 +156,6 @@ def test_out_of_memory_is_told_apart() -> None:
     assert is_out_of_memory(FULL)
     assert is_out_of_memory(RuntimeError("Triton Error [CUDA]: out of memory"))
     assert not is_out_of_memory(RuntimeError("an illegal memory access"))
-
-
-@pytest.fixture
-def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ways to print each kernel, as all of them take most of a minute to build."""
-    every = backends._cpp_candidates
-    monkeypatch.setattr(backends, "_cpp_candidates", lambda op, program: every(op, program)[:2])
 
 
 @pytest.mark.usefixtures("few_candidates")

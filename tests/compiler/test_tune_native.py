@@ -9,17 +9,18 @@ import torch
 
 import tilewright as tw
 from tests.compiler.models import tiny
-from tilewright import tune_native
+from tilewright import api, tune_native
 from tilewright.runtime.native import Tuning
 from tilewright.runtime.native_executor import NativeExecutor
 from tilewright.tune_native import candidates, pick
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TILEWRIGHT_CACHE", str(tmp_path))
+def folder(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Kernels are tuned after steps only where a test says so: that is a library for each way to print them."""
     monkeypatch.setattr(tune_native, "is_busy", lambda: False)
-    return tmp_path
+    monkeypatch.setattr(api, "is_busy", lambda: True)
+    return fresh_cache
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
@@ -71,8 +72,10 @@ def test_a_busy_machine_records_nothing(folder: Path, monkeypatch: pytest.Monkey
     assert any("the machine is busy" in note for note in fast.report().notes)
 
 
-def test_measuring_leaves_the_tuning_as_it_was() -> None:
-    """Real steps, for a batch of two."""
+@pytest.mark.usefixtures("few_candidates")
+def test_measuring_leaves_the_tuning_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real steps, for a batch of two, and real kernels."""
+    monkeypatch.setattr(api, "is_busy", lambda: False)
     fast = tw.compile(tiny("opt"), backend="cpp", max_length=64, batch_sizes=(2,), autotune="full")
     (executor,) = decode_executors(fast)
     before = executor.tuning
