@@ -1,4 +1,5 @@
-"""Keeps the README's figures those of the newest stored runs: ``python -m benchmarks.readme [--check]``."""
+"""Keeps the figures of the README, and of the page of all results, those of the newest stored runs:
+``python -m benchmarks.readme [--check]``."""
 
 from __future__ import annotations
 
@@ -23,17 +24,30 @@ from benchmarks.quality_results import QualityResults
 from benchmarks.results import DECODE, LLAMA_CPP, OURS, Results
 
 README = Path(__file__).parent.parent / "README.md"
+PAGE = stored.FOLDER / "README.md"
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 
 
+CHART = "Speedup over Hugging Face eager"
 NOTHING = "No run is stored in `benchmarks/results` yet, so there are no figures to show."
 
 
+def summary(folder: Path = stored.FOLDER) -> str:
+    """What should stand between the README's markers now: how fast, on one CPU and on each GPU."""
+    parts = [
+        speed(run, file.with_suffix(".svg"), README, rates=True) for file, run in results.latest(folder)[:1]
+    ]
+    for file, chart in chart_results.latest("paper", folder):
+        parts += [_picture(CHART, file.with_suffix(".svg"), README), chart_tables.tables(chart)[0].markdown()]
+        parts.append(_made_with(chart, chart.days))
+    return "\n\n".join(part for part in parts if part) or NOTHING
+
+
 def current(folder: Path = stored.FOLDER) -> str:
-    """What should stand between the markers now."""
+    """What should stand between the markers of the page of all results now."""
     parts = []
     for n, (file, run) in enumerate(results.latest(folder)):
-        parts.append(speed(run, file.with_suffix(".svg"), whole=n == 0))
+        parts.append(speed(run, file.with_suffix(".svg"), PAGE, rates=n > 0))
     if quality := quality_results.newest(folder):
         parts.append(closeness(quality[1]))
     charts = chart_results.latest("paper", folder)
@@ -44,12 +58,11 @@ def current(folder: Path = stored.FOLDER) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
-def speed(found: Results, picture: Path, whole: bool = True) -> str:
-    """The picture, if it is there, the tables of a run, and what they were measured with. whole: not only the rates."""
-    parts = []
-    if whole and picture.exists():
-        parts.append(f"![Tokens per second by precision and system]({_link(picture)})")
-    parts += [rows.markdown() for rows in (tables.tables(found) if whole else [tables.speed(found)])]
+def speed(found: Results, picture: Path, page: Path, rates: bool = False) -> str:
+    """The picture, if it is there, the tables of a run, and what they were measured with, for a page. rates: they alone
+    of the tables."""
+    parts = [_picture("Tokens per second by precision and system", picture, page)]
+    parts += [rows.markdown() for rows in ([tables.speed(found)] if rates else tables.tables(found))]
     versions = found.versions
     llama = f", llama-cpp-python {versions['llama-cpp-python']}" if "llama-cpp-python" in versions else ""
     threads = f"{found.settings['threads']} threads"
@@ -63,14 +76,14 @@ def speed(found: Results, picture: Path, whole: bool = True) -> str:
             " llama.cpp's files: F32, BF16, Q8_0 (for int8) and Q4_0 (for int4), KV state in f16; tilewright's int8 "
             "and int4 come from the bfloat16 model, KV state in bf16."
         )
-    if whole and any(
+    if not rates and any(
         m.share_of_probe(o).median > 1.1 for m in found.measures if m.task == DECODE and (o := m.of(OURS))
     ):
         parts[-1] += (
             " Shares beyond 100% come of a last cache that keeps part of the weights from one step to the next, for "
             "which the probe's buffer is too large, or of a machine whose speed changed in between."
         )
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def closeness(found: QualityResults) -> str:
@@ -89,11 +102,11 @@ def closeness(found: QualityResults) -> str:
 
 def paper(found: Chart, picture: Path) -> str:
     """The chart of one device: its picture, if it is there, its tables, and what they were measured with."""
-    parts = [f"![Speedup over Hugging Face eager]({_link(picture)})"] if picture.exists() else []
+    parts = [_picture(CHART, picture, PAGE)]
     parts += [rows.markdown() for rows in chart_tables.tables(found)]
     parts += [rows.markdown() for rows in targets.tables(targets.of_chart(found), found.scale)]
     parts.append(_made_with(found, found.days))
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def gpu(found: GpuCheck, whole: bool) -> str:
@@ -121,16 +134,18 @@ def _machine(found: Results | QualityResults) -> str:
     return f"{machine['cpu']} ({', '.join(machine['extensions'])}), load before the run {machine['load']}"
 
 
-def _link(picture: Path) -> str:
-    """Relative to the README where it can be."""
-    root = README.parent
-    return picture.relative_to(root).as_posix() if picture.is_relative_to(root) else picture.name
+def _picture(what: str, picture: Path, page: Path) -> str:
+    """A picture on a page, relative to it where it can be; "" where there is none."""
+    if not picture.exists():
+        return ""
+    near = picture.is_relative_to(page.parent)
+    return f"![{what}]({picture.relative_to(page.parent).as_posix() if near else picture.name})"
 
 
 def replaced(text: str, new: str) -> str:
     """``text`` with ``new`` between the markers. Raises ValueError unless each marker is there once, in order."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the README needs {BEGIN} and, below it, {END}, once each")
+        raise ValueError(f"the page needs {BEGIN} and, below it, {END}, once each")
     head, rest = text.split(BEGIN)
     return f"{head}{BEGIN}\n{new}\n{END}{rest.split(END)[1]}"
 
@@ -140,17 +155,21 @@ def main(
         bool, typer.Option("--check", help="Change nothing; exit with 1 when it is out of date.")
     ] = False,
 ) -> None:
-    """Write the figures of the newest result files into the README."""
-    old = README.read_text()
-    new = replaced(old, current())
-    if new == old:
-        print("README.md is up to date")
-    elif check:
-        print("README.md does not show the newest results; run: python -m benchmarks.readme")
+    """Write the figures of the newest result files into the README and the page of all results."""
+    stale = False
+    for page, text in ((README, summary()), (PAGE, current())):
+        old = page.read_text()
+        new = replaced(old, text)
+        if new == old:
+            print(f"{page.name} of {page.parent.name} is up to date")
+        elif check:
+            print(f"{page} does not show the newest results; run: python -m benchmarks.readme")
+            stale = True
+        else:
+            page.write_text(new)
+            print(f"{page} has the newest results now")
+    if stale:
         raise typer.Exit(1)
-    else:
-        README.write_text(new)
-        print("README.md has the newest results now")
 
 
 if __name__ == "__main__":

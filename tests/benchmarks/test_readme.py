@@ -1,7 +1,8 @@
-"""The README's figures: written between two markers, and those of the newest stored runs."""
+"""The figures of the README and of the page of all results: between two markers, from the newest stored runs."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_missing_or_doubled_markers_are_refused(text: str) -> None:
 
 
 def test_every_measure_has_its_row() -> None:
-    text = readme.speed(made_up(), NO_PICTURE)
+    text = readme.speed(made_up(), NO_PICTURE, readme.PAGE)
     for row in (
         "|  | tilewright | Hugging Face eager | torch.compile | llama.cpp |",
         "| decode at context 64, f32 | 7.50 (6.25–8.75) | 2.50 (2.08–2.92)<br>3.00× (3.00–3.00) "
@@ -65,12 +66,12 @@ def test_every_measure_has_its_row() -> None:
 def test_shares_beyond_the_probe_are_explained() -> None:
     decode = made_up().measures[0]
     quick = replace(decode, probe=tuple(rate / 3 for rate in decode.probe))
-    assert "last cache" in readme.speed(replace(made_up(), measures=(quick,)), NO_PICTURE)
-    assert "last cache" not in readme.speed(made_up(), NO_PICTURE)
+    assert "last cache" in readme.speed(replace(made_up(), measures=(quick,)), NO_PICTURE, readme.PAGE)
+    assert "last cache" not in readme.speed(made_up(), NO_PICTURE, readme.PAGE)
 
 
 def test_precisions_of_a_task_stand_together() -> None:
-    lines = readme.speed(made_up(), NO_PICTURE).splitlines()
+    lines = readme.speed(made_up(), NO_PICTURE, readme.PAGE).splitlines()
     first = next(n for n, line in enumerate(lines) if line.startswith("| decode at context 64, f32"))
     assert lines[first + 1].startswith("| decode at context 64, int8")
 
@@ -78,7 +79,7 @@ def test_precisions_of_a_task_stand_together() -> None:
 def test_other_systems_stand_alone_where_ours_is_missing() -> None:
     int8 = made_up().measures[-1]
     alone = replace(int8, series=int8.series[1:])
-    text = readme.speed(replace(made_up(), measures=(alone,)), NO_PICTURE)
+    text = readme.speed(replace(made_up(), measures=(alone,)), NO_PICTURE, readme.PAGE)
     assert "| decode at context 64, int8 | 13.3 (10.0–16.7) |" in text.splitlines()
 
 
@@ -96,12 +97,12 @@ def test_quality_has_its_rows() -> None:
 def test_the_newest_stored_runs_are_shown(tmp_path: Path) -> None:
     assert readme.current(tmp_path) == readme.NOTHING
     file = stored.save(made_up(), tmp_path / "cpu" / "run.json")
-    assert readme.current(tmp_path) == readme.speed(made_up(), NO_PICTURE)
+    assert readme.current(tmp_path) == readme.speed(made_up(), NO_PICTURE, readme.PAGE)
     file.with_suffix(".svg").write_text("<svg/>")
     assert readme.current(tmp_path).startswith("![Tokens per second by precision and system](run.svg)\n")
     older = replace(made_up("2025-01-01T00:00:00+00:00"), machine=made_up().machine | {"cpu": "Older CPU"})
     stored.save(older, tmp_path / "older" / "run.json")
-    rates = readme.speed(older, NO_PICTURE, whole=False)
+    rates = readme.speed(older, NO_PICTURE, readme.PAGE, rates=True)
     assert readme.current(tmp_path).endswith(f"\n\n{rates}")
     assert "Older CPU" in rates
     assert "Memory bandwidth" not in rates
@@ -154,22 +155,50 @@ def test_a_check_of_a_gpu_has_its_section(tmp_path: Path) -> None:
     assert "matmul_1" in both
 
 
-def test_check_says_whether_the_readme_is_current(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "README.md"
-    file.write_text(TEXT)
-    monkeypatch.setattr(readme, "README", file)
-    monkeypatch.setattr(readme, "current", lambda: readme.speed(made_up(), NO_PICTURE))
+def test_the_readme_has_the_rates_alone(tmp_path: Path) -> None:
+    """Of the newest CPU and of each GPU; the page has the rest, with links that work from where it lies."""
+    assert readme.summary(tmp_path) == readme.NOTHING
+    older = replace(made_up("2025-01-01T00:00:00+00:00"), machine=made_up().machine | {"cpu": "Older CPU"})
+    for name, run in {"new": made_up(), "old": older}.items():
+        stored.save(run, tmp_path / name / "run.json")
+    stored.save(made_up_chart(point(), scale="paper"), tmp_path / "gpu" / "chart.json")
+    text = readme.summary(tmp_path)
+    assert text.startswith(readme.speed(made_up(), NO_PICTURE, readme.README, rates=True))
+    assert "Older CPU" not in text
+    assert "| tiny-llama, batch 1, context 16 | 2.50 | 10.0<br>4.00×<br>25% |" in text.splitlines()
+    assert "Targets" not in text
+    assert "Targets" in readme.current(tmp_path)
+
+
+def test_check_says_whether_both_pages_are_current(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"README": tmp_path / "README.md", "PAGE": tmp_path / "results" / "README.md"}
+    files["PAGE"].parent.mkdir()
+    for name, file in files.items():
+        file.write_text(TEXT)
+        monkeypatch.setattr(readme, name, file)
+    for name in ("summary", "current"):
+        monkeypatch.setattr(readme, name, lambda name=name: name)
     app = Typer()
     app.command()(readme.main)
 
     stale = CliRunner().invoke(app, ["--check"])
     assert stale.exit_code == 1
-    assert "python -m benchmarks.readme" in stale.stdout
-    assert file.read_text() == TEXT
+    assert stale.stdout.count("python -m benchmarks.readme") == 2
+    assert files["README"].read_text() == TEXT
     assert CliRunner().invoke(app, []).exit_code == 0
+    assert "\nsummary\n" in files["README"].read_text()
+    assert "\ncurrent\n" in files["PAGE"].read_text()
     assert CliRunner().invoke(app, ["--check"]).exit_code == 0
+    files["PAGE"].write_text(TEXT)
+    assert CliRunner().invoke(app, ["--check"]).exit_code == 1
 
 
-def test_the_readme_shows_the_newest_results() -> None:
-    text = readme.README.read_text()
-    assert readme.replaced(text, readme.current()) == text
+def test_both_pages_show_the_newest_results() -> None:
+    for page, text in ((readme.README, readme.summary()), (readme.PAGE, readme.current())):
+        assert readme.replaced(page.read_text(), text) == page.read_text()
+
+
+def test_pictures_are_where_the_pages_say() -> None:
+    for page in (readme.README, readme.PAGE):
+        for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()):
+            assert (page.parent / link).is_file()
