@@ -44,7 +44,7 @@ from .encoder_decoder import attach_both, states_of
 from .interface import index_bounds, require_decoder
 from .lower import lower
 from .model_identity import identity
-from .multimodal import MultimodalMixin
+from .multimodal import attach_multimodal
 from .options import Options, check_options
 from .phases import (
     PER_REQUEST,
@@ -220,8 +220,9 @@ class _Compilation:
         self.adapters.stay()
         if self.encoder is not None:
             return attach_both(self.model, compiled, self.encoder)
-        mixin = MultimodalMixin if engine.embed is not None else _MIXINS[captured.kind]
-        return attach(self.model, compiled, mixin)
+        if captured.embedding:
+            return attach_multimodal(self.model, compiled)
+        return attach(self.model, compiled, _MIXINS[captured.kind])
 
     def _graph(
         self, example_inputs: tuple[Any, ...] | dict[str, Any] | None

@@ -38,7 +38,7 @@ from .capture_inputs import (
     symbol_ranges,
 )
 from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, flat_names, opaque_layers
-from .capture_multimodal import deep_layers, makes_masks, token_vectors
+from .capture_multimodal import deep_layers, makes_masks, text_decoder, token_vectors
 from .capture_ops import STATEFUL, attention_forward, opaque_attention, set_in_configs
 from .capture_patches import PositionRule, has_own_attention, position_rule, rerouted
 from .capture_ready import check_ready
@@ -190,7 +190,8 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
     inputs = model_inputs(model, kind)
     ranges = symbol_ranges(model, inputs)
     outer = _Outer(model)
-    dispatches = has_own_attention(model) or model._can_set_attn_implementation()
+    part: Any = model.get_submodule(text_decoder(model))  # towers beside it may do otherwise
+    dispatches = has_own_attention(model) or part._can_set_attn_implementation()
     if kind == "decoder" and not dispatches:
         raise _unsupported_attention(model)
     try:

@@ -71,7 +71,7 @@ def model_inputs(model: PreTrainedModel, kind: Kind) -> Inputs:
         return decoder_inputs(model)
     known = inspect.signature(model.forward).parameters
     inputs: dict[str, tuple[torch.dtype, tuple[str | int, ...]]] = {}
-    if "input_features" in known:
+    if "input_features" in known and not text_decoder(model):
         return {"input_features": (model.dtype, ("B", *_sound_shape(model)))}
     if "input_ids" in known:
         inputs["input_ids"] = (torch.int64, ("B", "S"))

@@ -28,18 +28,24 @@ def decoder_call(
     All on the way to the decoder is copied, so that what a model notes of a call (as the positions of its images) is
     not seen by another one.
     """
-    front = top = _shallow_copy(model)
+    front = _shallow_copy(model)
     front.__class__ = kind
-    *parents, last = path.split(".")
-    for name in parents:
-        top._modules[name] = top = _shallow_copy(top._modules[name])  # type: ignore[arg-type]
-    decoder = top._modules[last] = _shallow_copy(top._modules[last])  # type: ignore[arg-type]
+    decoder = own_way_to(front, path)
     decoder.__dict__["forward"] = partial(_stop, inspect.signature(decoder.forward))
     try:
         front(**arguments)
     except _ReachedError as reached:
         return {n: v for n, v in reached.arguments.items() if v is not None and v is not False}
     return None
+
+
+def own_way_to(model: nn.Module, path: str) -> nn.Module:
+    """Give a shallow copy of a model modules of its own on the way to the one at ``path``, and that one."""
+    for name in path.split("."):
+        below = model.get_submodule(name)
+        model._modules[name] = copied = _shallow_copy(below)
+        model = copied
+    return model
 
 
 def _stop(signature: inspect.Signature, *args: Any, **kwargs: Any) -> NoReturn:

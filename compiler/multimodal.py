@@ -13,21 +13,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from tilewright.ir.errors import InputError
 from tilewright.passes.prompt_inputs import DEEP, REACH, VECTORS
 
-from .api_mixin import DecoderMixin, Prompt
+from .api_mixin import Compiled, DecoderMixin, Prompt, attach
 from .cache import EngineCache, with_cache
 from .capture_multimodal import DEEP_PLACES, DEEP_VECTORS, text_decoder
-from .front import decoder_call
+from .front import decoder_call, own_way_to
 from .generate_options import KNOWN_KWARGS
 from .unserved import EXTRA_OUTPUTS
 
 _NOT_TAKEN = ("inputs_embeds", "labels", *EXTRA_OUTPUTS)
 _TEXT = {"input_ids", "use_cache", "return_dict", "cache_position", "logits_to_keep", "kwargs"}
 _REMEDY = "use the original model for prompts with images or sound"
+
+
+def attach_multimodal(model: PreTrainedModel, compiled: Compiled) -> Any:
+    """As ``attach``. Models note in themselves how positions go on after an image, and the original must not change."""
+    fast = attach(model, compiled, MultimodalMixin)
+    own_way_to(fast, text_decoder(model))
+    return fast
 
 
 class MultimodalMixin(DecoderMixin):
@@ -43,6 +51,11 @@ class MultimodalMixin(DecoderMixin):
         if not more:
             return super()._prompt(prompt, cache, {n: given[n] for n in given if n in _NOT_TAKEN})
         self._refuse({name: given.get(name) for name in _NOT_TAKEN})
+        if self._tilewright.engine.embed is None:
+            raise InputError(
+                f"{type(self).__name__} looks token ids up for later layers, too, so that a compiled one takes texts "
+                f"alone; {_REMEDY}"
+            )
         texts = {
             "input_ids": prompt.ids,
             "attention_mask": prompt.mask,
@@ -156,8 +169,12 @@ def reach_of(mask: object, valid: Tensor | None, shape: torch.Size, past: int, w
 
 def _without_repetition(positions: Any) -> Any:
     """Positions [B, S] where those of several numbers, [3, B, S], have equal ones; without those of the texts that
-    Transformers puts before them, [4, B, S]."""
-    if not isinstance(positions, Tensor) or positions.ndim != 3:
+    Transformers puts before them, [4, B, S]; integers where a model has whole numbers among floats (Qwen3-Omni)."""
+    if not isinstance(positions, Tensor):
+        return positions
+    if positions.is_floating_point() and bool((positions == positions.round()).all()):
+        positions = positions.long()
+    if positions.ndim != 3:
         return positions
     if positions.shape[0] == 4:
         positions = positions[1:]
