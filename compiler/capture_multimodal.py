@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .capture_ops import configs_of
-from .front import decoder_call
+from .front import decoder_call, front_of
 
 DEEP_VECTORS, DEEP_PLACES = "deepstack_visual_embeds", "visual_pos_masks"
 """Names of the vectors of images for later layers, f[n, d] for each of these, and their tokens, bool[B, S]."""
@@ -60,7 +60,8 @@ def makes_masks(model: PreTrainedModel) -> bool:
         return False
     ids, padded = (torch.tensor([row], device=model.device) for row in ([1, 1], [0, 1]))
     try:
-        told = decoder_call(model, path, type(model), input_ids=ids, attention_mask=padded)
+        front = front_of(model, path, type(model), {})
+        told = decoder_call(front, path, input_ids=ids, attention_mask=padded)
     except (TypeError, ValueError, RuntimeError):  # no text alone
         return False
     mask = (told or {}).get("attention_mask")
@@ -68,11 +69,11 @@ def makes_masks(model: PreTrainedModel) -> bool:
 
 
 def position_axes(model: PreTrainedModel) -> int:
-    """How many numbers the position of a token is: 3 where an image has rows, columns and a time, else 1.
+    """How many numbers the position of a token is: 3 where an image has rows, columns and a time, else mostly 1.
 
     (Wang et al., "Qwen2-VL: Enhancing Vision-Language Model's Perception of the World at Any Resolution", 2024.)
     """
     if not text_decoder(model):
         return 1
     ropes = (getattr(c, "rope_parameters", None) or {} for c in configs_of(model))
-    return 3 if any("mrope_section" in rope for rope in ropes) else 1
+    return max((len(rope.get("mrope_section") or (0,)) for rope in ropes), default=1)

@@ -19,18 +19,31 @@ class _ReachedError(Exception):
         self.arguments = arguments
 
 
-def decoder_call(
-    model: nn.Module, path: str, kind: type[nn.Module], **arguments: Any
-) -> Mapping[str, Any] | None:
-    """What ``model``, run as one of class ``kind`` on ``arguments``, calls its decoder at ``path`` with, less what is
-    None or False; None where it does not call it.
+def front_of(model: nn.Module, path: str, kind: type[nn.Module], noted: Mapping[str, Any]) -> Any:
+    """A copy of ``model``, as one of class ``kind``, with modules of its own on the way to its decoder at ``path``.
 
-    All on the way to the decoder is copied, so that what a model notes of a call (as the positions of its images) is
-    not seen by another one.
+    So what a model notes of a call (as how positions go on after an image) is not seen by another one. What it has
+    ``noted`` of the calls before, by attribute, is what those modules begin with that have such an attribute.
     """
     front = _shallow_copy(model)
     front.__class__ = kind
-    decoder = own_way_to(front, path)
+    own_way_to(front, path)
+    below, *way = path.split(".")
+    module = front
+    while way:
+        module = module.get_submodule(below)
+        for name in noted.keys() & vars(module).keys():
+            setattr(module, name, noted[name])
+        below, *way = way
+    return front
+
+
+def decoder_call(front: nn.Module, path: str, **arguments: Any) -> Mapping[str, Any] | None:
+    """What a copy that ``front_of`` made, run on ``arguments``, calls its decoder at ``path`` with.
+
+    Less what is None or False; None where it does not call it.
+    """
+    decoder = front.get_submodule(path)
     decoder.__dict__["forward"] = partial(_stop, inspect.signature(decoder.forward))
     try:
         front(**arguments)

@@ -22,7 +22,7 @@ from tilewright.passes.prompt_inputs import DEEP, REACH, VECTORS
 from .api_mixin import Compiled, DecoderMixin, Prompt, attach
 from .cache import EngineCache, with_cache
 from .capture_multimodal import DEEP_PLACES, DEEP_VECTORS, text_decoder
-from .front import decoder_call, own_way_to
+from .front import decoder_call, front_of, own_way_to
 from .generate_options import KNOWN_KWARGS
 from .unserved import EXTRA_OUTPUTS
 
@@ -45,8 +45,25 @@ class MultimodalMixin(DecoderMixin):
     def _decoder_path(self) -> str:
         return text_decoder(self)
 
+    def _front(self, cache: EngineCache | None) -> Any:
+        """The original, to be run up to its decoder; with what it had noted at the end of the request in a cache."""
+        state = None if cache is None or not cache.get_seq_length() else cache.state
+        deltas = None if state is None else state.shift[: state.batch].clone()
+        return front_of(self, self._decoder_path, type(self).__bases__[1], {"rope_deltas": deltas})  # type: ignore[arg-type]
+
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+    ) -> Any:
+        """Called by generate(): as the original has it, for the request at hand and no other."""
+        cache = model_kwargs.get(self._cache_name)
+        front = self._front(cache if isinstance(cache, EngineCache) else None)
+        return front._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+    def _plain(self, positions: Any) -> Any:
+        return _without_repetition(positions, self._tilewright.engine.position_axes)
+
     def _prompt(self, prompt: Prompt, cache: EngineCache, given: dict[str, Any]) -> Prompt:
-        prompt = replace(prompt, positions=_without_repetition(prompt.positions))
+        prompt = replace(prompt, positions=self._plain(prompt.positions))
         more = self._more(given)
         if not more:
             return super()._prompt(prompt, cache, {n: given[n] for n in given if n in _NOT_TAKEN})
@@ -63,10 +80,13 @@ class MultimodalMixin(DecoderMixin):
             # An empty one of ours counts as begun: it needs no layers to be made first.
             **(with_cache(self._tilewright_forward, cache) if cache.get_seq_length() else {}),
         }
-        kind = type(self).__bases__[1]
-        told = decoder_call(self, self._decoder_path, kind, **texts, **more, use_cache=True, return_dict=True)  # type: ignore[arg-type]
+        told = decoder_call(
+            self._front(cache), self._decoder_path, **texts, **more, use_cache=True, return_dict=True
+        )
         if told is None:
-            raise InputError(f"{kind.__name__} did not call its decoder of texts for this prompt; {_REMEDY}")
+            raise InputError(
+                f"{type(self).__name__} did not call its decoder of texts for this prompt; {_REMEDY}"
+            )
         return self._as_told(prompt, cache, dict(told))
 
     def _as_told(self, prompt: Prompt, cache: EngineCache, told: dict[str, Any]) -> Prompt:
@@ -89,7 +109,7 @@ class MultimodalMixin(DecoderMixin):
         elif mask is not None:
             masks = mask if isinstance(mask, Mapping) else {"full_attention": mask, "sliding_attention": mask}
             given |= self._reaches(masks, prompt, cache.get_seq_length())
-        positions = _without_repetition(positions)
+        positions = self._plain(positions)
         by_model = prompt.positions is None and positions is not None
         return replace(prompt, positions=positions, given=given, counts_on=by_model)
 
@@ -134,7 +154,7 @@ class MultimodalMixin(DecoderMixin):
         cache = own.get(self._cache_name)
         if isinstance(cache, EngineCache) and cache.get_seq_length() == 0:
             own = {n: v for n, v in own.items() if n in KNOWN_KWARGS or n == self._cache_name}
-        return own | {"position_ids": _without_repetition(own.get("position_ids"))}
+        return own | {"position_ids": self._plain(own.get("position_ids"))}
 
     def _first_logits(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor | None:
         if not self._more(model_kwargs):
@@ -167,15 +187,15 @@ def reach_of(mask: object, valid: Tensor | None, shape: torch.Size, past: int, w
     return reach if torch.equal(expected & concerned, seen & concerned) else None
 
 
-def _without_repetition(positions: Any) -> Any:
-    """Positions [B, S] where those of several numbers, [3, B, S], have equal ones; without those of the texts that
-    Transformers puts before them, [4, B, S]; integers where a model has whole numbers among floats (Qwen3-Omni)."""
+def _without_repetition(positions: Any, axes: int) -> Any:
+    """Positions [B, S] where those of several numbers, [axes, B, S], have equal ones; without those of the texts that
+    Transformers puts before them; integers where a model has whole numbers among floats (Qwen3-Omni)."""
     if not isinstance(positions, Tensor):
         return positions
     if positions.is_floating_point() and bool((positions == positions.round()).all()):
         positions = positions.long()
     if positions.ndim != 3:
         return positions
-    if positions.shape[0] == 4:
+    if positions.shape[0] == axes + 1:
         positions = positions[1:]
     return positions[0] if bool((positions == positions[:1]).all()) else positions

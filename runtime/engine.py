@@ -198,8 +198,8 @@ class Engine:
         """Run the prompt in chunks, so that the arena does not grow with it. Returns logits[B, keep, V]."""
         spec, batch, total = self.spec, state.batch, ids.shape[1]
         tokens = completed(spec, ids, state.length, given, self.embed)
-        if self._position_axes > 1:
-            positions = positions.expand(self._position_axes, batch, total)
+        if self.position_axes > 1:
+            positions = positions.expand(self.position_axes, batch, total)
         reached = positions.max().add(1).view(1) if spec.has_input("call_length") else state.no_length
         name, first_kept = spec.outputs[0].name, total - keep
         parts: list[Tensor] = []
@@ -222,7 +222,7 @@ class Engine:
                 parts.append(logits)
         # The last position, whatever rule produced it, is what decoding counts on from.
         state.positions.zero_()
-        if self._position_axes > 1:  # the next token comes after all of them, in whichever direction they are
+        if self.position_axes > 1:  # the next token comes after all of them, in whichever direction they are
             state.positions[:batch] = positions.amax((0, 2)).unsqueeze(1)
             state.count_on()
         else:
@@ -287,7 +287,7 @@ class Engine:
             )
 
     @property
-    def _position_axes(self) -> int:
+    def position_axes(self) -> int:
         """How many numbers the position of a token in a prompt is."""
         spec = self.spec.input("position_ids")
         return int(spec.type.shape[0]) if spec is not None and spec.type.rank > 2 else 1
@@ -303,7 +303,7 @@ class Engine:
         require_tensor("position_ids", positions)
         if positions.dtype not in (torch.int64, torch.int32):
             raise InputError(f"position_ids must be of dtype int64, got {positions.dtype}")
-        axes = self._position_axes if positions.ndim > 2 else 1
+        axes = self.position_axes if positions.ndim > 2 else 1
         expected = tuple(ids.shape) if axes == 1 else (axes, *ids.shape)
         if tuple(positions.shape) not in (expected, (*expected[:-2], 1, ids.shape[1])):
             raise InputError(f"position_ids must be of shape {expected}, got {tuple(positions.shape)}")

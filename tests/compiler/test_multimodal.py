@@ -17,11 +17,12 @@ from torch import Tensor
 
 import tilewright as tw
 from tests.closeness import assert_no_further
-from tilewright import api_mixin, multimodal
+from tilewright import api_mixin, multimodal, phases
 from tilewright.cache import EngineCache, cache_of, with_cache
 from tilewright.errors import InputError
-from tilewright.multimodal import reach_of
+from tilewright.multimodal import _without_repetition, reach_of
 from tilewright.runtime.engine import Engine
+from tilewright.runtime.kv_state import RequestState
 
 from .multimodal import CONFIGS, IMAGE, compiled, model_of, prompts
 
@@ -128,15 +129,51 @@ def test_another_image_comes_later(name: str) -> None:
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_5"])
+def test_another_image_comes_later_where_images_have_positions(name: str) -> None:
+    """Positions go on from those of the request's own first image, whatever else ran in between."""
+    model, fast = model_of(name), compiled(name)
+    first, second = prompts(name, rows=1), prompts(name, seed=3, rows=1)
+    found = []
+    for m in (model, fast):
+        with torch.no_grad():
+            cache = cache_of(m(**first, use_cache=True))
+            if m is fast:
+                fast.generate(**prompts(name, seed=5), **GREEDY)
+                model(**prompts(name, seed=6))
+            given = {n: v for n, v in second.items() if n != "attention_mask"}
+            found.append(m(**given, **with_cache(m.forward, cache)).logits)
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_vl"])
+def test_logits_at_the_end_of_a_padded_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that are numbered wrongly change logits before they change tokens."""
+    model, fast, given = model_of(name), compiled(name), prompts(name)
+    states: list[RequestState] = []
+    loop = api_mixin.generate
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        states.append(args[1])
+        return loop(*args, **kwargs)
+
+    monkeypatch.setattr(api_mixin, "generate", noted)
+    fast.generate(**given, **GREEDY)
+    expected = model.generate(**given, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    torch.testing.assert_close(states[0].logits[:2, 0], expected.logits[-1], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["idefics3", "qwen3_5"])
 def test_a_conversation(name: str) -> None:
-    """The second turn repeats all ids, whose image is in the cache already."""
+    """The second turn repeats all ids, whose image is in the cache already; another request runs in between."""
     more = torch.randint(3, 90, (1, 5), generator=torch.Generator().manual_seed(2))
     answers = []
     for m in (model_of(name), compiled(name)):
         given = prompts(name, rows=1)
         first = m.generate(**given, **GREEDY, return_dict_in_generate=True)
         ids = torch.cat([first.sequences, more], 1)
+        if m is not model_of(name):
+            m.generate(**prompts(name, seed=5), **GREEDY)
         known = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if "image_grid_thw" in given:
             known |= {
@@ -176,6 +213,44 @@ def test_calls_leave_nothing_behind() -> None:
     fast.generate(**prompts("qwen2_vl", seed=5), **GREEDY)
     assert model.model.rope_deltas is None
     assert torch.equal(logits(fast, given), first)
+
+
+def again(name: str) -> Any:
+    """The model compiled anew, as something else is to be seen of it."""
+    return tw.compile(model_of(name), max_length=96, batch_sizes=(2,), backend="reference", autotune="off")
+
+
+def test_a_tower_may_attend_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of some models (GOT-OCR2) only the decoder asks what attention to use; a tower is not compiled."""
+    monkeypatch.setattr(
+        type(model_of("llava")), "_can_set_attn_implementation", classmethod(lambda cls: False)
+    )
+    given = prompts("llava")
+    torch.testing.assert_close(
+        logits(again("llava"), given), logits(model_of("llava"), given), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_a_model_that_needs_ids_takes_texts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3n looks ids up once more for its layers."""
+    monkeypatch.setattr(phases, "prompt_of_vectors", lambda *_: None)
+    fast, model = again("llava"), model_of("llava")
+    with pytest.raises(InputError, match="takes texts alone; use the original model for prompts with images"):
+        fast(**prompts("llava"))
+    ids = torch.randint(3, 90, (1, 7), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(fast.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
+
+
+def test_positions_in_another_form() -> None:
+    """With those of the text before them, and as floats; numbers that differ stay, and so do fractions."""
+    text, other = torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 1]])
+    same, apart = text.expand(3, 1, 3), torch.stack([text, text, other])
+    assert torch.equal(_without_repetition(torch.cat([text[None], same]).float(), 3), text)
+    assert torch.equal(_without_repetition(torch.cat([text[None], apart]), 3), apart)
+    four = torch.cat([apart, apart[:1]])
+    assert torch.equal(_without_repetition(four, 4), four)
+    assert _without_repetition(text + 0.5, 1).is_floating_point()
+    assert _without_repetition(None, 1) is None
 
 
 BACKWARDS = torch.ones(1, 1, 22, 22, dtype=torch.bool).triu()
