@@ -220,7 +220,7 @@ class _Compilation:
         self.adapters.stay()
         if self.encoder is not None:
             return attach_both(self.model, compiled, self.encoder)
-        if captured.embedding:
+        if captured.vectors is not None:
             return attach_multimodal(self.model, compiled)
         return attach(self.model, compiled, _MIXINS[captured.kind])
 
@@ -419,7 +419,9 @@ class _Compilation:
             (e for e, p in zip(built.executors, programs, strict=True) if p.phase == PER_REQUEST), None
         )
         spec = self._spec(captured, programs[-1])
-        embed = self.model.get_submodule(captured.embedding) if spec.has_input("inputs_embeds") else None
+        embed = None
+        if captured.vectors is not None and spec.has_input("inputs_embeds"):
+            embed = self.model.get_submodule(captured.vectors.embedding)
         return Engine(decode, built.executors[-1], spec, once, embed)
 
     def _spec(self, captured: CapturedFacts, program: Program) -> EngineSpec:

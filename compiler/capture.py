@@ -38,7 +38,7 @@ from .capture_inputs import (
     symbol_ranges,
 )
 from .capture_layers import LayerForward, LayerRecord, NotALayerError, find_layers, flat_names, opaque_layers
-from .capture_multimodal import deep_layers, makes_masks, text_decoder, token_vectors
+from .capture_multimodal import VectorPrompts, text_decoder
 from .capture_ops import STATEFUL, attention_forward, opaque_attention, set_in_configs
 from .capture_patches import PositionRule, has_own_attention, position_rule, rerouted
 from .capture_ready import check_ready
@@ -85,10 +85,8 @@ class CapturedFacts:
     ``outputs`` names what the outer graph returns, in order. They fill the pytree ``output_spec``, for a "module"
     together with ``output_constants``, the leaves (by position) that are no tensors. For a Hugging Face model that tree
     is a ModelOutput, of the class ``output_class``. ``per_request`` names
-    inputs that stay the same while a request is decoded. ``embedding`` is the path of the module that makes vectors of
-    token ids, where a prompt may be vectors, and ``deep_layers`` are those of layers whose results it adds vectors to.
-    ``sees_ahead``: tokens of such a prompt may see later ones.
-    ``notes`` says, for the report, which
+    inputs that stay the same while a request is decoded. ``vectors`` is known where prompts
+    may be vectors. ``notes`` says, for the report, which
     repeated layers could not be captured as layers and why.
     """
 
@@ -101,9 +99,7 @@ class CapturedFacts:
     position_rule: PositionRule
     notes: tuple[str, ...]
     per_request: tuple[str, ...] = ()
-    embedding: str = ""
-    deep_layers: tuple[str, ...] = ()
-    sees_ahead: bool = False
+    vectors: VectorPrompts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +206,9 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
         raise _unsupported_attention(model)
     if kind == "decoder":
         require_known_states(model, [g.exported.graph for g in graphs])
+    vectors = VectorPrompts.of(model) if kind == "decoder" else None
+    if vectors is not None:
+        notes.append(f"what comes before {vectors.decoder} in prompts with more than texts is run by PyTorch")
     return Captured(
         main=main,
         layers=layers,
@@ -224,9 +223,7 @@ def _capture_transformer(model: PreTrainedModel) -> Captured:
         position_rule=position_rule(model.config.model_type),
         notes=tuple(notes),
         per_request=PER_REQUEST if is_encoder_decoder(model) else (),
-        embedding=token_vectors(model) if kind == "decoder" else "",
-        deep_layers=deep_layers(model) if kind == "decoder" else (),
-        sees_ahead=kind == "decoder" and makes_masks(model),
+        vectors=vectors,
     )
 
 

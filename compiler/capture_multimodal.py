@@ -7,6 +7,7 @@ model's own affair; the decoder is captured through the whole model, given texts
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,30 @@ DEEP_VECTORS, DEEP_PLACES = "deepstack_visual_embeds", "visual_pos_masks"
 """Names of the vectors of images for later layers, f[n, d] for each of these, and their tokens, bool[B, S]."""
 
 
+@dataclass(frozen=True)
+class VectorPrompts:
+    """What is to be known of prompts that are vectors.
+
+    decoder, embedding: paths of the decoder of texts, and of the module that makes vectors of token ids. deep_layers:
+    paths of the layers to whose results a prompt adds vectors. sees_ahead: tokens of a prompt may see later ones.
+    """
+
+    decoder: str
+    embedding: str
+    deep_layers: tuple[str, ...]
+    sees_ahead: bool
+
+    @staticmethod
+    def of(model: PreTrainedModel) -> VectorPrompts | None:
+        """Of a model of texts and more; None for one that is a decoder of texts itself."""
+        decoder = text_decoder(model)
+        if not decoder:
+            return None
+        table = model.get_input_embeddings()
+        embedding = next(path for path, module in model.named_modules() if module is table)
+        return VectorPrompts(decoder, embedding, _deep_layers(model, decoder), _makes_masks(model, decoder))
+
+
 def text_decoder(model: PreTrainedModel) -> str:
     """The path of the decoder to which a model of texts and more hands vectors; "" for a model that is one itself."""
     if model.config.is_encoder_decoder or model.config.get_text_config() is model.config:
@@ -29,35 +54,23 @@ def text_decoder(model: PreTrainedModel) -> str:
     return next((path for path, module in model.named_modules() if module is decoder), "")
 
 
-def token_vectors(model: PreTrainedModel) -> str:
-    """The path of the module that makes vectors of token ids, where prompts may be vectors; else ""."""
-    if not text_decoder(model):
-        return ""
-    table = model.get_input_embeddings()
-    return next((path for path, module in model.named_modules() if module is table), "")
-
-
-def deep_layers(model: PreTrainedModel) -> tuple[str, ...]:
+def _deep_layers(model: PreTrainedModel, path: str) -> tuple[str, ...]:
     """The paths of the layers to whose results a prompt with images adds vectors, where a model has such.
 
     (Meng et al., "DeepStack: Deeply Stacking Visual Tokens is Surprisingly Simple and Effective for LMMs", 2024.)
     """
-    path = text_decoder(model)
-    if not path or DEEP_VECTORS not in inspect.signature(model.get_submodule(path).forward).parameters:
+    if DEEP_VECTORS not in inspect.signature(model.get_submodule(path).forward).parameters:
         return ()
     sources = (getattr(config, "deepstack_visual_indexes", ()) for config in configs_of(model))
     return tuple(f"{path}.layers.{n}" for n in range(max(map(len, sources))))
 
 
 @torch.no_grad()
-def makes_masks(model: PreTrainedModel) -> bool:
+def _makes_masks(model: PreTrainedModel, path: str) -> bool:
     """Whether a model tells its decoder which keys tokens see, and not only which of them are padding.
 
     That is seen in what it calls it with for a short text, padded, as there may be no mask where nothing is hidden.
     """
-    path = text_decoder(model)
-    if not path:
-        return False
     ids, padded = (torch.tensor([row], device=model.device) for row in ([1, 1], [0, 1]))
     try:
         front = front_of(model, path, type(model), {})

@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tilewright.ir.verify import verify_module
 from tilewright.runtime.files import require_private, write_atomically
 
 from .capture import CapturedFacts, own_tensors
+from .capture_multimodal import VectorPrompts
 from .settings import cache_dir
 
 _SCHEMA = 2
@@ -58,9 +60,7 @@ def load(key: str, model: nn.Module) -> tuple[CapturedFacts, Module] | None:
             position_rule=record["position_rule"],
             notes=tuple(record["notes"]),
             per_request=tuple(record["per_request"]),
-            embedding=record["embedding"],
-            deep_layers=tuple(record["deep_layers"]),
-            sees_ahead=record["sees_ahead"],
+            vectors=_vectors(record["vectors"]),
         ), lowered
     except (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, TilewrightError):
         return None
@@ -87,14 +87,18 @@ def store(key: str, model: nn.Module, facts: CapturedFacts, lowered: Module) -> 
             "position_rule": facts.position_rule,
             "notes": facts.notes,
             "per_request": facts.per_request,
-            "embedding": facts.embedding,
-            "deep_layers": facts.deep_layers,
-            "sees_ahead": facts.sees_ahead,
+            "vectors": None if facts.vectors is None else asdict(facts.vectors),
         }
         text = json.dumps(record)
         write_atomically(_path(key), f"{_digest(text)}\n{text}")
         return True
     return False
+
+
+def _vectors(record: dict[str, Any] | None) -> VectorPrompts | None:
+    return (
+        None if record is None else VectorPrompts(**{**record, "deep_layers": tuple(record["deep_layers"])})
+    )
 
 
 def _data(tensor: Tensor) -> dict[str, Any]:

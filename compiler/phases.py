@@ -64,10 +64,10 @@ class Parts:
         if hoisted is not None:
             return Parts(hoisted.steps, hoisted.once, hoisted.names)
         prompt = None
-        if captured.embedding:
-            prompt = prompt_of_vectors(lowered, captured.embedding, captured.deep_layers)
-        if prompt is not None and captured.sees_ahead:
-            prompt = seeing_ahead(prompt)
+        if (given := captured.vectors) is not None:
+            prompt = prompt_of_vectors(lowered, given.embedding, given.deep_layers)
+            if prompt is not None and given.sees_ahead:
+                prompt = seeing_ahead(prompt)
         return Parts(step_of_tokens(lowered), prompt=prompt)
 
     def module(self, phase: Phase) -> Module:

@@ -235,6 +235,7 @@ def test_a_model_that_needs_ids_takes_texts_alone(monkeypatch: pytest.MonkeyPatc
     """Gemma 3n looks ids up once more for its layers."""
     monkeypatch.setattr(phases, "prompt_of_vectors", lambda *_: None)
     fast, model = again("llava"), model_of("llava")
+    assert any("before model.language_model" in note for note in fast.report().notes)
     with pytest.raises(InputError, match="takes texts alone; use the original model for prompts with images"):
         fast(**prompts("llava"))
     ids = torch.randint(3, 90, (1, 7), generator=torch.Generator().manual_seed(1))
