@@ -84,10 +84,9 @@ class CapturedFacts:
 
     ``outputs`` names what the outer graph returns, in order. They fill the pytree ``output_spec``, for a "module"
     together with ``output_constants``, the leaves (by position) that are no tensors. For a Hugging Face model that tree
-    is a ModelOutput, of the class ``output_class``. ``per_request`` names
-    inputs that stay the same while a request is decoded. ``vectors`` is known where prompts
-    may be vectors. ``notes`` says, for the report, which
-    repeated layers could not be captured as layers and why.
+    is a ModelOutput, of the class ``output_class``. ``per_request`` names inputs that stay the same while a request is
+    decoded. ``vectors`` is known where prompts may be vectors. ``notes`` says, for the report, which repeated layers
+    could not be captured as layers and why, and what is left to PyTorch.
     """
 
     tensors: Mapping[str, Tensor]
