@@ -75,7 +75,7 @@ def _makes_masks(model: PreTrainedModel, path: str) -> bool:
     try:
         front = front_of(model, path, type(model), {})
         told = decoder_call(front, path, input_ids=ids, attention_mask=padded)
-    except (TypeError, ValueError, RuntimeError):  # no text alone
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):  # no text alone
         return False
     mask = (told or {}).get("attention_mask")
     return mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2)

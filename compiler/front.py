@@ -28,13 +28,11 @@ def front_of(model: nn.Module, path: str, kind: type[nn.Module], noted: Mapping[
     front = _shallow_copy(model)
     front.__class__ = kind
     own_way_to(front, path)
-    below, *way = path.split(".")
     module = front
-    while way:
-        module = module.get_submodule(below)
+    for below in path.split("."):
         for name in noted.keys() & vars(module).keys():
             setattr(module, name, noted[name])
-        below, *way = way
+        module = module.get_submodule(below)
     return front
 
 

@@ -28,11 +28,16 @@ from .unserved import EXTRA_OUTPUTS
 
 _NOT_TAKEN = ("inputs_embeds", "labels", *EXTRA_OUTPUTS)
 _TEXT = {"input_ids", "use_cache", "return_dict", "cache_position", "logits_to_keep", "kwargs"}
+_MASKS = ("full_attention", "sliding_attention")
+"""What Transformers calls the masks of layers without and with a window."""
 _REMEDY = "use the original model for prompts with images or sound"
 
 
 def attach_multimodal(model: PreTrainedModel, compiled: Compiled) -> Any:
-    """As ``attach``. Models note in themselves how positions go on after an image, and the original must not change."""
+    """As ``attach``, with copies of the modules on the way to the decoder of texts.
+
+    Models note in them how positions go on after an image, and the original must not change.
+    """
     fast = attach(model, compiled, MultimodalMixin)
     own_way_to(fast, text_decoder(model))
     return fast
@@ -60,12 +65,11 @@ class MultimodalMixin(DecoderMixin):
         return front._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
     def _plain(self, positions: Any) -> Any:
-        return _without_repetition(positions, self._tilewright.engine.position_axes)
+        return plain_positions(positions, self._tilewright.engine.position_axes)
 
     def _prompt(self, prompt: Prompt, cache: EngineCache, given: dict[str, Any]) -> Prompt:
         prompt = replace(prompt, positions=self._plain(prompt.positions))
-        more = self._more(given)
-        if not more:
+        if not self._asks(given, prompt.ids.shape[1], prompt.positions):
             return super()._prompt(prompt, cache, {n: given[n] for n in given if n in _NOT_TAKEN})
         self._refuse({name: given.get(name) for name in _NOT_TAKEN})
         if self._tilewright.engine.embed is None:
@@ -73,21 +77,30 @@ class MultimodalMixin(DecoderMixin):
                 f"{type(self).__name__} looks token ids up for later layers, too, so that a compiled one takes texts "
                 f"alone; {_REMEDY}"
             )
-        texts = {
+        arguments = {n: v for n, v in given.items() if v is not None and n not in _NOT_TAKEN} | {
             "input_ids": prompt.ids,
-            "attention_mask": prompt.mask,
+            "attention_mask": None if prompt.mask is None else prompt.mask.to(prompt.ids.device),
             "position_ids": prompt.positions,
-            # An empty one of ours counts as begun: it needs no layers to be made first.
-            **(with_cache(self._tilewright_forward, cache) if cache.get_seq_length() else {}),
+            "use_cache": True,
+            "return_dict": True,
         }
-        told = decoder_call(
-            self._front(cache), self._decoder_path, **texts, **more, use_cache=True, return_dict=True
-        )
+        if (
+            cache.get_seq_length()
+        ):  # an empty one of ours says that it is begun, and PaliGemma would believe it
+            arguments |= with_cache(self._tilewright_forward, cache)
+        told = decoder_call(self._front(cache), self._decoder_path, **arguments)
         if told is None:
             raise InputError(
                 f"{type(self).__name__} did not call its decoder of texts for this prompt; {_REMEDY}"
             )
-        return self._as_told(prompt, cache, dict(told))
+        # What a caller passes through to the decoder's layers is ignored there, as ever.
+        through = {n: v for n, v in told.get("kwargs", {}).items() if n not in arguments}
+        return self._as_told(prompt, cache, {**told, **through})
+
+    def _asks(self, given: Mapping[str, Any], tokens: int, positions: Any) -> bool:
+        """Whether the model's own code has to say what a prompt is: where there is more than a text in it, and where it
+        builds masks, which depend on more than that, and may number positions its own way."""
+        return bool(self._more(given)) or bool(self._reaching and (tokens > 1 or positions is None))
 
     def _as_told(self, prompt: Prompt, cache: EngineCache, told: dict[str, Any]) -> Prompt:
         """The prompt as the decoder is called with it. Raises InputError for what it cannot be told."""
@@ -106,8 +119,8 @@ class MultimodalMixin(DecoderMixin):
             given[f"{DEEP}{number}"][places] = some.to(first)
         if isinstance(mask, Tensor) and mask.ndim == 2:
             prompt = replace(prompt, mask=mask)
-        elif mask is not None:
-            masks = mask if isinstance(mask, Mapping) else {"full_attention": mask, "sliding_attention": mask}
+        else:
+            masks = mask if isinstance(mask, Mapping) else dict.fromkeys(_MASKS, mask)
             given |= self._reaches(masks, prompt, cache.get_seq_length())
         positions = self._plain(positions)
         by_model = prompt.positions is None and positions is not None
@@ -115,51 +128,65 @@ class MultimodalMixin(DecoderMixin):
 
     def _reaches(self, masks: Mapping[str, Any], prompt: Prompt, past: int) -> dict[str, Tensor]:
         """The last key that each token sees in layers of each window, as the masks say that the model has built."""
-        found = {}
-        for name in self._reach_inputs or [f"{REACH}0"]:
-            window = int(name.removeprefix(REACH))
-            mask = masks.get("sliding_attention" if window else "full_attention")
-            if mask is None:  # as causality has it
-                continue
-            reach = reach_of(mask, prompt.mask, prompt.ids.shape, past, window)
-            if reach is None or not self._reach_inputs:
-                raise InputError(
-                    f"{type(self).__name__} has its decoder see this prompt by a mask that a compiled one cannot "
-                    f"follow; {_REMEDY}"
-                )
-            found[name] = reach
+        windows = {name: int(name.removeprefix(REACH)) for name in self._reaching}
+        unknown = any(m is not None and (not windows or name not in _MASKS) for name, m in masks.items())
+        found: dict[str, Tensor] = {}
+        for name, window in windows.items():
+            mask = masks.get(_MASKS[bool(window)])
+            reach = None
+            if mask is not None:
+                reach = reach_of(mask, prompt.mask, prompt.ids.shape, past, window)
+                unknown |= reach is None
+            elif not self._is_causal:
+                reach = torch.full_like(prompt.ids, past + prompt.ids.shape[1] - 1)
+            found |= {} if reach is None else {name: reach}
+        if unknown:
+            raise InputError(
+                f"{type(self).__name__} has its decoder see this prompt by a mask that a compiled one cannot follow; "
+                f"{_REMEDY}"
+            )
         return found
+
+    @property
+    def _reaching(self) -> list[str]:
+        """Inputs of prompts that say how far tokens see."""
+        return [spec.name for spec in self._tilewright.engine.spec.reaches]
+
+    @cached_property
+    def _is_causal(self) -> bool:
+        """What the decoder's attention takes no mask at all for."""
+        decoder = self.get_submodule(self._decoder_path)  # type: ignore[attr-defined]
+        flags = [m.is_causal for m in decoder.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+        return any(flags) or not flags
 
     def _more(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments beyond those of a text: images and sound, or what generate() has made of them beforehand.
 
-        The token types of a text, which Transformers' processors give as zeros, are none, unless masks depend on them.
+        The token types of a text, which Transformers' processors give as zeros, are none.
         """
-        more = {
-            n: v
-            for n, v in given.items()
-            if (isinstance(v, Tensor) or v) and n not in (*KNOWN_KWARGS, *_NOT_TAKEN, self._cache_name)
-        }
+        texts = (*KNOWN_KWARGS, *_NOT_TAKEN, self._cache_name)
+        more = {n: v for n, v in given.items() if (isinstance(v, Tensor) or v) and n not in texts}
         types = [n for n, v in more.items() if n.endswith("token_type_ids") and not bool(v.any())]
-        return {} if len(types) == len(more) and not self._reach_inputs else more
-
-    @property
-    def _reach_inputs(self) -> list[str]:
-        names = (i.name for i in self._tilewright.engine.spec.prompt_inputs)
-        return [name for name in names if name.startswith(REACH)]
+        return {} if len(types) == len(more) else more
 
     def _own_arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What our loop takes; all there is, which it does not, where a request goes on with more than texts."""
+        """What our loop takes; all there is, which it does not, where a request goes on with more than texts, or a
+        prompt ends with an image: its loop goes on from each of the last position's numbers."""
         own = super()._own_arguments(model_kwargs)
-        cache = own.get(self._cache_name)
-        if isinstance(cache, EngineCache) and cache.get_seq_length() == 0:
+        cache, positions = own.get(self._cache_name), self._plain(own.get("position_ids"))
+        begins = isinstance(cache, EngineCache) and cache.get_seq_length() == 0
+        ends = isinstance(positions, Tensor) and positions.ndim == 3
+        if ends and bool((positions[..., -1] != positions.amax((0, 2))).any()):
+            return own
+        if begins or not self._more(model_kwargs):
             own = {n: v for n, v in own.items() if n in KNOWN_KWARGS or n == self._cache_name}
-        return own | {"position_ids": self._plain(own.get("position_ids"))}
+        return own | {"position_ids": positions}
 
     def _first_logits(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor | None:
-        if not self._more(model_kwargs):
+        if not self._asks(model_kwargs, input_ids.shape[1], model_kwargs.get("position_ids")):
             return None
-        logits: Tensor = self(input_ids, **{**model_kwargs, "logits_to_keep": 1}).logits  # type: ignore[operator]
+        prepared = self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)  # type: ignore[attr-defined]
+        logits: Tensor = self(**{**prepared, "logits_to_keep": 1}).logits  # type: ignore[operator]
         return logits[:, -1:]
 
 
@@ -187,7 +214,7 @@ def reach_of(mask: object, valid: Tensor | None, shape: torch.Size, past: int, w
     return reach if torch.equal(expected & concerned, seen & concerned) else None
 
 
-def _without_repetition(positions: Any, axes: int) -> Any:
+def plain_positions(positions: Any, axes: int) -> Any:
     """Positions [B, S] where those of several numbers, [axes, B, S], have equal ones; without those of the texts that
     Transformers puts before them; integers where a model has whole numbers among floats (Qwen3-Omni)."""
     if not isinstance(positions, Tensor):

@@ -167,6 +167,7 @@ class Engine:
             if ids.shape[1] > 1 or given or positions.ndim > 2:
                 return self._prefill(state, ids, positions, keep, given)
             state.ids[: state.batch] = ids
+            state.positions.zero_()  # also of rows beyond the batch, which count on with the others
             state.positions[: state.batch] = positions
             self.advance(state)
             return clone(state.logits[: state.batch])
@@ -198,6 +199,7 @@ class Engine:
         """Run the prompt in chunks, so that the arena does not grow with it. Returns logits[B, keep, V]."""
         spec, batch, total = self.spec, state.batch, ids.shape[1]
         tokens = completed(spec, ids, state.length, given, self.embed)
+        several = positions.ndim > 2
         if self.position_axes > 1:
             positions = positions.expand(self.position_axes, batch, total)
         reached = positions.max().add(1).view(1) if spec.has_input("call_length") else state.no_length
@@ -222,11 +224,11 @@ class Engine:
                 parts.append(logits)
         # The last position, whatever rule produced it, is what decoding counts on from.
         state.positions.zero_()
-        if self.position_axes > 1:  # the next token comes after all of them, in whichever direction they are
+        if several:  # the next token comes after all of them, in whichever direction they are
             state.positions[:batch] = positions.amax((0, 2)).unsqueeze(1)
             state.count_on()
         else:
-            state.positions[:batch] = positions[:, -1:]
+            state.positions[:batch] = positions[..., -1:].view(-1, batch, 1)[0]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return logits[:, -keep:]  # a model without a head gives every position
 

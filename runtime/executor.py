@@ -244,6 +244,11 @@ class EngineSpec:
         of_tokens = (i for i in self.inputs if [str(d) for d in i.type.shape[:2]] == ["B", "S"])
         return tuple(i for i in of_tokens if i.name not in known) if self.kind == "decoder" else ()
 
+    @property
+    def reaches(self) -> tuple[TensorSpec, ...]:
+        """Those of ``prompt_inputs`` that say which key is the last that a token sees."""
+        return tuple(i for i in self.prompt_inputs if not i.dtype.is_floating_point)
+
     def has_input(self, name: str) -> bool:
         """True when the program reads an input of that name."""
         return self.input(name) is not None

@@ -48,8 +48,8 @@ def generate(
     """Continue every row of ``input_ids``, i64[B, S]. Returns i64[B, n] with S < n <= max_length, prompt included.
 
     The first ``held`` ids are in ``state`` already and not run again; all of them are, where ``logits`` [B, 1, V] are
-    what the last one gave. Raises InputError before any work when the prompt
-    does not fit. A streamer is given each step's tokens, i64[B], but not the prompt.
+    what the last one gave. Raises InputError, before a step is run, when the prompt and what is to come do not fit. A
+    streamer is given each step's tokens, i64[B], but not the prompt.
 
     look_every: steps between two looks of the host at which rows are finished; more than one lets a GPU run on
     meanwhile, and what it computed in vain is taken back. By default 8 on a GPU without a streamer, else 1; always 1
@@ -67,7 +67,7 @@ def generate(
     engine.check_length(begun + options.max_length)
     if position_ids is not None:
         require_tensor("position_ids", position_ids)
-        position_ids = position_ids[:, -fed.shape[1] :]
+        position_ids = position_ids[..., -fed.shape[1] :]
         # Each new token but the last is run at the position after the one before it.
         engine.check_length(int(position_ids.max()) + options.max_length - prompt)
     if logits is None:

@@ -28,7 +28,7 @@ class RequestState:
     ``buffers[slot]`` is [rows, heads, max_length, head_dim], of which the first ``length`` positions are filled;
     what recurrent layers remember is there too, and has gone on by ``length`` positions.
     ``mask`` is bool[rows, max_length], one byte each, true where a key may be attended to and from ``length`` on.
-    ``positions``, i64[rows, 1], are those of the tokens run last.
+    ``positions``, i64[rows, 1], are those of the tokens run last, until the request is cut or its rows change.
     ``held`` are the inputs that stay the same, of a decoder that attends to an encoder. ``shift``, i64[rows, 1], is how
     far the next position is from ``length``: an image may have fewer positions than tokens.
     ``version`` changes whenever a tensor is replaced, which invalidates the addresses that an executor keeps in
@@ -170,6 +170,8 @@ class RequestState:
             )
         self.mask[:, length : self.length] = True
         self.length = length
+        if not length:
+            self.shift.zero_()
 
     def _filled(self, name: str) -> Tensor:
         """What of a buffer belongs to the sequences: of keys and values the positions that are filled."""

@@ -42,7 +42,7 @@ def pieces(
 
     Raises InputError where tokens that see each other are more than a piece may have.
     """
-    reaches = [tokens[i.name] for i in spec.prompt_inputs if not i.dtype.is_floating_point]
+    reaches = [tokens[i.name] for i in spec.reaches]
     last = torch.stack(reaches).amax((0, 1)).cummax(0).values.sub(past).tolist() if reaches else []
     start = 0
     while start < total:

@@ -20,7 +20,7 @@ from tests.closeness import assert_no_further
 from tilewright import api_mixin, multimodal, phases
 from tilewright.cache import EngineCache, cache_of, with_cache
 from tilewright.errors import InputError
-from tilewright.multimodal import _without_repetition, reach_of
+from tilewright.multimodal import plain_positions, reach_of
 from tilewright.runtime.engine import Engine
 from tilewright.runtime.kv_state import RequestState
 
@@ -96,6 +96,94 @@ def test_texts_alone(name: str) -> None:
     given |= {n: torch.zeros_like(ids) for n in ("token_type_ids", "mm_token_type_ids") if n in named}
     torch.testing.assert_close(logits(fast, given), logits(model, given), atol=1e-5, rtol=1e-4)
     assert torch.equal(fast.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "paligemma"])
+def test_texts_without_token_types(name: str) -> None:
+    """PaliGemma's tokens see each other where no types say that there is a suffix; with a mask, they do not."""
+    model, fast = model_of(name), compiled(name)
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(fast(ids[:1]).logits, model(ids[:1]).logits, atol=1e-5, rtol=1e-4)
+    given = {"input_ids": ids, "attention_mask": mask}
+    torch.testing.assert_close(logits(fast, given), logits(model, given), atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        ends = [m(**given, use_cache=True) for m in (fast, model)]
+        whole = torch.cat([mask, torch.ones(2, 3, dtype=torch.int64)], 1)
+        more = {"input_ids": ids[:, :3], "attention_mask": whole}
+        found = [
+            m(**more, **with_cache(m.forward, cache_of(e))).logits
+            for m, e in zip((fast, model), ends, strict=True)
+        ]
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_5"])
+def test_a_prompt_that_ends_with_an_image(name: str) -> None:
+    """generate() goes on from each number of the last position, and they differ."""
+    given = prompts(name, rows=1)
+    last = given["input_ids"].shape[1] - 5
+    cut = {
+        n: v[:, :last] if n in ("input_ids", "attention_mask", "mm_token_type_ids") else v
+        for n, v in given.items()
+    }
+    expected, found = (
+        m.generate(**cut, **GREEDY, return_dict_in_generate=False) for m in (model_of(name), compiled(name))
+    )
+    assert torch.equal(found, expected)
+
+
+def test_turns_of_a_model_that_counts_from_one() -> None:
+    """What generate() has run is numbered as what forward runs after it."""
+    more = torch.randint(3, 90, (1, 5), generator=torch.Generator().manual_seed(2))
+    found = []
+    for m in (compiled("paligemma"), model_of("paligemma")):
+        first = m.generate(**prompts("paligemma", rows=1), **GREEDY, return_dict_in_generate=True)
+        with torch.no_grad():
+            for ids in (more, more[:, :1]):
+                found.append(m(input_ids=ids, **with_cache(m.forward, cache_of(first))).logits)
+    for ours, expected in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_padded_texts_go_on_as_those_of_hugging_face() -> None:
+    """Where images have positions of their own, texts alone are still numbered by their tokens."""
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[1, :3], mask[1, :3] = 0, 0
+    found = []
+    for m in (compiled("qwen2_vl"), model_of("qwen2_vl")):
+        model_of("qwen2_vl").model.rope_deltas = None
+        with torch.no_grad():
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            cache = cache_of(m(ids, attention_mask=mask, position_ids=positions, use_cache=True))
+            found.append(m(ids[:, :2], **with_cache(m.forward, cache)).logits[0])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
+def test_a_base_model_goes_on_after_an_image() -> None:
+    """Which holds its decoder itself."""
+    model = model_of("qwen2_vl").model
+    fast = tw.compile(model, max_length=96, backend="reference", autotune="off")
+    found = []
+    for m in (fast, model):
+        model.rope_deltas = None
+        with torch.no_grad():
+            cache = cache_of(m(**prompts("qwen2_vl", rows=1), use_cache=True))
+            second = prompts("qwen2_vl", seed=3, rows=1)
+            del second["attention_mask"]
+            found.append(m(**second, **with_cache(m.forward, cache)).last_hidden_state)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
+def test_an_emptied_cache_begins_anew() -> None:
+    fast = compiled("qwen2_vl")
+    cache = cache_of(fast(**prompts("qwen2_vl", rows=1)))
+    assert cache.state.shift[0].item() < 0
+    cache.crop(-cache.get_seq_length())
+    assert not cache.state.shift.any()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -246,12 +334,12 @@ def test_positions_in_another_form() -> None:
     """With those of the text before them, and as floats; numbers that differ stay, and so do fractions."""
     text, other = torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 1]])
     same, apart = text.expand(3, 1, 3), torch.stack([text, text, other])
-    assert torch.equal(_without_repetition(torch.cat([text[None], same]).float(), 3), text)
-    assert torch.equal(_without_repetition(torch.cat([text[None], apart]), 3), apart)
+    assert torch.equal(plain_positions(torch.cat([text[None], same]).float(), 3), text)
+    assert torch.equal(plain_positions(torch.cat([text[None], apart]), 3), apart)
     four = torch.cat([apart, apart[:1]])
-    assert torch.equal(_without_repetition(four, 4), four)
-    assert _without_repetition(text + 0.5, 1).is_floating_point()
-    assert _without_repetition(None, 1) is None
+    assert torch.equal(plain_positions(four, 4), four)
+    assert plain_positions(text + 0.5, 1).is_floating_point()
+    assert plain_positions(None, 1) is None
 
 
 BACKWARDS = torch.ones(1, 1, 22, 22, dtype=torch.bool).triu()
@@ -264,6 +352,8 @@ BACKWARDS = torch.ones(1, 1, 22, 22, dtype=torch.bool).triu()
         ({"inputs_embeds": None}, "no vectors"),
         ({"attention_mask": BACKWARDS}, "a mask that a compiled one cannot follow"),
         ({"attention_mask": {"full_attention": BACKWARDS}}, "a mask that a compiled one cannot follow"),
+        ({"attention_mask": {"chunked_attention": BACKWARDS}}, "a mask that a compiled one cannot follow"),
+        ({"kwargs": {"grid": torch.ones(1)}}, "hands its decoder grid"),
         (None, "did not call its decoder"),
     ],
 )

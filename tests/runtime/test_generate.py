@@ -195,3 +195,13 @@ def test_draws_are_those_of_transformers(
         torch.manual_seed(seed)
         assert torch.equal(draw(logits.clone(), how), drawn)
         assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_rows_beyond_the_batch_count_from_the_start() -> None:
+    """They are computed with the others: positions that go on from call to call would leave the table that they index."""
+    engine = toy_engine(batch_sizes=(4,))
+    state = engine.new_state(1)
+    for _ in range(3):
+        generate(engine, state, IDS[:1, :1], GenerateOptions(max_length=9))
+        assert state.positions.max().item() < 9
+        state.crop(0)
