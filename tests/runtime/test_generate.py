@@ -198,7 +198,7 @@ def test_draws_are_those_of_transformers(
 
 
 def test_rows_beyond_the_batch_count_from_the_start() -> None:
-    """They are computed with the others: positions that go on from call to call would leave the table that they index."""
+    """They are computed with the others: positions that go on from call to call leave the table that they index."""
     engine = toy_engine(batch_sizes=(4,))
     state = engine.new_state(1)
     for _ in range(3):
