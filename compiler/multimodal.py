@@ -94,7 +94,7 @@ class MultimodalMixin(DecoderMixin):
                 f"{type(self).__name__} did not call its decoder of texts for this prompt; {_REMEDY}"
             )
         # What a caller passes through to the decoder's layers is ignored there, as ever.
-        through = {n: v for n, v in told.get("kwargs", {}).items() if n not in arguments}
+        through = {n: v for n, v in told.get("kwargs", {}).items() if n not in arguments and _is_said(v)}
         return self._as_told(prompt, cache, {**told, **through})
 
     def _asks(self, given: Mapping[str, Any], tokens: int, positions: Any) -> bool:
@@ -212,6 +212,10 @@ def reach_of(mask: object, valid: Tensor | None, shape: torch.Size, past: int, w
     if window:
         expected = expected & (own[:, None] - keys < window)
     return reach if torch.equal(expected & concerned, seen & concerned) else None
+
+
+def _is_said(value: object) -> bool:
+    return value is not None and value is not False
 
 
 def plain_positions(positions: Any, axes: int) -> Any:
