@@ -107,6 +107,7 @@ def prompts(name: str, seed: int = 0, rows: int = 2) -> dict[str, Tensor]:
         ids[1, :4], mask[1, :4] = 0, 0
     found = {"input_ids": ids, "attention_mask": mask}
     if name in _COUNTED:
+        ids[:, 5] = _TOKENS["vision_start_token_id"]  # by which beams count images, up to Transformers 5.17
         pixels = torch.randn(32 * rows, 3 * 2 * 4 * 4, generator=draw)
         grid = torch.tensor([[1, 4, 8]] * rows)
         return found | {
