@@ -349,7 +349,7 @@ class DecoderMixin(CompiledMixin):
         covered = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
         # A mask as long as the ids says that they repeat what the cache holds; otherwise they are all new.
         held = cache.get_seq_length() if covered == input_ids.shape[1] else 0
-        logits = self._first_logits(input_ids, model_kwargs)
+        logits = self._first_logits(input_ids[:, held:], model_kwargs)
         return generate(
             cache.engine,
             self._state(cache, input_ids.shape[0], model_kwargs),
@@ -366,8 +366,9 @@ class DecoderMixin(CompiledMixin):
         """Those of generate()'s arguments for forward that our loop takes, by a decoder's names for them."""
         return dict(model_kwargs)
 
-    def _first_logits(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor | None:
-        """Logits[B, 1, V] of a prompt that our loop cannot run itself; it has been run then. None for texts."""
+    def _first_logits(self, new_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor | None:
+        """Logits[B, 1, V] of what is new of a prompt, where our loop cannot run it itself; it has been run then. None
+        for texts."""
         return None
 
     def _state(self, cache: EngineCache, batch: int, model_kwargs: dict[str, Any]) -> RequestState:

@@ -182,10 +182,13 @@ class MultimodalMixin(DecoderMixin):
             own = {n: v for n, v in own.items() if n in KNOWN_KWARGS or n == self._cache_name}
         return own | {"position_ids": positions}
 
-    def _first_logits(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor | None:
-        if not self._asks(model_kwargs, input_ids.shape[1], model_kwargs.get("position_ids")):
+    def _first_logits(self, new_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor | None:
+        positions = model_kwargs.get("position_ids")
+        if not self._asks(model_kwargs, new_ids.shape[1], positions):
             return None
-        prepared = self.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)  # type: ignore[attr-defined]
+        if positions is not None:
+            model_kwargs = {**model_kwargs, "position_ids": positions[..., -new_ids.shape[1] :]}
+        prepared = self.prepare_inputs_for_generation(new_ids, is_first_iteration=True, **model_kwargs)  # type: ignore[attr-defined]
         logits: Tensor = self(**{**prepared, "logits_to_keep": 1}).logits  # type: ignore[operator]
         return logits[:, -1:]
 

@@ -251,7 +251,7 @@ def test_logits_at_the_end_of_a_padded_batch(name: str, monkeypatch: pytest.Monk
     torch.testing.assert_close(states[0].logits[:2, 0], expected.logits[-1], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["idefics3", "qwen3_5"])
+@pytest.mark.parametrize("name", ["idefics3", "qwen3_5", "gemma3", "paligemma"])
 def test_a_conversation(name: str) -> None:
     """The second turn repeats all ids, whose image is in the cache already; another request runs in between."""
     more = torch.randint(3, 90, (1, 5), generator=torch.Generator().manual_seed(2))
