@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tilewright.ir.errors import CaptureError
 
 from .cache import cache_name
-from .capture_multimodal import position_axes, text_decoder
+from .capture_multimodal import causal_flags, position_axes, text_decoder
 from .capture_ops import configs_of
 from .capture_patches import types_are_tokens
 from .capture_rope import CALL_LENGTH, switch_length
@@ -33,7 +33,7 @@ def model_kind(model: PreTrainedModel) -> Kind:
     are encoders."""
     if cache_name(model.forward) is None:
         return "encoder"
-    flags = [m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    flags = causal_flags(model)
     # Without attention Transformers' mark of states that cannot go back tells; until 5.23 the cache's name did, too.
     # A decoder of texts within a larger model may leave it to the masks that it is told (PaliGemma).
     told = text_decoder(model) and model.can_generate()

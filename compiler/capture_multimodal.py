@@ -10,7 +10,7 @@ import inspect
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .capture_ops import configs_of
@@ -35,13 +35,21 @@ class VectorPrompts:
 
     @staticmethod
     def of(model: PreTrainedModel) -> VectorPrompts | None:
-        """Of a model of texts and more; None for one that is a decoder of texts itself."""
+        """Of a model of texts and more; None for one that is a decoder of texts itself, or has no such module."""
         decoder = text_decoder(model)
         if not decoder:
             return None
         table = model.get_input_embeddings()
-        embedding = next(path for path, module in model.named_modules() if module is table)
+        embedding = next((path for path, module in model.named_modules() if module is table), "")
+        if not embedding:
+            return None
         return VectorPrompts(decoder, embedding, _deep_layers(model, decoder), _makes_masks(model, decoder))
+
+
+def causal_flags(module: nn.Module) -> list[bool]:
+    """What each attention in a module takes no mask at all for: as causal, or as one that sees every key."""
+    flags = (getattr(part, "is_causal", None) for part in module.modules())
+    return [flag for flag in flags if isinstance(flag, bool)]
 
 
 def text_decoder(model: PreTrainedModel) -> str:

@@ -21,7 +21,7 @@ from tilewright.passes.prompt_inputs import DEEP, REACH, VECTORS
 
 from .api_mixin import Compiled, DecoderMixin, Prompt, attach
 from .cache import EngineCache, with_cache
-from .capture_multimodal import DEEP_PLACES, DEEP_VECTORS, text_decoder
+from .capture_multimodal import DEEP_PLACES, DEEP_VECTORS, causal_flags, text_decoder
 from .front import decoder_call, front_of, own_way_to
 from .generate_options import KNOWN_KWARGS
 from .unserved import EXTRA_OUTPUTS
@@ -155,8 +155,7 @@ class MultimodalMixin(DecoderMixin):
     @cached_property
     def _is_causal(self) -> bool:
         """What the decoder's attention takes no mask at all for."""
-        decoder = self.get_submodule(self._decoder_path)  # type: ignore[attr-defined]
-        flags = [m.is_causal for m in decoder.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+        flags = causal_flags(self.get_submodule(self._decoder_path))  # type: ignore[attr-defined]
         return any(flags) or not flags
 
     def _more(self, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -200,6 +200,8 @@ class Engine:
         spec, batch, total = self.spec, state.batch, ids.shape[1]
         tokens = completed(spec, ids, state.length, given, self.embed)
         several = positions.ndim > 2
+        # Of several numbers the next token comes after all, in whichever direction they are.
+        last = positions.amax((0, 2)).unsqueeze(1) if several else positions[:, -1:]
         if self.position_axes > 1:
             positions = positions.expand(self.position_axes, batch, total)
         reached = positions.max().add(1).view(1) if spec.has_input("call_length") else state.no_length
@@ -224,11 +226,9 @@ class Engine:
                 parts.append(logits)
         # The last position, whatever rule produced it, is what decoding counts on from.
         state.positions.zero_()
-        if several:  # the next token comes after all of them, in whichever direction they are
-            state.positions[:batch] = positions.amax((0, 2)).unsqueeze(1)
+        state.positions[:batch] = last
+        if several:
             state.count_on()
-        else:
-            state.positions[:batch] = positions[..., -1:].view(-1, batch, 1)[0]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return logits[:, -keep:]  # a model without a head gives every position
 
