@@ -41,6 +41,7 @@ from .choices import choice_key, remember, remembered
 from .costs import eager_peak
 from .dump import Dump
 from .encoder_decoder import attach_both, states_of
+from .greedy import greedy_kernels
 from .interface import index_bounds, require_decoder
 from .lower import lower
 from .model_identity import identity
@@ -422,7 +423,8 @@ class _Compilation:
         embed = None
         if captured.vectors is not None and spec.has_input("inputs_embeds"):
             embed = self.model.get_submodule(captured.vectors.embedding)
-        return Engine(decode, built.executors[-1], spec, once, embed)
+        greedy = greedy_kernels(self.options, spec, [e.batch for e in decode])
+        return Engine(decode, built.executors[-1], spec, once, embed, greedy)
 
     def _spec(self, captured: CapturedFacts, program: Program) -> EngineSpec:
         return EngineSpec.of(

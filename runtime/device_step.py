@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .cuda_graph import Recorder
+from .greedy import GreedyKernels, Kept
 from .kv_state import RequestState
 from .sampling import GenerateOptions, Sampling, sample_on_device
 
@@ -44,13 +45,14 @@ class Way:
 
 
 class DeviceStep:
-    """One way to choose tokens in one request state.
+    """One way to choose tokens in one request state. greedy: kernels that do it where nothing is drawn, if there are
+    any.
 
     sequences: i64[batch, max_length], prompts and what was chosen. open: bool[batch, 1], rows that have not met their
     end. replay: a recording of a whole step; None for one that was not recorded yet, or cannot be.
     """
 
-    def __init__(self, state: RequestState, way: Way) -> None:
+    def __init__(self, state: RequestState, way: Way, greedy: GreedyKernels | None = None) -> None:
         self.way = way
         self.was_recorded = False
         self.replay: Callable[[], None] | None = None
@@ -64,12 +66,25 @@ class DeviceStep:
             self.open = torch.ones(batch, 1, dtype=torch.bool, device=device)
             self.column = torch.zeros(1, dtype=torch.int64, device=device)
             self.least = torch.zeros(1, dtype=torch.int64, device=device)
+            self._choose = self._by_operations
+            if greedy is not None and way.sampling is None:
+                kept = Kept(
+                    self.logits,
+                    self.eos,
+                    self.open,
+                    self.ids,
+                    self.sequences,
+                    self.column,
+                    self.least,
+                    way.pad or 0,
+                )
+                self._choose = greedy.bind(kept, state.rows)
 
     @staticmethod
-    def of(state: RequestState, way: Way) -> DeviceStep:
+    def of(state: RequestState, way: Way, greedy: GreedyKernels | None = None) -> DeviceStep:
         """The state's step of that way, made when there is none; the ways used last are kept."""
         steps: dict[Way, DeviceStep] = state.scratch.setdefault(DeviceStep, {})
-        step = steps.pop(way, None) or DeviceStep(state, way)
+        step = steps.pop(way, None) or DeviceStep(state, way, greedy)
         steps[way] = step
         for oldest in list(steps)[:-_MOST]:
             del steps[oldest]
@@ -85,6 +100,10 @@ class DeviceStep:
 
     def choose(self) -> None:
         """logits -> ids and the next column of the sequences, on the device alone."""
+        self._choose()
+
+    def _by_operations(self) -> None:
+        """As :meth:`choose`, by operations of PyTorch."""
         self.scores.copy_(self.logits)
         if self.way.forbids:
             # Whether the minimum is reached changes from step to step, so a recording has to ask.

@@ -38,7 +38,7 @@ class DeviceSteps:
         recorder: Recorder | None,
     ) -> None:
         self.engine, self.state, self.every, self.recorder = engine, state, every, recorder
-        self.step = DeviceStep.of(state, Way.of(state.batch, options, prompt.shape[1]))
+        self.step = DeviceStep.of(state, Way.of(state.batch, options, prompt.shape[1]), engine.greedy)
         self.step.begin(prompt, options.min_length)
         self.sequences = self.step.sequences
         self.calls = 0

@@ -11,6 +11,7 @@ from tilewright.ir.program import InputError
 
 from .device import is_out_of_memory
 from .executor import Compiling, DeviceStepping, EngineSpec, Executor, TensorSpec
+from .greedy import GreedyKernels
 from .host import aligned, clone
 from .idle_states import IdleStates
 from .kv_state import RequestState
@@ -22,7 +23,7 @@ class Engine:
 
     ``decode`` holds one executor per batch bucket (S = 1); ``prefill`` takes any B and S, and is the only program of
     an encoder or a plain module. ``per_request`` is that of a decoder that attends to an encoder. ``embed`` makes
-    vectors f[B, S, d] of token ids, where the prefill program takes those.
+    vectors f[B, S, d] of token ids, where the prefill program takes those. ``greedy`` chooses tokens on the device.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class Engine:
         spec: EngineSpec,
         per_request: Executor | None = None,
         embed: Callable[[Tensor], Tensor] | None = None,
+        greedy: GreedyKernels | None = None,
     ) -> None:
         self.spec = spec
+        self.greedy = greedy
         self.embed = embed
         self.prefill_executor = prefill
         self.per_request_executor = per_request

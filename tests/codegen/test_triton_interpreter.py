@@ -13,6 +13,7 @@ import pytest
 from tests.experts_cases import CASES as EXPERTS
 
 from .triton_cases import CASES
+from .triton_greedy import CASES as GREEDY
 
 ROOT = Path(__file__).parents[2]
 WORKER = [sys.executable, "-m", "tests.codegen.triton_worker"]
@@ -217,3 +218,9 @@ def test_agreed_softmax_walks_again_where_it_must(
 ) -> None:
     """Usual scores need one walk; without the second one, huge and strongly negative scores give something else."""
     assert (interpret(f"{name} block_m=16 block_n=16 agreed=1 never_again=1") == []) == holds
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_tokens_are_chosen_as_by_operations(name: str, interpret: Callable[[str], list[str]]) -> None:
+    """Equal scores, scores that are no numbers, ends that come too early, and rows that are at their end."""
+    assert interpret(f"greedy:{name}") == []

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 
 import pytest
 
-from tilewright.codegen.triton.device import A100, H100
+from tilewright.codegen.triton.device import A100, H100, Device
+from tilewright.codegen.triton.greedy import greedy_source
 from tilewright.codegen.triton.offline import SHARED_LIMIT, Resources, compile_program
 from tilewright.codegen.triton.program import TritonSource
+from tilewright.ir.types import DType
 
 from .triton_cases import CASES
 from .triton_run import source_of
@@ -38,6 +40,13 @@ def test_compiles_for_hopper(name: str) -> None:
 )
 def test_compiles_for_ampere(name: str) -> None:
     assert _compile(name, 80).fits
+
+
+@pytest.mark.parametrize("gpu", [A100, H100])
+def test_the_choice_of_tokens_fits(gpu: Device) -> None:
+    """Of the largest vocabularies and batches, too."""
+    source = greedy_source(262_144, DType.f32, (1, 64), device=gpu)
+    assert all(r.fits for r in compile_program(source, gpu.arch))
 
 
 @pytest.mark.parametrize("kind", ["int8", "int8_groups", "int4"])

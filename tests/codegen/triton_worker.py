@@ -4,8 +4,8 @@ A name is that of a case, perhaps with fields of its tile changed, as in ``case 
 (``never_again=1`` takes the second walk out of an agreed softmax);
 ``model:family:dtype`` or, with persistent kernels and quantised weights, ``model:family:dtype:residents:weights``;
 ``architecture:family``, one of ``test_architectures``; ``experts:name``, one of ``experts_cases``, or
-``experts:name:block``, perhaps with fields as above, for tokens in blocks by expert; or ``random:count``: so many
-random modules.
+``experts:name:block``, perhaps with fields as above, for tokens in blocks by expert; ``greedy:name``, one of
+``triton_greedy``; or ``random:count``: so many random modules.
 
 The interpreter must be chosen before triton is imported, so it cannot share a process with tests that compile.
 """
@@ -39,6 +39,7 @@ def main() -> None:
 
     from .triton_architectures import architecture_errors
     from .triton_experts import experts_errors
+    from .triton_greedy import greedy_errors
     from .triton_models import model_errors
     from .triton_random import run_random
     from .triton_run import errors
@@ -56,6 +57,8 @@ def main() -> None:
                     )
                 elif kind == "architecture":
                     answer = architecture_errors(rest[0])
+                elif kind == "greedy":
+                    answer = greedy_errors(rest[0], Path(folder))
                 elif kind == "experts":
                     block, *fields = rest[1].split() if rest[1:] else ["0"]
                     answer = experts_errors(rest[0], Path(folder), int(block), _numbers(fields))

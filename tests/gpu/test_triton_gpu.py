@@ -10,6 +10,8 @@ import torch
 from tests.codegen.triton_architectures import architecture_errors
 from tests.codegen.triton_cases import CASES
 from tests.codegen.triton_experts import experts_errors
+from tests.codegen.triton_greedy import CASES as GREEDY
+from tests.codegen.triton_greedy import greedy_errors
 from tests.codegen.triton_models import model_errors
 from tests.codegen.triton_run import errors
 from tests.experts_cases import CASES as EXPERTS
@@ -42,6 +44,11 @@ def test_integer_weights_match_reference(weights: str, tmp_path: Path) -> None:
 def test_experts_match_reference(name: str, block: int, tmp_path: Path) -> None:
     """Spelled out, and in blocks of tokens that chose the same expert."""
     assert experts_errors(name, tmp_path, block, device="cuda") == []
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_tokens_are_chosen_as_by_operations(name: str, tmp_path: Path) -> None:
+    assert greedy_errors(name, tmp_path, "cuda", False) == []
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "qwen3_5"])

@@ -253,6 +253,12 @@ torch.manual_seed(3)
 options = GenerateOptions(11, sampling=Sampling(top_k=20))
 found = generate(engine, engine.new_state(2), ids, options, recorder=recorder)
 assert torch.equal(found, expected), (found, expected)
+assert engine.greedy is not None
+free = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+end = int(free[0, 7])
+expected = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=end, pad_token_id=0)
+found = generate(engine, engine.new_state(2), ids, GenerateOptions(11, (end,), 0), look_every=3)
+assert torch.equal(found, expected), (found, expected)
 print(replays)
 """
 
