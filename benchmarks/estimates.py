@@ -22,7 +22,7 @@ from benchmarks.large_models import BUILDERS, without_values
 from benchmarks.options import known, lengths
 from tilewright.cli import readable_errors
 from tilewright.codegen.triton.candidates import ranked
-from tilewright.codegen.triton.codes import INTEGER_ROWS
+from tilewright.codegen.triton.codes import BYTE_ROWS, INTEGER_ROWS
 from tilewright.codegen.triton.cost_model import seconds
 from tilewright.codegen.triton.device import A100, H100, Device
 from tilewright.codegen.triton.work import ProductWork
@@ -130,7 +130,12 @@ def rows_table(program: Program, device: Device) -> Table:
 
 def _tile_text(work: ProductWork, rows: int, device: Device) -> str:
     """``vector 4x512``, or rows x columns x k of a tile, and its estimated microseconds."""
-    sized = replace(work, rows=0 if rows == 1 else rows, integers=work.integers and rows <= INTEGER_ROWS)
+    sized = replace(
+        work,
+        rows=0 if rows == 1 else rows,
+        integers=work.integers and rows <= INTEGER_ROWS,
+        group=work.group if rows <= BYTE_ROWS else 0,
+    )
     tile = ranked(sized, device)[0]
     blocks = f"{tile.block_n}x{tile.block_k}"
     kind = "vector" if rows == 1 else "flat" if tile.transposed else f"{tile.block_m}"

@@ -11,7 +11,7 @@ from tilewright.codegen.cpp import kernel as cpp_kernel
 from tilewright.codegen.cpp.build import build_libraries
 from tilewright.codegen.cpp.program import print_program
 from tilewright.codegen.triton import estimate
-from tilewright.codegen.triton.codes import INTEGER_ROWS
+from tilewright.codegen.triton.codes import BYTE_ROWS, INTEGER_ROWS
 from tilewright.codegen.triton.compiling import compile_ahead
 from tilewright.codegen.triton.environment import Environment
 from tilewright.codegen.triton.program import emit_program
@@ -39,8 +39,13 @@ SPLITS = {"cpp": 0, "triton": 16, "reference": 4}
 ROW_BLOCK = {"cpp": 16, "triton": 1, "reference": 1}
 # Activations that share a scale where decode steps with quantised weights multiply integers; 0: they stay floats.
 ACTIVATION_GROUP = {"cpp": 32, "triton": 32, "reference": 0}
-# Most rows of a decode step that are rounded by a kernel of their own; 0: products round them as they are multiplied.
-ROUNDED_ROWS = {"cpp": 0, "triton": INTEGER_ROWS, "reference": 0}
+# Most rows of a decode step that are rounded by a kernel of their own, by the form of the weights; none where products
+# round them as they are multiplied.
+ROUNDED_ROWS: Mapping[str, Mapping[str, int]] = {
+    "cpp": {},
+    "triton": {"int8": BYTE_ROWS, "int4": INTEGER_ROWS},
+    "reference": {},
+}
 # Where the backend has no kernel for experts, a pass says them in ordinary ops.
 SPELL_OUT_EXPERTS = {"cpp": False, "triton": True, "reference": False}
 # Most rows of the blocks in which many tokens are grouped by the experts that they chose: with more, a tile's sums

@@ -143,7 +143,7 @@ def quantized_phases(phases: list[Phase], options: Options, keep_wide: tuple[str
     def quantized(phase: Phase) -> PassOptions:
         group = ACTIVATION_GROUP[options.backend] if phase.phase == "decode" else 0
         rounds = bool(group) and FORMS[options.weights].matrix.rounds
-        rounded = rounds and 1 < phase.batch <= ROUNDED_ROWS[options.backend]
+        rounded = rounds and 1 < phase.batch <= ROUNDED_ROWS[options.backend].get(options.weights, 0)
         return replace(
             phase.passes,
             weights=options.weights,

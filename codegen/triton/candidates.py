@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 
 from .codes import UNIT
 from .cost_model import FEW_QUERIES, INFEASIBLE, code_load, product_load, seconds, vector_load
@@ -85,8 +85,8 @@ def _tiles(work: Work, device: Device) -> Iterable[Tile]:
 
 
 def _product_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
-    if work.integers:
-        return code_tiles(work, device)
+    if work.integers or work.group:
+        return chain(code_tiles(work, device) if work.integers else (), byte_tiles(work, device))
     if not work.rows:
         return vector_tiles(work, device)
     few = work.rows <= FEW_ROWS or (work.matrices and work.itemsize > 2)
@@ -176,6 +176,27 @@ def code_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
             1, _share(sums, work.dots, 1), block_k, num_warps=min(8, block_k // columns), num_stages=2
         )
         if sums == 4 or code_load(work, tile).resident(device) > 1:
+            yield tile
+
+
+def byte_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
+    """For rows of bytes on tensor cores (see ``integer_tiles``); none where rows or weights are no such bytes. Hopper's
+    are fast on 64 columns at least: fewer only where those would leave multiprocessors idle, and nothing else does it.
+    """
+    if not work.group or not work.rows:
+        return
+    rows, fills = (
+        max(8, next_power_of_two(work.rows)),
+        work.batch * work.columns >= 64 * device.multiprocessors,
+    )
+    for columns, groups, warps, stages in (
+        (64, 4, 4, 4), (64, 2, 4, 5), (64, 1, 4, 5), (32, 4, 2, 4), (32, 2, 2, 5), (32, 1, 2, 5), (16, 2, 1, 6),
+        (16, 1, 1, 6), (16, 1, 2, 6),
+    ):  # fmt: skip
+        tile = Tile(rows, columns, groups * work.group, num_warps=warps, num_stages=stages, transposed=True)
+        # One product of few numbers: tensor cores take 16 at least on either side.
+        wide = columns == 64 or not (fills or work.integers)
+        if wide and work.k % tile.block_k == 0 and rows * groups >= 16:
             yield tile
 
 

@@ -141,6 +141,38 @@ def integer_unit(form: MatmulForm) -> Codes | None:
     return unit if plain and shared else None
 
 
+BYTE_ROWS = 64
+"""Rows that are multiplied as bytes on tensor cores: from there on a tile's sums fill the registers."""
+
+
+def row_group(form: MatmulForm) -> int:
+    """Columns that share a scale of the rows, where tensor cores may multiply these, stored as int8, with weights that
+    are, too, and have a scale for each of their own rows; 0 for other products. Of a single row, what it may be rounded
+    to."""
+    k, extent, weights = form.k.symbol, form.k.extent, [weight_of(d.b) for d in form.dots]
+    count = prod((a.extent for a in form.rows), start=Integer(1))
+    few = count.is_Integer and count <= BYTE_ROWS and extent.is_Integer
+    if not few or not all(w is not None and _is_byte(w) and w.is_scaled_once(k) for w in weights):
+        return 0
+    groups = _row_groups(form)
+    # Tensor cores take 32 at least; sums of more than 256 may be too large for a float that counts ones.
+    return next(
+        (g for g in groups if len(groups) == 1 and g in (32, 64, 128, 256) and int(extent) % g == 0), 0
+    )
+
+
+def _row_groups(form: MatmulForm) -> set[int]:
+    """Numbers of columns that share a scale of rows of bytes, stored or, of a single row, to be."""
+    rows, k = weight_of(form.a), form.k.symbol
+    if rows is None:
+        return set() if form.rows else {d.activation_group for d in form.dots}
+    return _groups_of(rows.scale, k) if _is_byte(rows) and _is_per_group(rows.scale, k) else set()
+
+
+def _is_byte(weight: Weight) -> bool:
+    return weight.minimum is None and isinstance(weight.code, Load) and weight.code.dtype is DType.i8
+
+
 def _halves(form: MatmulForm) -> int:
     """Columns to a byte."""
     k = form.k.symbol

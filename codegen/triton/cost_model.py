@@ -50,9 +50,13 @@ _ITERATION, _ALONE, _MADE_ROWS = 0.1e-6, 0.9e-6, 0.3e-6
 # Instructions for a unit of codes of 8 and of 4 bits, to sum it over a program's threads, and to round an element of
 # the row: what they take, waits for each other included.
 _UNIT, _PACKED_UNIT, _FOLD, _ROUND = 16.0, 50.0, 12.0, 20.0
-# Instructions to load and cut out a unit of codes, and for each of several rows that it is multiplied with (counted in
-# the kernels, not yet fitted to measurements).
-_LOAD, _ROW, _PACKED_ROW = 10.0, 10.0, 18.0
+# Instructions to load and cut out a unit of codes, and for each of several rows that it is multiplied with; warps of a
+# multiprocessor that hide what each of them waits for (fitted to 24 tiles of Llama2-7B at eight rows on an H200, within
+# a tenth).
+_LOAD, _ROW, _PACKED_ROW, _HIDING = 2.7, 10.5, 21.0, 22.5
+# Instructions of bytes on tensor cores: for 16 of a row's, and of a thread for an iteration (fitted to 24 tiles of
+# hand-written kernels of this form on an H200, within an eighth; sums cost nothing beside them).
+_SIXTEEN, _AROUND = 106.0, 193.0
 # Of weights that are loaded before the kernel before has ended, what costs no time of their own.
 _EARLY = 0.7
 
@@ -87,6 +91,8 @@ def seconds(work: Work, tile: Tile, device: Device) -> float:
     """Estimated time of a segment's launch; infinite for a tile that does not fit."""
     match work:
         case ProductWork():
+            if work.group and tile.transposed:
+                return _bytes(work, tile, device)
             if work.integers:
                 return _codes(work, tile, device)
             return (_tiles if work.rows else _vectors)(work, tile, device)
@@ -220,6 +226,9 @@ def _codes(work: ProductWork, tile: Tile, device: Device) -> float:
     step = load.threads * math.ceil(units / load.threads) * unit
     fold = _FOLD * sums * max(1, work.rows)
     instructions = load.programs * (steps * step + load.threads * (100.0 + fold))
+    if work.rows:  # a warp that waits for what it has loaded needs others to hide that
+        warps = min(load.resident(device), load.programs / device.multiprocessors) * tile.num_warps
+        instructions *= max(1.0, _HIDING / max(warps, 0.1)) ** 0.5
     results = max(1, work.rows) * work.stored_bytes
     weights = work.batch * work.columns * (work.k * work.dots * work.weight_bytes + results)
     rows = work.k * (work.rows or work.itemsize)
@@ -230,6 +239,38 @@ def _codes(work: ProductWork, tile: Tile, device: Device) -> float:
         memory=weights + float(work.batch * rows) - _EARLY * early,
         cache=load.programs * (work.k * sums * work.weight_bytes + rows),
         plain=instructions / (device.vector_flops / 2),
+    )
+
+
+def _bytes(work: ProductWork, tile: Tile, device: Device) -> float:
+    """Bytes times bytes of several rows on tensor cores (see ``integer_tiles``)."""
+    load, steps = byte_load(work, tile), work.k // tile.block_k
+    lanes = tile.block_m * tile.block_k // work.group  # a row's groups stand beside each other
+    of_rows = tile.block_k * lanes / 16 * _SIXTEEN
+    unique = work.columns * (work.k * work.dots + work.rows * work.stored_bytes) + float(work.rows * work.k)
+    flops = 2.0 * load.programs * steps * tile.block_n * work.dots * tile.block_k * lanes
+    return _total(
+        load,
+        device,
+        memory=work.batch * unique,
+        cache=load.programs * steps * load.under_way / (tile.num_stages - 1),
+        tensor=flops
+        / (2 * device.tensor_flops * (_WGMMA if tile.block_n >= 64 and device.arch >= 90 else _MMA)),
+        plain=load.programs * steps * (of_rows + load.threads * _AROUND) / (device.vector_flops / 2),
+        hidden=_PIPELINED,
+    )
+
+
+def byte_load(work: ProductWork, tile: Tile) -> Load:
+    """What the tiles of bytes ask of a multiprocessor."""
+    threads, lanes = 32 * tile.num_warps, tile.block_m * tile.block_k // work.group
+    block = float(tile.block_k * (tile.block_n * work.dots + lanes))
+    return Load(
+        programs=_blocks(work.rows, tile.block_m) * _blocks(work.columns, tile.block_n) * work.batch,
+        threads=threads,
+        registers=32 + 5 * tile.block_n * (lanes + work.dots * tile.block_m) // (4 * threads),
+        shared=int(tile.num_stages * block),
+        under_way=block * (tile.num_stages - 1),
     )
 
 

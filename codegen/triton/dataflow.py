@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .candidates import FEW_ROWS, code_tiles, few_rows_tiles, many_rows_tiles, vector_tiles
-from .codes import INTEGER_ROWS
+from .candidates import FEW_ROWS, byte_tiles, code_tiles, few_rows_tiles, many_rows_tiles, vector_tiles
+from .codes import BYTE_ROWS, INTEGER_ROWS
 from .cost_model import seconds
 from .device import Device
 from .tiling import Tile
@@ -41,12 +41,15 @@ def form_of(tile: Tile, rows: int) -> str:
 
 def form_seconds(work: ProductWork, rows: int, device: Device) -> dict[str, float]:
     """The cost model's time of each form with its best tile, at ``rows`` rows; infinite for one that does not fit."""
-    one, many = replace(work, rows=0, batch=work.batch * rows), replace(work, rows=rows, integers=False)
+    one = replace(work, rows=0, batch=work.batch * rows)
+    many = replace(work, rows=rows, integers=False, group=0)
     vectors = code_tiles(one, device) if work.integers else vector_tiles(one, device)
     flat = [seconds(many, tile, device) for tile in few_rows_tiles(many, device)]
-    if work.integers and rows <= INTEGER_ROWS:
-        few = replace(work, rows=rows)
+    few = replace(work, rows=rows, integers=work.integers and rows <= INTEGER_ROWS)
+    if few.integers:
         flat += [seconds(few, tile, device) for tile in code_tiles(few, device)]
+    if few.group and 1 < rows <= BYTE_ROWS:
+        flat += [seconds(few, tile, device) for tile in byte_tiles(few, device)]
     return {
         GEMV: min(seconds(one, tile, device) for tile in vectors),
         FLAT: min(flat),

@@ -24,6 +24,7 @@ from .code_sums import code_sums
 from .codes import GROUP, PLACE, Codes, GroupLoop, Weight, stored_codes, weight_of, whole_weight
 from .descriptors import LARGEST, advances_by_one, descriptor_of, matrix_load
 from .expression import Block, Context, Operand
+from .integer_tiles import integer_tiles
 from .matvec import VectorPrinter
 from .pointwise_ops import TRITON_TYPES
 from .product import M, N, Product, ProductPrinter, index_range, multiply_add
@@ -82,15 +83,18 @@ class _TilePrinter(ProductPrinter):
             self._across(self.block_m, "1"),
             wide=False,
         )
-        sums, codes = code_sums(self), stored_codes(self.form)
+        sums, codes, bytes_ = code_sums(self), stored_codes(self.form), integer_tiles(self)
         for stage in self.stages:
-            if not stage.dots or (sums is None and codes is None):
+            if not stage.dots or (sums is None and codes is None and bytes_ is None):
                 self._stage(stage, loop, context)
                 continue
             if stage.reduces:
                 self._stage(replace(stage, dots=()), loop, context)
             if sums is not None:
                 sums.emit(pid_n, self.n)
+            elif bytes_ is not None:
+                found = bytes_.emit(m, self.n, self.sides[M].first(base).text)
+                context.bound.update({dot: self._scaled(dot, name) for dot, name in found.items()})
             elif codes is not None:
                 self._multiply_codes(codes, context, pid_n)
         self.store(context.extended(self.column_axes, {N: self.n}), M, N)

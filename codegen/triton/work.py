@@ -14,7 +14,7 @@ from tilewright.ir.loops import Apply, AttentionForm, Load, Node, Reduce, Segmen
 from tilewright.ir.module import Op
 from tilewright.ir.types import DType, Value
 
-from .codes import integer_unit
+from .codes import integer_unit, row_group
 from .descriptors import matrix_load
 from .product import Product
 from .row_loops import below
@@ -29,7 +29,8 @@ class ProductWork:
     a factor of an element of the right and of the left operand. stored_bytes: of an element of the result. plain: the
     right operands are matrices as they are multiplied, which TMA may copy. matrices: how many different right operands
     a batch has; 0 where each of its products has its own. integers: both operands are integers of which runs share
-    factors; of a single row, what it may be rounded to.
+    factors; of a single row, what it may be rounded to. group: columns that share a scale of the rows, where both are
+    bytes that tensor cores may multiply.
     """
 
     rows: int
@@ -45,6 +46,7 @@ class ProductWork:
     plain: bool = False
     matrices: int = 0
     integers: bool = False
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def product_work(product: Product, segment: Segment, sizes: Sizes) -> ProductWor
         batch=batch,
         plain=all(matrix_load(d.b, form.k.symbol) is not None for d in form.dots),
         integers=integer_unit(form) is not None,
+        group=row_group(form),
     )
 
 

@@ -137,10 +137,11 @@ def rounded_nan(kind: str, rows: int) -> Case:
 @case(
     "stored_rows",
     *((kind, rows, dtype) for kind in KINDS for rows, dtype in ((2, "bf16"), (3, "f32"), (8, "bf16"))),
+    *(("int8", rows, dtype, k) for rows, dtype, k in ((5, "f32", 256), (20, "bf16", 256), (40, "f16", 512))),
 )
-def stored_rows(kind: str, rows: int, dtype: str) -> Case:
+def stored_rows(kind: str, rows: int, dtype: str, k: int = 96) -> Case:
     """Integers on both sides: rows that were rounded before, a gate beside its up-projection, a factor of each row."""
-    b, k = Builder(), 96
+    b = Builder()
     w, given = stored(b, "w", (44, k), kind, "rows", DType(dtype))
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(rows))
     parts = dict(zip(("x_codes", "x_scale"), quantize(x, 8, GROUP), strict=True))

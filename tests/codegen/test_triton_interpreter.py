@@ -165,6 +165,18 @@ def test_rows_of_codes_match_reference(name: str, interpret: Callable[[str], lis
         assert interpret(f"{name} {fields}") == []
 
 
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("stored_rows-int8-")])
+def test_rows_of_bytes_match_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
+    """Products of bytes, of one group of columns at a time or of several, in tiles of more rows than there are, or of
+    fewer, and of more columns."""
+    for fields in (
+        "block_m=8 block_n=64 block_k=32",
+        "block_m=32 block_n=16 block_k=128",
+        "block_m=16 block_k=256",
+    ):
+        assert interpret(f"{name} transposed=1 {fields}") == []
+
+
 @pytest.mark.parametrize("name", [n for n in CASES if {"many", "four"} & set(n.split("-"))])
 def test_transposed_tiles_match_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
     """Products of several rows with columns on the left of the tensor cores: each block has its lanes exchanged."""

@@ -83,6 +83,27 @@ def test_rows_of_codes_are_multiplied_as_they_are_loaded(kind: str) -> None:
     assert len(_words_of_codes(found.ptx, kind)) == 2 * 4 * 4
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_rows_of_bytes_reach_tensor_cores(groups: int) -> None:
+    """Integers are multiplied as integers; sums of groups are told apart in registers, so that shared memory is for
+    factors and results."""
+    tile = {
+        "transposed": 1,
+        "block_m": 32,
+        "block_n": 64,
+        "block_k": 32 * groups,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+    found = _compile("stored_rows-int8-20-bf16-256", 90, tile)
+    assert found.fits
+    assert re.search(r"wgmma.mma_async.sync.aligned.m64n\d+k32.s32.s8.s8", found.ptx)
+    assert found.shared <= 3 * 32 * groups * (2 * 64 + 32 * groups) + 4096
+    ampere = _compile("stored_rows-int8-20-bf16-256", 80, tile)
+    assert ampere.fits
+    assert re.search(r"mma.sync.aligned.m16n8k32.\S*s32.s8.s8.s32", ampere.ptx)
+
+
 @pytest.mark.parametrize("name", ["linear-bf16-four", "norm_linear-f16-four", "gated-bf16-four"])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_transposed_tiles_reach_hoppers_tensor_cores(name: str, arch: int) -> None:
