@@ -69,7 +69,7 @@ def interpreter_tile(work: Work) -> Tile:
             # Two tokens at a time, as a GPU takes several: an odd number of them ends in the middle of a step.
             return Tile(min(2, work.tokens), min(512, max(16, next_power_of_two(work.channels))))
     if work.longest != 0:
-        return reduction_tile(work.points, work.longest, True)
+        return reduction_tile(work.points, work.longest, True, work.sharers, work.own)
     return pointwise_tile(work.points, True)
 
 
@@ -290,7 +290,7 @@ def _recurrent_tiles(work: RecurrentWork) -> Iterator[Tile]:
 
 def _stream_tiles(work: StreamWork) -> Iterator[Tile]:
     if work.longest != 0:
-        yield reduction_tile(work.points, work.longest, False)
+        yield reduction_tile(work.points, work.longest, False, work.sharers, work.own)
         return
     usual = pointwise_tile(work.points, False)
     yield usual

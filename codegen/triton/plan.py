@@ -21,7 +21,7 @@ from .matmul import emit_matmul
 from .pointwise import emit_pointwise
 from .product import find_product
 from .recurrent import emit_recurrent
-from .reduction import emit_reduction, row_symbols
+from .reduction import emit_reduction, row_symbols, sharers
 from .row_loops import plan_stages
 from .tiling import Tile
 from .work import (
@@ -91,10 +91,17 @@ def _segment(segment: Segment, sizes: Sizes) -> Plan:
         return Plan("matmul", work, segment, lambda t, c, i: emit_matmul(product, segment, t, c, "pid", i))
     stream, stages = stream_work(segment, sizes), plan_stages(segment, row_symbols(segment))
     if stages:
-        rows = sizes.of(*(a.extent for a in segment.axes if a.symbol in row_symbols(segment)))
+        rows = tuple(a for a in segment.axes if a.symbol in row_symbols(segment))
+        shared = {stage: sharers(rows, stage.reduces) for stage in stages}
+        own = (sizes.of(stage.extent) for stage, count in shared.items() if count == 1)
         return Plan(
             "reduction",
-            replace(stream, points=rows),
+            replace(
+                stream,
+                points=sizes.of(*(a.extent for a in rows)),
+                sharers=max(shared.values()),
+                own=max(own, default=0),
+            ),
             segment,
             lambda t, c, i: emit_reduction(segment, stages, t, c, "pid"),
         )

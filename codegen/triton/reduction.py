@@ -2,9 +2,14 @@
 
 A row that fits one block stays in registers: statistics and normalised result read it once. Longer rows are read in
 loops, once per level of dependent reductions and once for the result.
+
+Neighbouring rows may share a reduction: groups of a normalised vector, each of which is rounded by its own largest
+element, have the vector's sum of squares in common. A tile of such rows computes it once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
 
 import sympy
 from sympy import Expr
@@ -30,6 +35,14 @@ def row_symbols(segment: Segment) -> frozenset[sympy.Symbol]:
     return found
 
 
+def sharers(rows: Sequence[Axis], reduces: Iterable[Reduce]) -> int:
+    """How many neighbouring rows share these reductions: those along the last axes, on which none of them depends."""
+    used = {s for r in reduces for s in free_symbols(r)}
+    last = max((n for n, axis in enumerate(rows) if axis.symbol in used), default=len(rows) - 1)
+    count = sympy.prod([a.extent for a in rows[last + 1 :]], start=sympy.Integer(1))
+    return int(count) if count.is_Integer else 1
+
+
 def emit_reduction(
     segment: Segment, stages: tuple[Stage, ...], tile: Tile, context: Context, pid: str
 ) -> Expr:
@@ -44,13 +57,16 @@ def emit_reduction(
     even = extent.is_Integer and int(extent) % tile.block_m == 0
     mask = "" if even else base.bind(f"{name} < {print_index(extent)}", f"{name}_ok")
     context = context.extended(row_axes, {M: Block(name, mask, base, extent)})
-    loop = RowLoop(base, f"[{block_m}, {block_k}]", 1, True, f"[{block_m}, 1]", wide=True)
     for stage in stages:
-        k = _block(base, tile, stage.extent)
+        k, height, of_stage = _block(base, tile, stage.extent), block_m, context
+        if tile.block_m > 1 and sharers(rows, stage.reduces) % tile.block_m == 0:
+            first = Block(base.bind(f"{pid} * {block_m}", "first"), "", base, extent)
+            height, of_stage = "1", context.extended({}, {M: first})
 
-        def body(scope: Scope, start: str, k: KBlock = k) -> Context:
-            return context.extended({}, {K: k.index(scope, start, "[None, :]")})
+        def body(scope: Scope, start: str, k: KBlock = k, of_stage: Context = of_stage) -> Context:
+            return of_stage.extended({}, {K: k.index(scope, start, "[None, :]")})
 
+        loop = RowLoop(base, f"[{height}, {block_k}]", 1, True, f"[{height}, 1]", wide=True)
         loop.run(stage, k, body, context)
     _store(segment, columns, tile, context)
     return ceil_div(extent, tile.block_m)

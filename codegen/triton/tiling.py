@@ -32,12 +32,15 @@ class Tile:
     """Whether the kernel may start before its predecessor has ended (see ``dependence``)."""
 
 
-def reduction_tile(rows: int, extent: int | None, interpret: bool) -> Tile:
-    """Tile of a row reduction; ``extent`` None when it is known at run time only."""
+def reduction_tile(rows: int, extent: int | None, interpret: bool, sharers: int = 1, own: int = 0) -> Tile:
+    """Tile of a row reduction; ``extent`` None when it is known at run time only. Of ``sharers`` neighbours, which
+    share a reduction and have one over ``own`` elements each, as many as divide them."""
     largest = 8192 if interpret else 4096
     block_k = min(largest, next_power_of_two(extent)) if extent is not None else 512
     budget = 65536 if interpret else 2048
     block_m = max(1, min(next_power_of_two(min(rows, 1024)), budget // block_k))
+    if sharers > 1 and own:
+        block_m = min(sharers & -sharers, max(1, budget // next_power_of_two(own)))
     warps = 8 if block_k >= 4096 else 4
     return Tile(block_m=block_m, block_n=block_k, block_k=block_k, num_warps=warps)
 

@@ -70,11 +70,14 @@ class AttentionWork:
 @dataclass(frozen=True)
 class StreamWork:
     """``points`` that are computed one by one, or the rows of a reduction. longest: of the reduced axes; 0 without one,
-    None at run time only."""
+    None at run time only. sharers: neighbouring rows that share the longest reduction; own: the longest of each row's
+    own ones then."""
 
     points: int
     longest: int | None
     bytes: int
+    sharers: int = 1
+    own: int = 0
 
     @property
     def pointwise(self) -> StreamWork:

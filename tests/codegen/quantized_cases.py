@@ -158,14 +158,15 @@ def stored_rows(kind: str, rows: int, dtype: str, k: int = 96) -> Case:
 
 
 @case("round_rows", *((rows, dtype) for rows in (1, 3) for dtype in ("f32", "bf16")), (3, "f32", "nan"))
-def round_rows(rows: int, dtype: str, strange: str = "") -> Case:
+@case("round_shared", (3, "f32", "", 256), (5, "f32", "", 1024))
+def round_rows(rows: int, dtype: str, strange: str = "", size: int = 96) -> Case:
     """Codes of rows and the scales of their groups, one of which may hold no number; in f32 of normalised rows (a
-    kernel may keep those of bf16 in f32, which makes other codes)."""
+    kernel may keep those of bf16 in f32, which makes other codes), whose groups share a sum of squares."""
     b = Builder()
-    x = b.param_value("x", tensor_type(dtype, [rows, 96]))
+    x = b.param_value("x", tensor_type(dtype, [rows, size]))
     normal = b.add("mul", x, rms_scale(b, x)) if dtype == "f32" and not strange else x
     codes, scale = b.add_multi("quantize", normal, bits=8, group=GROUP)
-    values = torch.randn(rows, 96, generator=torch.Generator().manual_seed(2))
+    values = torch.randn(rows, size, generator=torch.Generator().manual_seed(2))
     values[0, :32] = 0.0
     if strange:
         values[1, 70] = torch.nan

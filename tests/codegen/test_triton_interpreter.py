@@ -177,6 +177,15 @@ def test_rows_of_bytes_match_reference(name: str, interpret: Callable[[str], lis
         assert interpret(f"{name} transposed=1 {fields}") == []
 
 
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("round_shared")])
+def test_groups_that_share_a_reduction_match_reference(
+    name: str, interpret: Callable[[str], list[str]]
+) -> None:
+    """In tiles of some of a row's groups, of all of them, and of too many to share; in one iteration and in several."""
+    for fields in ("block_m=4", "block_m=2 block_k=64", "block_m=64"):
+        assert interpret(f"{name} {fields}") == []
+
+
 @pytest.mark.parametrize("name", [n for n in CASES if {"many", "four"} & set(n.split("-"))])
 def test_transposed_tiles_match_reference(name: str, interpret: Callable[[str], list[str]]) -> None:
     """Products of several rows with columns on the left of the tensor cores: each block has its lanes exchanged."""
