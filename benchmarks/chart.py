@@ -91,7 +91,8 @@ def main(
     add: Annotated[
         Path | None,
         typer.Option(
-            help="Measure nothing; add the points of this file of benchmarks.gpu_check to the device's newest chart."
+            help="Measure nothing; add the points of this file, a chart or a result of benchmarks.gpu_check, to the "
+            "device's newest chart."
         ),
     ] = None,
 ) -> None:
@@ -100,7 +101,7 @@ def main(
         _show(stored.of_file(Chart, show), show)
         return
     if add is not None:
-        _show(*_added(stored.of_file(GpuCheck, add)))
+        _show(*_added(add))
         return
     (name,) = known("--scale", scale, tuple(SCALES))[:1]
     plan = SCALES[name].only(points)
@@ -163,15 +164,20 @@ def _resumed(old: Chart, new: Chart) -> Chart:
     return replace(old, command=chart_results.together(old.command, new.command))
 
 
-def _added(check: GpuCheck) -> tuple[Chart, Path]:
-    """The newest chart of a check's device and versions with what the check has of it, and the file that has it now.
-
-    Raises OptionError for a check without a chart.
-    """
-    new = check.found.chart
-    if new is None:
+def _points(file: Path) -> Chart:
+    """A chart, or what a check of a GPU has of one. Raises OptionError for a check without a chart."""
+    if stored.kind(file) == Chart.KIND:
+        return stored.of_file(Chart, file)
+    check = stored.of_file(GpuCheck, file)
+    if check.found.chart is None:
         raise OptionError("the check has no points of the chart")
-    new = replace(new, command=check.command)
+    return replace(check.found.chart, command=check.command)
+
+
+def _added(file: Path) -> tuple[Chart, Path]:
+    """The newest chart of a file's device and versions with the file's points, and where it is stored now. Raises
+    OptionError for a file without points."""
+    new = _points(file)
     found = chart_results.newest(new.scale, new.machine["device"])
     if found is None or _difference(found[1], new):
         return new, stored.save(new, stored.place(new))

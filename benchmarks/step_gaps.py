@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from tilewright.trials import wait
 
 _PROMPT = 16
-_REPEATS = 3
+_REPEATS = 5
 _NOISE = 0.02  # as much as the share is meant to stay below
 
 
@@ -38,7 +39,8 @@ class StepGap:
 
 @torch.no_grad()
 def step_gap(fast: Any, batch: int, tokens: int) -> StepGap:
-    """Measure greedy decoding over ``tokens`` steps behind a prompt of 16 tokens, the best of three runs of each."""
+    """Measure greedy decoding over ``tokens`` steps behind a prompt of 16 tokens: the best of a few runs of each, taken
+    in turns, as a GPU's clock goes up while it works, and what ran first would seem slower."""
     engine = fast._tilewright.engine
     ids = torch.ones(batch, _PROMPT, dtype=torch.int64, device=engine.spec.device)
 
@@ -53,18 +55,20 @@ def step_gap(fast: Any, batch: int, tokens: int) -> StepGap:
             engine.advance(state)
 
     engine.step(state, ids)
-    short, long = (_seconds(lambda n=n: generate(n), engine.spec.device) for n in (4, 4 + tokens))  # type: ignore[misc]
-    return StepGap(batch, (long - short) / tokens, _seconds(advance, engine.spec.device) / tokens)
+    runs = (partial(generate, 4), partial(generate, 4 + tokens), advance)
+    short, long, model = _least(runs, engine.spec.device)
+    return StepGap(batch, (long - short) / tokens, model / tokens)
+
+
+def _least(runs: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """The least seconds of each, over rounds of all of them after one that compiles and records."""
+    rounds = [[_seconds(run, device) for run in runs] for _ in range(_REPEATS + 1)]
+    return [min(times) for times in zip(*rounds[1:], strict=True)]
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The least of a few runs, after one that compiles and records."""
-    best = float("inf")
-    for repeat in range(_REPEATS + 1):
-        wait(device)
-        start = time.perf_counter()
-        run()
-        wait(device)
-        if repeat:
-            best = min(best, time.perf_counter() - start)
-    return best
+    wait(device)
+    start = time.perf_counter()
+    run()
+    wait(device)
+    return time.perf_counter() - start

@@ -54,6 +54,14 @@ def from_json(cls: type[R], text: str) -> R:
         raise ValueError(f"not a result of this benchmark: {error}") from error
 
 
+def kind(file: Path) -> str:
+    """The kind of result that a file says it holds; "" where it says nothing."""
+    try:
+        return str(json.loads(file.read_text()).get("kind", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
 def of_file(cls: type[R], file: Path) -> R:
     """A run of ``cls`` from a file. Raises OptionError for one that cannot be read or holds something else."""
     try:

@@ -268,5 +268,9 @@ def test_a_checks_points_join_the_chart_of_its_device(
     assert joined.commits == "abc, def"
     assert joined.command == "python -m benchmarks.chart; python -m benchmarks.gpu_check"
     assert file.with_suffix(".svg").exists()
+    other = made_up_chart(point("opt-6.7b", context=1024), scale="paper")
+    (tmp_path / "elsewhere.chart").write_text(stored.to_json(other))
+    assert run(chart.main, "--add", str(tmp_path / "elsewhere.chart")).exit_code == 0
+    assert stored.of_file(Chart, file).point("opt-6.7b", 1, 1024) is not None
     bare = stored.save(replace(check, found=replace(found, chart=None)), tmp_path / "some-gpu" / "bare.json")
     assert "no points" in run(chart.main, "--add", str(bare)).output
