@@ -31,7 +31,7 @@ from tilewright.runtime.native_executor import NativeExecutor
 from . import graph_cache
 from .adapters import MergedAdapters, without_wrapper
 from .api_mixin import Compiled, DecoderMixin, EncoderMixin, ModuleMixin, attach
-from .backends import Built, build, candidates, has_persistent_kernels, measures, no_candidates
+from .backends import Built, build, candidates, get_ready, has_persistent_kernels, measures, no_candidates
 from .capacity import require_memory
 from .capture import CapturedFacts, capture
 from .capture_inputs import vocabulary
@@ -119,6 +119,7 @@ def compile(
     options = check_options(model, batch_sizes, max_length, weights, kv_cache, autotune, backend, dump)
     if example_inputs is None:
         require_plain_outputs(model)
+    get_ready(options)
     adapters = MergedAdapters()
     encoder = None
     if example_inputs is None and isinstance(model, PreTrainedModel) and is_encoder_decoder(model):

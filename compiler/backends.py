@@ -10,9 +10,8 @@ from torch import Tensor
 from tilewright.codegen.cpp import kernel as cpp_kernel
 from tilewright.codegen.cpp.build import build_libraries
 from tilewright.codegen.cpp.program import print_program
-from tilewright.codegen.triton import estimate
+from tilewright.codegen.triton import compiling, estimate
 from tilewright.codegen.triton.codes import BYTE_ROWS, INTEGER_ROWS
-from tilewright.codegen.triton.compiling import compile_ahead
 from tilewright.codegen.triton.environment import Environment
 from tilewright.codegen.triton.program import emit_program
 from tilewright.codegen.tunables import NONE, Changes, Tunables
@@ -68,6 +67,12 @@ class Built:
     def only(self, kept: Sequence[int]) -> Built:
         """With the executors of these numbers alone; every source stays for the dump."""
         return replace(self, executors=tuple(self.executors[n] for n in kept))
+
+
+def get_ready(options: Options) -> None:
+    """Begin what building kernels will wait for and no model decides, beside what comes before it."""
+    if options.backend == "triton" and not is_interpreting():
+        compiling.get_ready()
 
 
 def measures(options: Options) -> bool:
@@ -152,7 +157,7 @@ def _triton(
     )
     if not is_interpreting():
         launched = ((e.functions, s.kernels) for e, s in zip(executors, sources, strict=True))
-        compile_ahead(
+        compiling.compile_ahead(
             ((f[k.name], k) for f, kernels in launched for k in kernels if k.name in f), device.arch
         )
     return Built(executors, {f"{p.name}.py": s.text for p, s in zip(programs, sources, strict=True)})

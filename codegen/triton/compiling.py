@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 from tilewright.ir.errors import KernelBuildError
@@ -45,8 +46,7 @@ def compile_ahead(wanted: Iterable[tuple[Any, KernelSource]], arch: int) -> None
             distinct[source.hash(), kernel.options] = source, kernel
     if not distinct:
         return
-    with suppress(Exception):
-        _driver()  # before several threads ask for it: they would make several
+    get_ready().join()
     # The longest first, so that none of them is what all others wait for in the end.
     longest_first = sorted(distinct.values(), key=lambda pair: len(pair[1].text), reverse=True)
 
@@ -58,6 +58,28 @@ def compile_ahead(wanted: Iterable[tuple[Any, KernelSource]], arch: int) -> None
 
     with ThreadPoolExecutor(min(len(distinct), os.cpu_count() or 1)) as pool:
         list(pool.map(prepare, longest_first))
+
+
+@lru_cache(maxsize=1)
+def get_ready() -> threading.Thread:
+    """Begin to find what Triton needs for the first kernel of a process, in a thread that ends when it is there.
+
+    Its driver, and a hash of its own files, hundreds of megabytes, which names kernels in the cache. Neither waits for
+    who finds it already: threads that compile would each do it anew, one beside the other (16 of them took 3 s on two
+    processors where one takes 0.4).
+    """
+
+    def find() -> None:
+        with suppress(Exception):
+            _driver()
+        with suppress(Exception):
+            from triton.runtime.cache import triton_key
+
+            triton_key()
+
+    thread = threading.Thread(target=find, name="tilewright-triton", daemon=True)
+    thread.start()
+    return thread
 
 
 def _driver() -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +196,26 @@ def test_a_kernel_is_compiled_once_by_threads_that_end(
     assert threading.get_ident() not in hopper.threads
     assert threading.active_count() == before
     compile_ahead([], 90)
+
+
+def test_what_names_kernels_is_hashed_once(
+    hopper: _Hopper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's own files, before threads begin that would each do it."""
+    hashed: list[int] = []
+
+    @lru_cache
+    def key() -> str:
+        hashed.append(threading.get_ident())
+        time.sleep(0.05)  # long enough for others to come
+        return "key"
+
+    monkeypatch.setattr(compiling.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(triton.runtime.cache, "triton_key", key)
+    compiling.get_ready.cache_clear()
+    tiles: list[dict[str, int]] = [{}, {"num_warps": 8}, {"num_warps": 2}]
+    sources = [case("softmax", tile) for tile in tiles]
+    modules = [load(s.text, tmp_path / f"case{n}.py") for n, s in enumerate(sources)]
+    compile_ahead([(m.fused, s.kernels[0]) for m, s in zip(modules, sources, strict=True)], 90)
+    assert compiled(tmp_path) == 3
+    assert hashed == [compiling.get_ready().ident]
