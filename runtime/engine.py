@@ -88,10 +88,13 @@ class Engine:
         return self._compiled() - self._compiled_before
 
     def _compiled(self) -> int:
-        executors: list[Executor] = [*self.decode_executors.values(), self.prefill_executor]
-        if self.per_request_executor is not None:
-            executors.append(self.per_request_executor)
-        return sum(e.compiled for e in executors if isinstance(e, Compiling))
+        own = (
+            *self.decode_executors.values(),
+            self.prefill_executor,
+            self.per_request_executor,
+            self.greedy,
+        )
+        return sum(each.compiled for each in own if isinstance(each, Compiling))
 
     # Decoders
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,11 @@ class GreedyKernels:
         """The kernels by name, as functions under ``triton.jit``."""
         return self._kernels.functions
 
+    @property
+    def compiled(self) -> int:
+        """How many kernels were compiled, or found compiled on disk, so far."""
+        return self._kernels.compiled
+
     @torch.inference_mode(False)
     def launch_once(self, logits: Tensor, buckets: Sequence[int]) -> None:
         """Launch every kernel, so that no request has to wait for its loading."""
@@ -76,7 +82,9 @@ class GreedyKernels:
         )  # fmt: skip
 
         def choose() -> None:
-            best()
-            keep()
+            # Triton launches on the current device, whichever its arguments are on.
+            with torch.cuda.device(scores.device) if scores.is_cuda else nullcontext():
+                best()
+                keep()
 
         return choose
