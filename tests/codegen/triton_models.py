@@ -21,12 +21,12 @@ from .triton_programs import Planned, plan
 LENGTH = 64
 
 
-def left_padded() -> tuple[Tensor, Tensor]:
-    """Token ids [3, 11] and their mask: one full row, one padded by four, one of a single real token."""
-    ids = torch.randint(3, 128, (3, 11), generator=torch.Generator().manual_seed(3))
+def left_padded(rows: int = 3) -> tuple[Tensor, Tensor]:
+    """Token ids [rows, 11] and their mask: one full row, one padded by four, one of a single real token, and so on."""
+    ids = torch.randint(3, 128, (rows, 11), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
-    mask[1, :4] = 0
-    mask[2, :10] = 0
+    mask[1::3, :4] = 0
+    mask[2::3, :10] = 0
     return ids, mask
 
 
@@ -63,13 +63,14 @@ def model_errors(
     interpret: bool,
     residents: int = 0,
     weights: str = "",
+    rows: int = 3,
 ) -> list[str]:
     """Where generated code and the reference disagree: on a left-padded prompt in two pieces, then on decode steps.
-    weights: compile's option."""
+    weights: compile's option. rows: of the larger batch."""
     model = tiny(family).to(dtype)
-    planned = plan(model, (1, 3), LENGTH, weights=weights, plain=bool(weights))
+    planned = plan(model, (1, rows), LENGTH, weights=weights, plain=bool(weights))
     ours, theirs = engines(planned, folder, device, interpret, 128, residents)
-    ids, mask = left_padded()
+    ids, mask = left_padded(rows)
     tolerance = 2e-5 if dtype == torch.float32 else 4e-2
     wrong: list[str] = []
 
@@ -86,7 +87,7 @@ def model_errors(
         results = [e.forward(given)[name] for e in (ours, theirs)]
         compare("forward", *results, mask.flip(1))
         return wrong
-    for batch in (3, 1):
+    for batch in (rows, 1):
         states = ours.new_state(batch), theirs.new_state(batch)
         for start, stop in ((0, 7), (7, 11), (11, 12), (12, 13)):
             new = ids[:batch, start:stop] if stop <= 11 else ids[:batch, stop - 12 : stop - 11]

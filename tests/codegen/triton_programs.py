@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tilewright.capture import Captured, capture
-from tilewright.codegen.triton.codes import INTEGER_ROWS
+from tilewright.codegen.triton.codes import BYTE_ROWS, INTEGER_ROWS
 from tilewright.ir.module import Module
 from tilewright.ir.program import BufferKind, Program
 from tilewright.lower import lower
@@ -51,7 +51,7 @@ def plan(
     if captured.kind == "decoder":
         for size in batch_sizes:
             dims = (("B", size), ("S", 1), ("L", 1))
-            rounded = 1 < size <= INTEGER_ROWS and weights in ("int8", "int4")
+            rounded = 1 < size <= {"int8": BYTE_ROWS, "int4": INTEGER_ROWS}.get(weights, 0)
             passes = PassOptions(
                 dims, True, splits,
                 weights=weights, activation_group=32 if size == 1 or rounded else 0, round_rows=rounded,

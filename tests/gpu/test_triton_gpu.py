@@ -33,10 +33,11 @@ def test_tiny_model_matches_reference(family: str, dtype: torch.dtype, tmp_path:
     assert model_errors(family, dtype, tmp_path, "cuda", False) == []
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_integer_weights_match_reference(weights: str, tmp_path: Path) -> None:
-    """Steps of one sequence load their weights before the last kernel has ended; kernels by themselves do not."""
-    assert model_errors("llama", torch.float32, tmp_path, "cuda", False, weights=weights) == []
+@pytest.mark.parametrize(("weights", "rows"), [("int8", 3), ("int8", 20), ("int4", 3)])
+def test_integer_weights_match_reference(weights: str, rows: int, tmp_path: Path) -> None:
+    """Steps of one sequence load their weights before the last kernel has ended; kernels by themselves do not. Those of
+    twenty multiply bytes on tensor cores."""
+    assert model_errors("llama", torch.float32, tmp_path, "cuda", False, weights=weights, rows=rows) == []
 
 
 @pytest.mark.parametrize("block", [0, 16, 128])
