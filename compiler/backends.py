@@ -38,13 +38,9 @@ SPLITS = {"cpp": 0, "triton": 16, "reference": 4}
 ROW_BLOCK = {"cpp": 16, "triton": 1, "reference": 1}
 # Activations that share a scale where decode steps with quantised weights multiply integers; 0: they stay floats.
 ACTIVATION_GROUP = {"cpp": 32, "triton": 32, "reference": 0}
-# Most rows of a decode step that are rounded by a kernel of their own, by the form of the weights; none where products
-# round them as they are multiplied.
-ROUNDED_ROWS: Mapping[str, Mapping[str, int]] = {
-    "cpp": {},
-    "triton": {"int8": BYTE_ROWS, "int4": INTEGER_ROWS},
-    "reference": {},
-}
+# Most rows of a decode step that are rounded by a kernel of their own, for all products with integer weights, and for
+# those with int8 weights that have one scale to a row; 0: products round them as they are multiplied.
+ROUNDED_ROWS = {"cpp": (0, 0), "triton": (INTEGER_ROWS, BYTE_ROWS), "reference": (0, 0)}
 # Where the backend has no kernel for experts, a pass says them in ordinary ops.
 SPELL_OUT_EXPERTS = {"cpp": False, "triton": True, "reference": False}
 # Most rows of the blocks in which many tokens are grouped by the experts that they chose: with more, a tile's sums

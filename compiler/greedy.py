@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 
 from tilewright.codegen.triton.compiling import compile_ahead
 from tilewright.codegen.triton.greedy import greedy_source, parts_of
+from tilewright.ir.errors import KernelBuildError
 from tilewright.runtime.device import is_interpreting
 from tilewright.runtime.executor import EngineSpec
 from tilewright.runtime.greedy import GreedyKernels
@@ -27,8 +29,13 @@ def greedy_kernels(options: Options, spec: EngineSpec, buckets: Sequence[int]) -
     vocab, device, interpreting = int(logits.shape[-1]), gpu(options.device), is_interpreting()
     source = greedy_source(vocab, logits.dtype, buckets, interpreting, device)
     path = write_module(cache_dir() / "triton", source.text)
-    kernels = GreedyKernels(path, parts_of(vocab, interpreting))
-    if not interpreting:
-        compile_ahead(((kernels.functions[k.name], k) for k in source.kernels), device.arch)
+    kernels = GreedyKernels(path, parts_of(vocab))
+    if interpreting:
+        return kernels
+    compile_ahead(((kernels.functions[k.name], k) for k in source.kernels), device.arch)
+    try:
         kernels.launch_once(torch.zeros(1, vocab, dtype=logits.dtype.torch, device=options.device), buckets)
+    except KernelBuildError as error:
+        warnings.warn(f"{error}; tokens are chosen by PyTorch's operations", stacklevel=2)
+        return None
     return kernels

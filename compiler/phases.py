@@ -136,6 +136,15 @@ def phases_of(
     return [*decode, *once, ours, vendor]
 
 
+def rounded_rows(backend: str, weights: str, batch: int) -> str:
+    """Which products of a decode step of ``batch`` sequences read rows that are rounded before, as ``PassOptions`` has
+    it. weights: as of ``compile``, and such that rows may be rounded."""
+    every, of_bytes = ROUNDED_ROWS[backend]
+    if 1 < batch <= every:
+        return "all"
+    return "bytes" if weights == "int8" and 1 < batch <= of_bytes else ""
+
+
 def quantized_phases(phases: list[Phase], options: Options, keep_wide: tuple[str, ...]) -> list[Phase]:
     """The phases with quantised weights. Where many rows share a weight, time goes into arithmetic on floats, so only
     decode steps round their activations."""
@@ -143,14 +152,14 @@ def quantized_phases(phases: list[Phase], options: Options, keep_wide: tuple[str
     def quantized(phase: Phase) -> PassOptions:
         group = ACTIVATION_GROUP[options.backend] if phase.phase == "decode" else 0
         rounds = bool(group) and FORMS[options.weights].matrix.rounds
-        rounded = rounds and 1 < phase.batch <= ROUNDED_ROWS[options.backend].get(options.weights, 0)
+        rounded = rounded_rows(options.backend, options.weights, phase.batch) if rounds else ""
         return replace(
             phase.passes,
             weights=options.weights,
             row_block=ROW_BLOCK[options.backend],
             activation_group=group,
             round_rows=rounded,
-            plain_rows=phase.passes.plain_rows or rounded,
+            plain_rows=phase.passes.plain_rows or bool(rounded),
             keep_wide=keep_wide,
         )
 

@@ -19,8 +19,9 @@ class PassOptions:
     products of a decode step are split over K to fill; 0 leaves products whole. vendor_matmul: products with weights go
     to the vendor's library. weights: "int8", "int4" or "fp8" for the weights of products, "" for their own dtype.
     row_block: rows of integer weights that are interleaved. activation_group: activations that share a scale where a
-    product with integer weights rounds them to int8; 0 keeps them. round_rows: it reads them rounded, by a kernel that
-    does it once for all of its tiles of columns. keep_wide: full names of weights that cannot be
+    product with integer weights rounds them to int8; 0 keeps them. round_rows: which of these products read them
+    rounded, by a kernel that does it once for all of its tiles of columns: "all", "bytes" for those whose weights are
+    int8 with one scale to a row, or "" for none. keep_wide: full names of weights that cannot be
     quantised. kv_cache: element type in which keys and values are kept where it is narrower than their own; "" for
     that. spell_out_experts: experts become ordinary ops, for a backend that has no kernel for them.
     group_experts: most rows of the blocks in which tokens are multiplied that chose the same expert; 0 groups none.
@@ -37,7 +38,7 @@ class PassOptions:
     weights: str = ""
     row_block: int = 1
     activation_group: int = 0
-    round_rows: bool = False
+    round_rows: str = ""
     keep_wide: tuple[str, ...] = ()
     kv_cache: str = ""
     spell_out_experts: bool = False

@@ -14,6 +14,8 @@ several, that would take longer than the product (of eight rows, twenty instruct
 
 from __future__ import annotations
 
+from functools import partial
+
 from sympy import Integer, prod
 
 from tilewright.ir.index import reshape_map
@@ -24,14 +26,16 @@ from .base import PassOptions, Rewriter, per_function
 
 
 def round_rows(module: Module, options: PassOptions) -> Module:
-    """See above; where ``options.round_rows`` is set."""
-    return per_function(_function)(module, options) if options.round_rows else module
+    """See above; of the products that ``options.round_rows`` names."""
+    if not options.round_rows:
+        return module
+    return per_function(partial(_function, bytes_only=options.round_rows == "bytes"))(module, options)
 
 
-def _function(function: Function) -> Function:
-    rewriter = Rewriter(function)
+def _function(function: Function, bytes_only: bool) -> Function:
+    rewriter, made = Rewriter(function), function.definitions()
     for op in rewriter:
-        if _rounds(op):
+        if _rounds(op) and not (bytes_only and not _is_byte(made.get(op.operands[1]))):
             rewriter.replace(op.result, _rounded(rewriter, op))
         else:
             rewriter.keep(op)
@@ -44,6 +48,13 @@ def _rounds(op: Op) -> bool:
         return False
     x, weight = op.operands
     return weight.type.rank == 2 and all(extent.is_Integer for extent in x.shape)
+
+
+def _is_byte(weight: Op | None) -> bool:
+    """True for a matrix of int8 with one scale to a row."""
+    if weight is None or weight.opcode != "dequantize" or weight.attr("bits") != 8:
+        return False
+    return bool(weight.operands[1].shape[-1] == 1)
 
 
 def _rounded(rewriter: Rewriter, op: Op) -> Value:

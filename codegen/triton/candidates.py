@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import chain, product
+from itertools import product
 
 from .codes import UNIT
 from .cost_model import FEW_QUERIES, INFEASIBLE, code_load, product_load, seconds, vector_load
@@ -85,8 +85,9 @@ def _tiles(work: Work, device: Device) -> Iterable[Tile]:
 
 
 def _product_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
-    if work.integers or work.group:
-        return chain(code_tiles(work, device) if work.integers else (), byte_tiles(work, device))
+    integers = [*(code_tiles(work, device) if work.integers else ()), *byte_tiles(work, device)]
+    if integers:
+        return iter(integers)
     if not work.rows:
         return vector_tiles(work, device)
     few = work.rows <= FEW_ROWS or (work.matrices and work.itemsize > 2)

@@ -141,8 +141,8 @@ def integer_unit(form: MatmulForm) -> Codes | None:
     return unit if plain and shared else None
 
 
-BYTE_ROWS = 64
-"""Rows that are multiplied as bytes on tensor cores: from there on a tile's sums fill the registers."""
+BYTE_ROWS = 32
+"""Rows that are multiplied as bytes on tensor cores: as many as were measured to pay."""
 
 
 def row_group(form: MatmulForm) -> int:
@@ -166,7 +166,8 @@ def _row_groups(form: MatmulForm) -> set[int]:
     rows, k = weight_of(form.a), form.k.symbol
     if rows is None:
         return set() if form.rows else {d.activation_group for d in form.dots}
-    return _groups_of(rows.scale, k) if _is_byte(rows) and _is_per_group(rows.scale, k) else set()
+    varies = {a.symbol for a in form.rows} & free_symbols(rows.code)
+    return _groups_of(rows.scale, k) if varies and _is_byte(rows) and _is_per_group(rows.scale, k) else set()
 
 
 def _is_byte(weight: Weight) -> bool:

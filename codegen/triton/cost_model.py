@@ -394,7 +394,7 @@ def _stream(work: StreamWork, tile: Tile, device: Device) -> float:
     programs = _blocks(work.points, points)
     each = work.bytes / max(1, work.points)
     lanes = points * (tile.block_k if work.longest != 0 else 1)
-    if work.sharers > 1 and points > 1:
+    if points > 1 and work.sharers % points == 0:
         lanes = points * next_power_of_two(work.own) + tile.block_k
     load = Load(programs, threads, 24 + 4 * lanes // threads, 0, each * points)
     return _total(load, device, memory=float(work.bytes), plain=8.0 * programs * lanes / device.vector_flops)

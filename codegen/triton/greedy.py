@@ -5,8 +5,7 @@ sequences, indexed copies). Here the vocabulary is cut into parts, of each of wh
 highest score; ``keep_b<rows>``, a kernel of one program for each batch bucket, takes the best of the parts and writes
 it wherever a step keeps it.
 
-What torch.argmax does of equal scores and of scores that are no numbers holds: the first one counts, and a NaN is the
-highest (here as high as infinity).
+As with torch.argmax, the first of equal scores counts, and a NaN is higher than any number (and, here, as infinity).
 """
 
 from __future__ import annotations
@@ -40,28 +39,28 @@ def greedy_source(
     Their dims: B, rows in use; E, ends of sequences; M, the length of a row of sequences; P, the pad token.
     """
     dependent = device.has_dependent_launch and not interpret
-    kernels = [_best(vocab, dtype, _part(vocab, interpret), dependent)]
-    kernels += [_keep(rows, vocab, parts_of(vocab, interpret), dependent) for rows in buckets]
+    kernels = [_best(vocab, dtype, dependent)]
+    kernels += [_keep(rows, vocab, dependent) for rows in buckets]
     return TritonSource("greedy", print_source("greedy", tuple(kernels), ""), tuple(kernels))
 
 
-def parts_of(vocab: int, interpret: bool = False) -> int:
+def parts_of(vocab: int) -> int:
     """Parts that a vocabulary is cut into."""
-    return -(-vocab // _part(vocab, interpret))
+    return -(-vocab // _part(vocab))
 
 
-def _part(vocab: int, interpret: bool) -> int:
-    """Scores of a part: few programs for the interpreter."""
-    return next_power_of_two(vocab if interpret else max(_PART, -(-vocab // _MOST_PARTS)))
+def _part(vocab: int) -> int:
+    """Scores of a part."""
+    return next_power_of_two(max(_PART, -(-vocab // _MOST_PARTS)))
 
 
-def _best(vocab: int, dtype: DType, size: int, dependent: bool) -> KernelSource:
+def _best(vocab: int, dtype: DType, dependent: bool) -> KernelSource:
     """The highest score of a part, without ends that come too early, and its place."""
     pointers = (
         ("logits", POINTER_TYPES[dtype]), ("eos", "i64"), ("column", "i64"), ("least", "i64"), ("scores", "fp32"),
         ("places", "i32"),
     )  # fmt: skip
-    parts = -(-vocab // size)
+    size, parts = _part(vocab), parts_of(vocab)
     body = f"""
     pid = tl.program_id(0)
     row = pid // {parts}
@@ -78,15 +77,17 @@ def _best(vocab: int, dtype: DType, size: int, dependent: bool) -> KernelSource:
     return _kernel(BEST, pointers, ("B", "E"), sym("B") * parts, body, dependent)
 
 
-def _keep(rows: int, vocab: int, parts: int, dependent: bool) -> KernelSource:
+def _keep(rows: int, vocab: int, dependent: bool) -> KernelSource:
     """The best part of each row, its end if it is one, and the step's results."""
     pointers = (
         ("scores", "fp32"), ("places", "i32"), ("eos", "i64"), ("open", POINTER_TYPES[DType.bool]), ("ids", "i64"),
         ("sequences", "i64"), ("column", "i64"),
     )  # fmt: skip
+    parts = parts_of(vocab)
+    height, width = next_power_of_two(rows), next_power_of_two(parts)
     body = f"""
-    row = tl.arange(0, {next_power_of_two(rows)})
-    part = tl.arange(0, {next_power_of_two(parts)})[None, :]
+    row = tl.arange(0, {height})
+    part = tl.arange(0, {width})[None, :]
     at = row[:, None] * {parts} + part
     ok = (row[:, None] < B) & (part < {parts})
     score = tl.load(scores + at, mask=ok, other=float("-inf"))
@@ -101,10 +102,11 @@ def _keep(rows: int, vocab: int, parts: int, dependent: bool) -> KernelSource:
     tl.debug_barrier()  # every thread has read the column before one moves it on
     tl.store(open + row, is_open.to(tl.uint8), mask=row < B)
     tl.store(ids + row, token, mask=row < B)
-    tl.store(sequences + row * M + end, token, mask=row < B)
+    tl.store(sequences + row * M + end, token, mask=(row < B) & (row * 0 + end < M))
     tl.store(column, end + 1)
 """
-    return _kernel(f"{KEEP}{rows}", pointers, _COUNTS, Integer(1), body, dependent)
+    warps = min(32, max(4, height * width // 1024))  # of large batches, which would fill a thread's registers
+    return _kernel(f"{KEEP}{rows}", pointers, _COUNTS, Integer(1), body, dependent, warps)
 
 
 def _kernel(
@@ -114,11 +116,13 @@ def _kernel(
     programs: Expr,
     body: str,
     dependent: bool,
+    warps: int = 4,
 ) -> KernelSource:
     scope = Scope(Names())
     if dependent:
         wait_for_predecessor(scope)
     arguments = [*(n for n, _ in pointers), *dims]
     lines = [*signature(name, arguments, dims, frozenset()), *scope.lines, body.strip("\n")]
-    options = (("num_warps", 4), ("num_stages", 2), *((("launch_pdl", True),) if dependent else ()))
-    return KernelSource(name, "\n".join(lines), pointers, dims, programs, options, ("greedy",))
+    options = {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": True}
+    options |= {"launch_pdl": True} if dependent else {}
+    return KernelSource(name, "\n".join(lines), pointers, dims, programs, tuple(options.items()), ("greedy",))

@@ -93,13 +93,14 @@ def _segment(segment: Segment, sizes: Sizes) -> Plan:
     if stages:
         rows = tuple(a for a in segment.axes if a.symbol in row_symbols(segment))
         shared = {stage: sharers(rows, stage.reduces) for stage in stages}
-        own = (sizes.of(stage.extent) for stage, count in shared.items() if count == 1)
+        most = max(shared.values())
+        own = (sizes.of(stage.extent) for stage, count in shared.items() if count < most)
         return Plan(
             "reduction",
             replace(
                 stream,
                 points=sizes.of(*(a.extent for a in rows)),
-                sharers=max(shared.values()),
+                sharers=most,
                 own=max(own, default=0),
             ),
             segment,

@@ -40,7 +40,7 @@ def reduction_tile(rows: int, extent: int | None, interpret: bool, sharers: int 
     budget = 65536 if interpret else 2048
     block_m = max(1, min(next_power_of_two(min(rows, 1024)), budget // block_k))
     if sharers > 1 and own:
-        block_m = min(sharers & -sharers, max(1, budget // next_power_of_two(own)))
+        block_m = max(block_m, min(sharers & -sharers, budget // next_power_of_two(own)))
     warps = 8 if block_k >= 4096 else 4
     return Tile(block_m=block_m, block_n=block_k, block_k=block_k, num_warps=warps)
 

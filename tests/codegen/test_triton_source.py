@@ -37,6 +37,15 @@ TEMPLATES = {
 }
 
 
+@pytest.mark.parametrize(("block_m", "shared"), [(1, False), (4, True), (8, True), (64, False)])
+def test_groups_of_a_row_share_its_sum(block_m: int, shared: bool) -> None:
+    """A tile of some of eight groups loads their row once; one that has groups of several rows, one for each."""
+    _, text = source_of(CASES["round_shared-3-f32--256"](), False, {"block_m": block_m})
+    assert ("first = pid * BLOCK_M" in text) == shared
+    by_row = "(first // 8)" if shared else "(m // 8)"
+    assert f"{by_row} * 256" in text
+
+
 def test_no_pointwise_op_is_missing() -> None:
     assert set(TRITON) == set(POINTWISE)
 

@@ -47,37 +47,38 @@ def greedy_errors(name: str, folder: Path, device: str = "cpu", interpret: bool 
     source = greedy_source(case.vocab, case.dtype, (1, 2, 4, 8), interpret, gpu(torch.device(device)))
     path = folder / f"greedy_{name}.py"
     path.write_text(source.text)
-    kernels = GreedyKernels(path, parts_of(case.vocab, interpret))
+    kernels = GreedyKernels(path, parts_of(case.vocab))
     way = Way(case.batch, None, case.eos, 0 if case.eos else None, case.minimum > 2)
-    state: Any = SimpleNamespace(
-        rows=case.rows,
-        max_length=2 + STEPS,
-        logits=torch.zeros(case.rows, 1, case.vocab, dtype=case.dtype.torch, device=device),
-        ids=torch.zeros(case.rows, 1, dtype=torch.int64, device=device),
-        positions=torch.zeros(case.rows, 1, dtype=torch.int64, device=device),
-    )
-    steps = DeviceStep(state, way), DeviceStep(state, way, kernels)
+    states = [_state(case, device) for _ in range(2)]
+    steps = [DeviceStep(s, way, k) for s, k in zip(states, (None, kernels), strict=True)]
     for step in steps:
         step.begin(torch.full((case.batch, 2), 3, device=device), case.minimum)
     wrong = []
     for number in range(STEPS):
-        state.logits.copy_(_scores(case, number))
         kept = []
-        for step in steps:
+        for state, step in zip(states, steps, strict=True):
+            state.logits.copy_(_scores(case, number))
             step.choose()
-            kept.append(
-                [t.clone() for t in (state.ids[: case.batch], step.sequences, step.open, step.column)]
-            )
+            kept.append([t.clone() for t in (state.ids, step.sequences, step.open, step.column)])
         if not all(torch.equal(a, b) for a, b in zip(*kept, strict=True)):
             wrong.append(f"step {number}: {kept[1]} instead of {kept[0]}")
     return wrong
 
 
+def _state(case: Greedy, device: str) -> Any:
+    """As much of a request's state as a choice sees."""
+    ids = torch.zeros(case.rows, 1, dtype=torch.int64, device=device)
+    logits = torch.zeros(case.rows, 1, case.vocab, dtype=case.dtype.torch, device=device)
+    return SimpleNamespace(
+        rows=case.rows, max_length=2 + STEPS, logits=logits, ids=ids, positions=torch.zeros_like(ids)
+    )
+
+
 def _scores(case: Greedy, number: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(number)
     scores = torch.randn(case.rows, 1, case.vocab, generator=generator).round(decimals=1)
-    if case.eos and number:  # the last row ends first
-        scores[case.batch - number :, 0, case.eos[number % len(case.eos)]] = 9.0
-    if number == STEPS - 1:
-        scores[0, 0, case.vocab // 2] = float("nan")
+    if number == 1:
+        scores[0, 0, case.vocab * 2 // 3] = float("nan")
+    elif case.eos and number > 1:  # the last row ends first
+        scores[case.batch - number + 1 :, 0, case.eos[number % len(case.eos)]] = 9.0
     return scores

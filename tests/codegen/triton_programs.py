@@ -8,13 +8,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tilewright.capture import Captured, capture
-from tilewright.codegen.triton.codes import BYTE_ROWS, INTEGER_ROWS
 from tilewright.ir.module import Module
 from tilewright.ir.program import BufferKind, Program
 from tilewright.lower import lower
 from tilewright.passes.base import PassOptions
 from tilewright.passes.pipeline import run_passes
 from tilewright.passes.plan_memory import plan_memory
+from tilewright.phases import rounded_rows
 from tilewright.weights import bind_weights
 
 
@@ -51,11 +51,11 @@ def plan(
     if captured.kind == "decoder":
         for size in batch_sizes:
             dims = (("B", size), ("S", 1), ("L", 1))
-            rounded = 1 < size <= {"int8": BYTE_ROWS, "int4": INTEGER_ROWS}.get(weights, 0)
+            rounded = rounded_rows("triton", weights, size) if weights in ("int8", "int4") else ""
             passes = PassOptions(
                 dims, True, splits,
                 weights=weights, activation_group=32 if size == 1 or rounded else 0, round_rows=rounded,
-                plain_rows=rounded,
+                plain_rows=bool(rounded),
             )  # fmt: skip
             options[f"decode_b{size}"] = ("decode", size, passes, {"T": (1, max_length), "S": (1, 1)})
         ranges = {"T": (1, max_length), "B": (1, largest), "S": (1, min(chunk, max_length))}

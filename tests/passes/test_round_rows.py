@@ -25,7 +25,7 @@ func @main(%x: {dtype}[{rows}, 64]) -> (%y, %z) {{
   %z = matmul %x, %v {{{attr}}} : {dtype}[{rows}, 16]
 }}
 """
-ROUND = PassOptions(round_rows=True)
+ROUND = PassOptions(round_rows="all")
 TOLERANCE = {"f32": {"rtol": 1e-5, "atol": 1e-4}, "bf16": {"rtol": 0.02, "atol": 0.1}}
 """What is rounded becomes bf16 once more, before sums of 64 products of numbers about 1."""
 RMS_NORM = """entry @main
@@ -85,6 +85,23 @@ def test_only_products_that_may_round_are_changed() -> None:
     assert round_rows(module, PassOptions()) is module
 
 
+def test_only_bytes_with_one_scale_to_a_row_are_asked_for() -> None:
+    """Of these tensor cores take rows of bytes; of other codes, and of floats, they do not."""
+    text = """entry @main
+
+func @main(%x: f32[12, 64], %c: i8[48, 64], %s: f32[48, 1], %t: f32[48, 2], %u: f32[48, 64]) -> (%y, %z, %v) {
+  %w1 = dequantize %c, %s {bits = 8, group = 64} : f32[48, 64]
+  %w2 = dequantize %c, %t {bits = 8, group = 32} : f32[48, 64]
+  %y = matmul %x, %w1 {activation_group = 32} : f32[12, 48]
+  %z = matmul %x, %w2 {activation_group = 32} : f32[12, 48]
+  %v = matmul %x, %u {activation_group = 32} : f32[12, 48]
+}
+"""
+    found = round_rows(parse_module(text), PassOptions(round_rows="bytes"))
+    assert opcodes(found).count("quantize") == 1
+    assert [op.attr("activation_group", 0) for op in found.main.ops if op.opcode == "matmul"] == [0, 32, 32]
+
+
 def test_products_of_a_batch_are_left_alone() -> None:
     """Their weights are no codes that a product of integers reads."""
     found = round_rows(module_of(rows="3, 1", batch="3, "), ROUND)
@@ -95,7 +112,7 @@ def test_products_of_a_batch_are_left_alone() -> None:
 @pytest.mark.parametrize("form", ["int8", "int4"])
 def test_a_norm_and_the_rounding_are_one_kernel_and_products_read_codes(form: str) -> None:
     """Whole pipeline: neither the norm nor the rounding is computed again in the tiles of a product."""
-    options = PassOptions((("B", 3),), weights=form, activation_group=32, round_rows=True, plain_rows=True)
+    options = PassOptions((("B", 3),), weights=form, activation_group=32, round_rows="all", plain_rows=True)
     main = run_passes(parse_module(RMS_NORM), options).main
     kernels = [[op.opcode for op in kernel.body] for kernel in main.ops if kernel.opcode == "kernel"]
     assert [str(k.attr("name")).rpartition("_")[2] for k in main.ops if k.opcode == "kernel"] == [
