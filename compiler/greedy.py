@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tilewright.codegen.triton.compiling import compile_ahead
+from tilewright.codegen.triton import compiling
 from tilewright.codegen.triton.greedy import greedy_source, parts_of
 from tilewright.ir.errors import KernelBuildError
 from tilewright.runtime.device import is_interpreting
@@ -32,7 +32,7 @@ def greedy_kernels(options: Options, spec: EngineSpec, buckets: Sequence[int]) -
     kernels = GreedyKernels(path, parts_of(vocab))
     if interpreting:
         return kernels
-    compile_ahead(((kernels.functions[k.name], k) for k in source.kernels), device.arch)
+    compiling.compile_ahead(((kernels.functions[k.name], k) for k in source.kernels), device.arch)
     try:
         kernels.launch_once(torch.zeros(1, vocab, dtype=logits.dtype.torch, device=options.device), buckets)
     except KernelBuildError as error:

@@ -14,6 +14,7 @@ import torch
 from tests.codegen.triton_programs import Planned, plan
 from tests.compiler.models import tiny
 from tilewright import backends
+from tilewright.codegen.triton import compiling
 from tilewright.options import Options
 from tilewright.runtime import triton_executor
 
@@ -38,7 +39,7 @@ def test_all_that_first_launches_need_is_compiled_and_no_more(
     asked: list[tuple[Any, Any]] = []
     archs: list[int] = []
     monkeypatch.setattr(
-        backends, "compile_ahead", lambda wanted, arch: (asked.extend(wanted), archs.append(arch))
+        compiling, "compile_ahead", lambda wanted, arch: (asked.extend(wanted), archs.append(arch))
     )
     programs = list(planned.programs.values())
     assert [p.phase for p in programs] == ["decode", "prefill"]
@@ -55,12 +56,12 @@ def test_all_that_first_launches_need_is_compiled_and_no_more(
 INTERPRETED = """
 import tilewright as tw
 from tests.compiler.models import tiny
-from tilewright import backends
+from tilewright.codegen.triton import compiling
 
 def never(*_):
     raise AssertionError("the interpreter compiles nothing")
 
-backends.compile_ahead = never
+compiling.compile_ahead = compiling.get_ready = never
 fast = tw.compile(tiny("llama"), backend="triton", max_length=32)
 print(fast.report().backend)
 """
