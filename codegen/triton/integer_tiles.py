@@ -5,12 +5,20 @@ With a[m, k] = step[m, k // group] * byte[m, k] and w[n, k] = scale[n] * code[n,
     sum over k of a[m, k] * w[n, k]  =  scale[n] * sum over groups g of step[m, g] * S[m, n, g]
     S[m, n, g]                       =  sum over k in g of byte[m, k] * code[n, k]
 
-The sums S of ``BLOCK_G`` groups are one product of integers: the bytes of a row stand in BLOCK_G columns of the right
+The sums S of several groups are one product of integers: the bytes of a row stand in as many columns of the right
 factor, in each of them one group's and zeros elsewhere. That multiplies most numbers in vain, by zero, on units that
-would else wait for memory, and needs no block of the weights to be cut into groups, which Triton cannot do. Weights
-stand on the left, so that few rows are the short side (see ``matmul``).
+would else wait for memory, and needs no block of the weights to be cut into groups, which Triton cannot do:
 
-Integers become floats by an addition: sums start from the bits of 3 * 2^22, whose last bits count ones.
+    for start in range(0, K, BLOCK_K):                                      # of two groups
+        x = tl.load(bytes .., mask=own, other=0)                            # [BLOCK_K, 2 * BLOCK_M]
+        sums = tl.dot(tl.load(codes ..), x, bias, out_dtype=tl.int32)       # [BLOCK_N, 2 * BLOCK_M]
+        sums = sums.to(tl.float32, bitcast=True) - 12582912.0
+        part, part_1 = tl.split(..)                                         # [BLOCK_N, BLOCK_M] each, in registers
+        acc += part * step
+        acc += part_1 * step_1
+
+Weights stand on the left, so that few rows are the short side (see ``matmul``). Integers become floats by a
+subtraction: sums start from the bits of 3 * 2^22 (12582912.0), whose last bits count ones.
 """
 
 from __future__ import annotations
