@@ -23,8 +23,10 @@ from .settings import cache_dir
 def greedy_kernels(options: Options, spec: EngineSpec, buckets: Sequence[int]) -> GreedyKernels | None:
     """Kernels that choose tokens in decode steps of ``buckets``, ready to be launched; None where steps go through the
     host, or give no scores."""
+    if options.backend != "triton" or spec.kind != "decoder":
+        return None
     logits = spec.outputs[0].type
-    if options.backend != "triton" or spec.kind != "decoder" or int(logits.shape[-1]) < spec.vocab_size:
+    if int(logits.shape[-1]) < spec.vocab_size:
         return None
     vocab, device, interpreting = int(logits.shape[-1]), gpu(options.device), is_interpreting()
     source = greedy_source(vocab, logits.dtype, buckets, interpreting, device)
