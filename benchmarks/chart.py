@@ -91,8 +91,7 @@ def main(
     add: Annotated[
         Path | None,
         typer.Option(
-            help="Measure nothing; add the points of this file, a chart or a result of benchmarks.gpu_check, to the "
-            "device's newest chart."
+            help="Measure nothing; add the points of this chart, or GPU check, to the newest chart of its device."
         ),
     ] = None,
 ) -> None:
@@ -166,7 +165,7 @@ def _resumed(old: Chart, new: Chart) -> Chart:
 
 def _points(file: Path) -> Chart:
     """A chart, or what a check of a GPU has of one. Raises OptionError for a check without a chart."""
-    if stored.kind(file) == Chart.KIND:
+    if stored.kind_of(file) == Chart.KIND:
         return stored.of_file(Chart, file)
     check = stored.of_file(GpuCheck, file)
     if check.found.chart is None:

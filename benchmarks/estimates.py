@@ -9,7 +9,6 @@ by measurement on this machine's GPU, where that is on record.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -22,7 +21,6 @@ from benchmarks.large_models import BUILDERS, without_values
 from benchmarks.options import known, lengths
 from tilewright.cli import readable_errors
 from tilewright.codegen.triton.candidates import ranked
-from tilewright.codegen.triton.codes import BYTE_ROWS, INTEGER_ROWS
 from tilewright.codegen.triton.cost_model import seconds
 from tilewright.codegen.triton.device import A100, H100, Device
 from tilewright.codegen.triton.work import ProductWork
@@ -130,12 +128,7 @@ def rows_table(program: Program, device: Device) -> Table:
 
 def _tile_text(work: ProductWork, rows: int, device: Device) -> str:
     """``vector 4x512``, or rows x columns x k of a tile, and its estimated microseconds."""
-    sized = replace(
-        work,
-        rows=0 if rows == 1 else rows,
-        integers=work.integers and rows <= INTEGER_ROWS,
-        group=work.group if rows <= BYTE_ROWS else 0,
-    )
+    sized = work.of_rows(rows)
     tile = ranked(sized, device)[0]
     blocks = f"{tile.block_n}x{tile.block_k}"
     kind = "vector" if rows == 1 else "flat" if tile.transposed else f"{tile.block_m}"

@@ -54,7 +54,7 @@ def from_json(cls: type[R], text: str) -> R:
         raise ValueError(f"not a result of this benchmark: {error}") from error
 
 
-def kind(file: Path) -> str:
+def kind_of(file: Path) -> str:
     """The kind of result that a file says it holds; "" where it says nothing."""
     try:
         return str(json.loads(file.read_text()).get("kind", ""))

@@ -61,13 +61,14 @@ class DeviceStep:
         # What a recording updates must be updatable outside of inference mode.
         with torch.inference_mode(False):
             self.sequences = torch.zeros(batch, state.max_length, dtype=torch.int64, device=device)
-            self.scores = torch.empty(self.logits.shape, device=device)
             self.eos = torch.tensor(way.eos_ids, dtype=torch.int64, device=device)
             self.open = torch.ones(batch, 1, dtype=torch.bool, device=device)
             self.column = torch.zeros(1, dtype=torch.int64, device=device)
             self.least = torch.zeros(1, dtype=torch.int64, device=device)
-            self._choose = self._by_operations
-            if greedy is not None and way.sampling is None:
+            if greedy is None or way.sampling is not None:
+                self.scores = torch.empty(self.logits.shape, device=device)
+                self._choose = self._by_operations
+            else:
                 kept = Kept(
                     self.logits,
                     self.eos,

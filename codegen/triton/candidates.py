@@ -85,8 +85,7 @@ def _tiles(work: Work, device: Device) -> Iterable[Tile]:
 
 
 def _product_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
-    integers = [*(code_tiles(work, device) if work.integers else ()), *byte_tiles(work, device)]
-    if integers:
+    if integers := list(integer_tiles(work, device)):
         return iter(integers)
     if not work.rows:
         return vector_tiles(work, device)
@@ -147,6 +146,13 @@ def vector_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
             fits = load.registers <= 128 and load.resident(device) >= 4
             if fits and warps <= 4 and work.k >= 4 * block_k:
                 yield piped
+
+
+def integer_tiles(work: ProductWork, device: Device) -> Iterator[Tile]:
+    """For a product whose factors are integers: sums a thread at a time, and tensor cores; none for other products."""
+    if work.integers:
+        yield from code_tiles(work, device)
+    yield from byte_tiles(work, device)
 
 
 _COLUMNS = 8192

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .candidates import FEW_ROWS, byte_tiles, code_tiles, few_rows_tiles, many_rows_tiles, vector_tiles
-from .codes import BYTE_ROWS, INTEGER_ROWS
+from .candidates import FEW_ROWS, code_tiles, few_rows_tiles, integer_tiles, many_rows_tiles, vector_tiles
 from .cost_model import seconds
 from .device import Device
 from .tiling import Tile
@@ -45,11 +44,8 @@ def form_seconds(work: ProductWork, rows: int, device: Device) -> dict[str, floa
     many = replace(work, rows=rows, integers=False, group=0)
     vectors = code_tiles(one, device) if work.integers else vector_tiles(one, device)
     flat = [seconds(many, tile, device) for tile in few_rows_tiles(many, device)]
-    few = replace(work, rows=rows, integers=work.integers and rows <= INTEGER_ROWS)
-    if few.integers:
-        flat += [seconds(few, tile, device) for tile in code_tiles(few, device)]
-    if few.group and 1 < rows <= BYTE_ROWS:
-        flat += [seconds(few, tile, device) for tile in byte_tiles(few, device)]
+    few = work.of_rows(rows)
+    flat += [seconds(few, tile, device) for tile in integer_tiles(few, device)]
     return {
         GEMV: min(seconds(one, tile, device) for tile in vectors),
         FLAT: min(flat),

@@ -24,11 +24,8 @@ from .pointwise_ops import POINTER_TYPES
 from .program import TritonSource, print_source
 from .text import Names, Scope, next_power_of_two
 
-BEST, KEEP = "best", "keep_b"
-"""Names of the kernels; of the second before the rows of a bucket."""
 _PART = 1024  # scores of a program at least
 _MOST_PARTS = 64
-_COUNTS = ("B", "E", "M", "P")
 
 
 def greedy_source(
@@ -74,7 +71,7 @@ def _best(vocab: int, dtype: DType, dependent: bool) -> KernelSource:
     tl.store(scores + pid, best)
     tl.store(places + pid, tl.min(tl.where((at < {vocab}) & (score == best), at, {vocab}), axis=0))
 """
-    return _kernel(BEST, pointers, ("B", "E"), sym("B") * parts, body, dependent)
+    return _kernel("best", pointers, ("B", "E"), sym("B") * parts, body, dependent)
 
 
 def _keep(rows: int, vocab: int, dependent: bool) -> KernelSource:
@@ -106,7 +103,7 @@ def _keep(rows: int, vocab: int, dependent: bool) -> KernelSource:
     tl.store(column, end + 1)
 """
     warps = min(32, max(4, height * width // 1024))  # of large batches, which would fill a thread's registers
-    return _kernel(f"{KEEP}{rows}", pointers, _COUNTS, Integer(1), body, dependent, warps)
+    return _kernel(f"keep_b{rows}", pointers, ("B", "E", "M", "P"), Integer(1), body, dependent, warps)
 
 
 def _kernel(

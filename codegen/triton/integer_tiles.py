@@ -58,8 +58,8 @@ class IntegerTiles:
     weights: dict[Dot, Weight]
 
     def emit(self, m: Block, n: Block, first: str) -> dict[Dot, str]:
-        """Sums of the dots, without the weights' scales: blocks of columns ``n``, down, x rows ``m``, of which the
-        first is ``first``. Gives their names."""
+        """Sums of the dots, without the weights' scales: blocks of columns ``n``, down, x rows ``m``. first:
+        what is added to a row of the tile, "" for the only one. Gives their names."""
         printer, base, tile = self.printer, self.printer.base, self.printer.tile
         count, extent = tile.block_k // self.group, printer.form.k.extent
         block_m, block_k = base.constant("BLOCK_M", tile.block_m), printer.block_k
@@ -87,7 +87,7 @@ class IntegerTiles:
         """The bytes of the rows, [BLOCK_K, BLOCK_M * groups]: each group's by themselves, and zeros."""
         printer, base, block_m = self.printer, self.printer.base, self.printer.tile.block_m
         lane = base.bind(f"tl.arange(0, {block_m * count})", "lane")
-        row = base.bind(f"({first} + {lane} % {block_m})[None, :]".replace("(0 + ", "("), "row")
+        row = base.bind(f"({first}{lane} % {block_m})[None, :]", "row")
         within = base.bind(f"tl.arange(0, {printer.block_k})", "within")
         own = base.bind(f"({within} // {self.group})[:, None] == ({lane} // {block_m})[None, :]", "own")
         rows = printer.rows

@@ -93,7 +93,8 @@ class _TilePrinter(ProductPrinter):
             if sums is not None:
                 sums.emit(pid_n, self.n)
             elif bytes_ is not None:
-                found = bytes_.emit(m, self.n, self.sides[M].first(base).text)
+                first = f"{pid_m} * {self.block_m} + " if pid_m else ""
+                found = bytes_.emit(m, self.n, first)
                 context.bound.update({dot: self._scaled(dot, name) for dot, name in found.items()})
             elif codes is not None:
                 self._multiply_codes(codes, context, pid_n)

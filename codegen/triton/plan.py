@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from sympy import Expr
 
 from tilewright.ir.errors import VerifyError
-from tilewright.ir.loops import AttentionForm, Segment, attention_form, scalarize, sole_op
+from tilewright.ir.loops import AttentionForm, Axis, Segment, attention_form, scalarize, sole_op
 from tilewright.ir.module import Op
 from tilewright.ir.recurrent import RECURRENT
 
@@ -21,11 +21,12 @@ from .matmul import emit_matmul
 from .pointwise import emit_pointwise
 from .product import find_product
 from .recurrent import emit_recurrent
-from .reduction import emit_reduction, row_symbols, sharers
-from .row_loops import plan_stages
+from .reduction import emit_reduction, row_axes, row_symbols, sharers
+from .row_loops import Stage, plan_stages
 from .tiling import Tile
 from .work import (
     Sizes,
+    StreamWork,
     Work,
     attention_work,
     grouped_work,
@@ -91,22 +92,20 @@ def _segment(segment: Segment, sizes: Sizes) -> Plan:
         return Plan("matmul", work, segment, lambda t, c, i: emit_matmul(product, segment, t, c, "pid", i))
     stream, stages = stream_work(segment, sizes), plan_stages(segment, row_symbols(segment))
     if stages:
-        rows = tuple(a for a in segment.axes if a.symbol in row_symbols(segment))
-        shared = {stage: sharers(rows, stage.reduces) for stage in stages}
-        most = max(shared.values())
-        own = (sizes.of(stage.extent) for stage, count in shared.items() if count < most)
-        return Plan(
-            "reduction",
-            replace(
-                stream,
-                points=sizes.of(*(a.extent for a in rows)),
-                sharers=most,
-                own=max(own, default=0),
-            ),
-            segment,
-            lambda t, c, i: emit_reduction(segment, stages, t, c, "pid"),
-        )
+        rows = _reduction_work(stream, row_axes(segment), stages, sizes)
+        return Plan("reduction", rows, segment, lambda t, c, i: emit_reduction(segment, stages, t, c, "pid"))
     if stages is None:
         # Its reductions are loops around blocks of points: blocks are those of a pointwise kernel.
         return Plan("generic", stream.pointwise, segment, lambda t, c, i: emit_generic(segment, t, c, "pid"))
     return Plan("pointwise", stream, segment, lambda t, c, i: emit_pointwise(segment, t, c, "pid"))
+
+
+def _reduction_work(
+    stream: StreamWork, rows: tuple[Axis, ...], stages: tuple[Stage, ...], sizes: Sizes
+) -> StreamWork:
+    """A stream as the rows of a reduction, with what neighbours share."""
+    shared = {stage: sharers(rows, stage.reduces) for stage in stages}
+    most = max(shared.values())
+    own = (sizes.of(stage.extent) for stage, count in shared.items() if count < most)
+    points = sizes.of(*(a.extent for a in rows))
+    return replace(stream, points=points, sharers=most, own=max(own, default=0))

@@ -35,6 +35,12 @@ def row_symbols(segment: Segment) -> frozenset[sympy.Symbol]:
     return found
 
 
+def row_axes(segment: Segment) -> tuple[Axis, ...]:
+    """The axes of the segment that tell its rows apart."""
+    symbols = row_symbols(segment)
+    return tuple(a for a in segment.axes if a.symbol in symbols)
+
+
 def sharers(rows: Sequence[Axis], reduces: Iterable[Reduce]) -> int:
     """How many neighbouring rows share these reductions: those along the last axes, on which none of them depends."""
     used = {s for r in reduces for s in free_symbols(r)}
@@ -48,15 +54,15 @@ def emit_reduction(
 ) -> Expr:
     """Emit the segment into ``context.base``. Returns the number of programs."""
     base = context.base
-    rows = tuple(a for a in segment.axes if a.symbol in row_symbols(segment))
+    rows = row_axes(segment)
     columns = tuple(a for a in segment.axes if a not in rows)
-    row_axes, extent = flatten(rows, M)
+    places, extent = flatten(rows, M)
     block_m = base.constant("BLOCK_M", tile.block_m)
     block_k = base.constant("BLOCK_K", tile.block_k)
     name = base.bind(f"({pid} * {block_m} + tl.arange(0, {block_m}))[:, None]", "m")
     even = extent.is_Integer and int(extent) % tile.block_m == 0
     mask = "" if even else base.bind(f"{name} < {print_index(extent)}", f"{name}_ok")
-    context = context.extended(row_axes, {M: Block(name, mask, base, extent)})
+    context = context.extended(places, {M: Block(name, mask, base, extent)})
     for stage in stages:
         k, height, of_stage = _block(base, tile, stage.extent), block_m, context
         if tile.block_m > 1 and sharers(rows, stage.reduces) % tile.block_m == 0:

@@ -14,7 +14,7 @@ from tilewright.ir.loops import Apply, AttentionForm, Load, Node, Reduce, Segmen
 from tilewright.ir.module import Op
 from tilewright.ir.types import DType, Value
 
-from .codes import integer_unit, row_group
+from .codes import BYTE_ROWS, INTEGER_ROWS, integer_unit, row_group
 from .descriptors import matrix_load
 from .product import Product
 from .row_loops import below
@@ -47,6 +47,15 @@ class ProductWork:
     matrices: int = 0
     integers: bool = False
     group: int = 0
+
+    def of_rows(self, rows: int) -> ProductWork:
+        """The same of so many rows, as integers where that many are multiplied so."""
+        return replace(
+            self,
+            rows=0 if rows == 1 else rows,
+            integers=self.integers and rows <= INTEGER_ROWS,
+            group=self.group if rows <= BYTE_ROWS else 0,
+        )
 
 
 @dataclass(frozen=True)
