@@ -28,8 +28,9 @@ def attend(opcode: str, dtype: DType, size: int, **attrs: object) -> Case:
         flat = view(b, outs[0], ["B", queries, 6 * size], "i0", f"i2 // {size}", "i1", f"i2 % {size}")
         outs = (flat,)
     made = finish(b, *outs, B=3, S=19, T=45)
-    valid = torch.ones(3, {"T": 45, "S": 19}.get(keys, keys), dtype=torch.bool)
-    valid[1, :30] = False
+    count = {"T": 45, "S": 19}.get(keys, keys)
+    valid = torch.ones(3, count, dtype=torch.bool)
+    valid[1, : 2 * count // 3] = False
     valid[2] = False
     return Case(
         made.module,
@@ -50,6 +51,12 @@ def blocks(batch: int, tokens: int, past: int) -> torch.Tensor:
 @case("attention", *FLOATS, (DType.f64,))
 def attention(dtype: DType) -> Case:
     return attend("attention", dtype, 16, slot="", extras=("mask",))
+
+
+@case("attention_long", (DType.f32, 0), (DType.bf16, 0), (DType.bf16, 100))
+def attention_long(dtype: DType, window: int) -> Case:
+    """Several steps of keys, of which the mask or a window hides whole ones, and more rows than share one."""
+    return attend("attention", dtype, 16, slot="", extras=("mask",), queries=66, keys=520, window=window)
 
 
 @case("attention_sinks", *((d, q) for d in (DType.f32, DType.bf16) for q in ("S", 1)), (DType.f64, "S"))

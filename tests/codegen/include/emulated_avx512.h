@@ -1,12 +1,12 @@
 // Lets the AVX-512 paths of the headers run on a processor without AVX-512: SIMDe gives each intrinsic in portable C++.
 //
 // Compile with -mavx2 -mfma -mf16c and -include this file; -DEMULATE_VNNI, -DEMULATE_BF16 and -DEMULATE_AMX add those
-// extensions. SIMDe
-// 0.7 lacks a dozen intrinsics, which follow here, lane by lane.
+// extensions. SIMDe 0.7 lacks a dozen intrinsics, which follow here, lane by lane.
 #pragma once
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <immintrin.h>  // first, so that it declares nothing under the macros below
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -75,6 +75,17 @@ static inline float reduce_add_ps(__m512 x) {
     for (float lane : Floats(x).lane) sum += lane;
     return sum;
 }
+static inline float reduce_max_ps(__m512 x) {
+    Floats from(x);
+    float most = from.lane[0];
+    for (float lane : from.lane) most = lane > most ? lane : most;
+    return most;
+}
+static inline __m512 scalef_ps(__m512 x, __m512 n) {
+    Floats from(x), powers(n), to;
+    for (int i = 0; i < 16; i++) to.lane[i] = from.lane[i] * std::exp2(std::floor(powers.lane[i]));
+    return to;
+}
 static inline __m256 extractf32x8_ps(__m512 x, int half) { return _mm256_loadu_ps(Floats(x).lane + 8 * half); }
 static inline __m512 shuffle_f32x4(__m512 a, __m512 b, int control) {
     Floats first(a), second(b), to;
@@ -107,6 +118,8 @@ static inline void mask_storeu_ps(float* p, uint32_t mask, __m512 x) {
 #define _mm512_cvtneps_pbh emulated::cvtneps_pbh
 #define _mm512_srai_epi32 emulated::srai_epi32
 #define _mm512_reduce_add_ps emulated::reduce_add_ps
+#define _mm512_reduce_max_ps emulated::reduce_max_ps
+#define _mm512_scalef_ps emulated::scalef_ps
 #define _mm512_extractf32x8_ps emulated::extractf32x8_ps
 #define _mm512_shuffle_f32x4 emulated::shuffle_f32x4
 #define _mm512_maskz_loadu_ps emulated::masked_load<float, __m512>

@@ -9,7 +9,7 @@ constexpr int ROW_GROUP = 4;  // rows that share each load (and widening) of a k
 
 // Keys per step of the online softmax. Long steps make long linear streams of keys, then of values; when a step is read
 // several times, by one group of rows after the other, it had better stay in the first cache.
-constexpr int LONG_TILE = 512;
+constexpr int LONG_TILE = 512, SHORT_TILE = 64;
 
 // What a stream of `count` rows will read soon: its own rows, and behind them those of the stream that follows.
 template <class T, int D>
@@ -134,9 +134,10 @@ static inline void attend_tile(const AttentionShape& s, long batch, long group, 
     score_keys<C, D, R>(scaled, keys, s.k.row, count, scores, after_key);
     for (int r = 0; r < R; r++) {
         const long query = (row + r) / per_group, head = group * per_group + (row + r) % per_group;
-        finish_scores(s, batch, head, query, first, count, scores + r * LONG_TILE);
+        float* of_row = scores + r * LONG_TILE;
+        finish_scores(s, batch, head, query, first, count, of_row);
         SoftmaxRow softmax{*top[r], *total[r]};
-        factors[r] = softmax.update(scores + r * LONG_TILE, count);
+        factors[r] = softmax.update(of_row, count, VW, 1.0f, of_row);
         *top[r] = softmax.top;
         *total[r] = softmax.total;
     }
@@ -158,7 +159,7 @@ static inline void attend_part(const AttentionShape& s, long batch, long group, 
         to.top[to.top_strides.at(batch, head, query, part)] = MASKED;
         to.total[to.total_strides.at(batch, head, query, part)] = 0.0f;
     }
-    const int step = rows <= ROW_GROUP ? LONG_TILE : KEY_TILE;
+    const int step = rows <= ROW_GROUP ? LONG_TILE : SHORT_TILE;
     for (long first = range.begin; first < range.end; first += step) {
         const int count = int(range.end - first < step ? range.end - first : step);
         for (long row = 0; row < rows;) {
@@ -226,7 +227,7 @@ template <class T, class C, int D, int DV>
 static inline void attend_few(const Worker& worker, const AttentionShape& s, const T* q, const C* k, const C* v, T* out,
                               float* scratch) {
     const long pairs = s.batch * s.groups;
-    const bool even = pairs % worker.size() == 0 || s.keys < 2 * KEY_TILE;
+    const bool even = pairs % worker.size() == 0 || s.keys < 2 * SHORT_TILE;
     const long parts = even ? 1 : worker.size(), rows = s.batch * s.heads * s.queries;
     const Strides per_row{s.heads * s.queries * parts, s.queries * parts, parts, 1, 1};
     const Strides per_acc{per_row.batch * DV, per_row.head * DV, per_row.row * DV, 1, DV};

@@ -6,6 +6,9 @@
 
 namespace tw {
 
+constexpr int KEY_TILE = 256;    // keys per step: what a row's softmax takes once per step is then little
+constexpr int QUERY_ROWS = 192;  // rows (positions x heads of a group) that share each packed tile of keys and values
+
 static inline long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // What queries, keys, weights and values are multiplied as: pairs of bf16 where all of them are bf16 and the processor
@@ -14,12 +17,12 @@ template <class T, class C>
 using attention_factor =
     std::conditional_t<std::is_same_v<T, bf16> && std::is_same_v<C, bf16>, activation_t<bf16>, float>;
 
-// How one thread's scratch of `attend_many` is divided: rows of queries and of softmax weights (padded to whole vectors
-// of units), scores, sums, and packed tiles of keys and values.
+// How one thread's scratch of `attend_many` is divided: rows of queries (padded to whole vectors of units) and of sums,
+// packed tiles of keys and values, and scores and softmax weights of the rows that are multiplied at a time.
 template <class T, class C>
 struct PromptScratch {
     using F = attention_factor<T, C>;
-    static constexpr long step = long(VW) * packed<F>::per_unit;
+    static constexpr int step = VW * packed<F>::per_unit, score_rows = Multiplier<F>::most_rows;
     static_assert(KEY_TILE % step == 0 && KEY_TILE % PANEL == 0, "tiles of keys need no padding");
 
     F *q, *weights;
@@ -28,15 +31,15 @@ struct PromptScratch {
     static long query_size(long d) { return round_up(d, step); }
     static long value_size(long dv) { return round_up(dv, PANEL); }
     static long size(long d, long dv) {
-        return bytes<F>(QUERY_ROWS * query_size(d)) + bytes<F>(QUERY_ROWS * KEY_TILE) +
-               bytes<float>(QUERY_ROWS * KEY_TILE) + bytes<float>(QUERY_ROWS * value_size(dv)) +
+        return bytes<F>(QUERY_ROWS * query_size(d)) + bytes<F>(score_rows * KEY_TILE) +
+               bytes<float>(score_rows * KEY_TILE) + bytes<float>(QUERY_ROWS * value_size(dv)) +
                bytes<float>(KEY_TILE / packed<F>::per_unit * value_size(dv)) +
                bytes<float>(KEY_TILE * query_size(d) / packed<F>::per_unit);
     }
     PromptScratch(char* from, long d, long dv) {
         q = carve<F>(from, QUERY_ROWS * query_size(d));
-        weights = carve<F>(from, QUERY_ROWS * KEY_TILE);
-        scores = carve<float>(from, QUERY_ROWS * KEY_TILE);
+        weights = carve<F>(from, score_rows * KEY_TILE);
+        scores = carve<float>(from, score_rows * KEY_TILE);
         acc = carve<float>(from, QUERY_ROWS * value_size(dv));
         values = carve<float>(from, KEY_TILE / packed<F>::per_unit * value_size(dv));
         keys = carve<float>(from, KEY_TILE * query_size(d) / packed<F>::per_unit);
@@ -109,20 +112,17 @@ struct PromptBlock {
         }
     }
 
-    // Scores of a row become weights of its values, and what it summed before is scaled to them.
-    void weigh(int r, long first, int count) {
-        float* row = buffers.scores + r * KEY_TILE;
-#pragma omp simd
-        for (int j = 0; j < count; j++) row[j] *= s.scale;
-        finish_scores(s, batch, head[r], query[r], first, count, row);
-        const float factor = softmax[r].update(row, count);
+    // Scores of row r become weights of its values, and what it summed before is scaled to them.
+    void weigh(int r, float* scores, F* weights, long first, int count) {
+        const float unscaled = s.scores_are_products() ? s.scale : 1.0f;
+        if (!s.scores_are_products()) {
+            for (int j = 0; j < count; j++) scores[j] *= s.scale;
+        }
+        finish_scores(s, batch, head[r], query[r], first, count, scores);
+        const float factor = softmax[r].update(scores, count, Scratch::step, unscaled, weights);
         if (factor != 1.0f) {
             for (int c = 0; c < DVP; c++) buffers.acc[r * DVP + c] *= factor;
         }
-        F* weights = buffers.weights + r * KEY_TILE;
-#pragma omp simd
-        for (int j = 0; j < count; j++) weights[j] = from_f32<F>(row[j]);
-        for (int j = count; j < round_up(count, Scratch::step); j++) weights[j] = F{};
     }
 
     void step(const C* k, const C* v, long first, int count) {
@@ -133,11 +133,13 @@ struct PromptBlock {
             m = rows - r < multiplier.rows() ? rows - r : multiplier.rows();
             for (int p = 0; p < count; p += PANEL) {
                 multiplier.template multiply<false>(m, buffers.q + r * DP, DP, buffers.keys + p * (DP / per_unit),
-                                                    (D + per_unit - 1) / per_unit, buffers.scores + r * KEY_TILE + p, KEY_TILE);
+                                                    (D + per_unit - 1) / per_unit, buffers.scores + p, KEY_TILE);
             }
-            for (int i = r; i < r + m; i++) weigh(i, first, count);
+            for (int i = 0; i < m; i++) {
+                weigh(r + i, buffers.scores + i * KEY_TILE, buffers.weights + i * KEY_TILE, first, count);
+            }
             for (int p = 0; p < DVP; p += PANEL) {
-                multiplier.template multiply<true>(m, buffers.weights + r * KEY_TILE, KEY_TILE,
+                multiplier.template multiply<true>(m, buffers.weights, KEY_TILE,
                                                    buffers.values + p * (KEY_TILE / per_unit), units,
                                                    buffers.acc + r * DVP + p, DVP);
             }
@@ -158,9 +160,16 @@ template <class T, class C, int D, int DV>
 static inline void attend_many(const Worker& worker, const AttentionShape& s, const T* q, const C* k, const C* v,
                                T* out, char* scratch) {
     const long per_group = s.heads_per_group();
-    const long heads = per_group < QUERY_ROWS ? per_group : QUERY_ROWS, positions = QUERY_ROWS / heads;
+    const long heads = per_group < QUERY_ROWS ? per_group : QUERY_ROWS;
     const long cuts = (per_group + heads - 1) / heads;  // of a group with more heads than rows
-    const long blocks = (s.queries + positions - 1) / positions, parts = s.batch * s.groups * cuts;
+    const long parts = s.batch * s.groups * cuts;
+    long positions = QUERY_ROWS / heads;
+    const auto blocks_of = [&](long size) { return (s.queries + size - 1) / size; };
+    // Smaller blocks, where a large team would have too few for an even share.
+    while (positions * heads >= QUERY_ROWS / 4 && positions > 1 && blocks_of(positions) * parts < 4 * worker.size()) {
+        positions /= 2;
+    }
+    const long blocks = blocks_of(positions);
     PromptBlock<T, C, D, DV> block(s, scratch);
     // Longest blocks first, dealt out in turn: causality makes late queries the most expensive.
     for (long item = worker.id; item < blocks * parts; item += worker.size()) {

@@ -6,16 +6,12 @@
 // This header holds what the forms for many and for few queries share.
 #pragma once
 
-#include "math.h"
 #include "parallel.h"
-#include "vec.h"
+#include "softmax.h"
 
 namespace tw {
 
-constexpr float MASKED = -1e30f;  // finite, so that differences of masked scores are no NaN
-constexpr int KEY_TILE = 64;      // keys per step of the online softmax
-constexpr int QUERY_ROWS = 96;    // rows (positions x heads of a group) per work item of a prompt
-constexpr int FEW_ROWS = 16;      // up to this many rows, keys are used where they lie, not packed
+constexpr int FEW_ROWS = 16;  // up to this many rows, keys are used where they lie, not packed
 
 // Strides of a [batch, heads, positions, size] tensor, in elements; where none is said, the last axis is contiguous.
 // `part` is that of the splits of a partial result.
@@ -47,6 +43,10 @@ struct AttentionShape {
         return sinks == nullptr ? MASKED : to_f32(static_cast<const T*>(sinks)[head]);
     }
 
+    // Whether nothing but the scale, and masks, makes scores of the products of queries and keys.
+    bool scores_are_products() const {
+        return scale > 0.0f && softcap == 0.0f && slopes == nullptr && distances == nullptr;
+    }
     long heads_per_group() const { return heads / groups; }
     // Where a query stands in the context.
     long position(long query) const { return keys - queries + query; }
@@ -81,43 +81,13 @@ static inline void finish_scores(const AttentionShape& s, long batch, long head,
         for (int j = 0; j < count; j++) scores[j] += s.by_distance(head, query, first + j);
     }
     const Range visible = s.visible(batch, query);
-    if (visible.begin > first || visible.end < first + count) {
-        for (int j = 0; j < count; j++) {
-            if (first + j < visible.begin || first + j >= visible.end) scores[j] = MASKED;
-        }
-    }
+    for (int j = 0; j < count && first + j < visible.begin; j++) scores[j] = MASKED;
+    for (int j = visible.end > first ? int(visible.end - first) : 0; j < count; j++) scores[j] = MASKED;
     if (s.mask != nullptr) {
         const uint8_t* valid = s.mask + batch * s.mask_row + first;
 #pragma omp simd
         for (int j = 0; j < count; j++) scores[j] = valid[j] != 0 ? scores[j] : MASKED;
     }
 }
-
-// The running maximum and sum of one row's softmax.
-struct SoftmaxRow {
-    float top = MASKED, total = 0.0f;
-
-    // Turn scores into weights relative to the new maximum; gives the factor for what was accumulated before.
-    float update(float* scores, int count) {
-        float highest = top;
-#pragma omp simd reduction(max : highest)
-        for (int j = 0; j < count; j++) highest = scores[j] > highest ? scores[j] : highest;
-        if (highest <= 0.5f * MASKED) {  // no key yet
-            for (int j = 0; j < count; j++) scores[j] = 0.0f;
-            return 1.0f;
-        }
-#pragma omp simd
-        for (int j = 0; j < count; j++) scores[j] = tw::exp_negative(scores[j] - highest);
-        // Added up apart from the loop above: GCC would add the lanes of its sum one by one.
-        vf sum = vset(0.0f);
-        int j = 0;
-        for (; j + VW <= count; j += VW) sum = vadd(sum, vload(scores + j));
-        if (j < count) sum = vadd(sum, vload_n(scores + j, count - j));
-        const float factor = top == highest ? 1.0f : tw::exp_negative(top - highest);
-        total = total * factor + vsum(sum);
-        top = highest;
-        return factor;
-    }
-};
 
 }  // namespace tw

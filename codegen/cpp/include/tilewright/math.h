@@ -20,35 +20,33 @@ TW_MATH float round_with_bits(float x, int32_t& n) {
     return shifted - 0x1.8p23f;
 }
 
-// exp(x) = 2^n exp(r), |r| <= ln(2)/2: exp(r), and n.
-TW_MATH float reduced_exp(float x, int32_t& n) {
-    float k = round_with_bits(x * 0x1.715476p0f, n);
-    float r = (x - k * 0x1.62e400p-1f) - k * 0x1.7f7d1cp-20f;
-    float q = 0x1.6a1a6ep-10f;
-    q = q * r + 0x1.123fc6p-7f;
+// exp(r) of |r| <= ln(2)/2; of a float, or of a vector of them.
+template <class V>
+TW_MATH V exp_near_zero(V r) {
+    V q = r * 0x1.6a1a6ep-10f + 0x1.123fc6p-7f;
     q = q * r + 0x1.555916p-5f;
     q = q * r + 0x1.55548ap-3f;
     q = q * r + 0x1.fffffcp-2f;
     return (q * (r * r) + r) + 1.0f;
 }
 
-// 2^n is applied in two steps, so overflow gives inf and underflow is gradual.
+// x - k ln(2), of a whole k.
+template <class V>
+TW_MATH V less_powers(V x, V k) {
+    return (x - k * 0x1.62e400p-1f) - k * 0x1.7f7d1cp-20f;
+}
+
+// exp(x) = 2^n exp(r), n = round(x / ln(2)). 2^n is applied in two steps, so overflow gives inf and underflow is gradual.
 TW_MATH float exp(float x) {
     float y = x < -104.0f ? -104.0f : x;
     y = y > 89.0f ? 89.0f : y;
     int32_t n;
-    float e = reduced_exp(y, n);
+    float k = round_with_bits(y * 0x1.715476p0f, n);
+    float e = exp_near_zero(less_powers(y, k));
     int32_t half = n >> 1;
     float low = bit_cast<float>(uint32_t(half + 127) << 23);
     float high = bit_cast<float>(uint32_t(n - half + 127) << 23);
     return e * low * high;
-}
-
-// exp(x) of x <= 0 for sums that hold a 1: what is below 2^-125 is 0.
-TW_MATH float exp_negative(float x) {
-    int32_t n;
-    float e = reduced_exp(x < -87.0f ? -87.0f : x, n);
-    return x < -87.0f ? 0.0f : e * bit_cast<float>(uint32_t(n + 127) << 23);
 }
 
 // log(x) = e ln(2) + log(1 + f), 1 + f in [sqrt(1/2), sqrt(2)); subnormals are scaled up first.

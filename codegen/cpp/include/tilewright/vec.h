@@ -63,6 +63,15 @@ TW_INLINE void vstore_n(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, first_
 TW_INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
 TW_INLINE vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 TW_INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+TW_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }  // b where a is NaN
+TW_INLINE vf vround(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// x * 2^n of whole n, where that is a normal number.
+TW_INLINE vf vldexp(vf x, vf n) { return _mm512_scalef_ps(x, n); }
+// y, but 0 where x < limit.
+TW_INLINE vf vzero_below(vf x, float limit, vf y) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, vset(limit), _CMP_NLT_UQ), y);
+}
+TW_INLINE float vhighest(vf x) { return _mm512_reduce_max_ps(x); }
 TW_INLINE float vsum(vf x) { return _mm512_reduce_add_ps(x); }
 // The sums of four vectors at once: two rounds of adding interleaved halves, then across the 128-bit lanes.
 TW_INLINE void vsum4(const vf* x, float* out) {
@@ -116,6 +125,20 @@ TW_INLINE void vstore_n(float* p, vf x, int n) { _mm256_maskstore_ps(p, first_la
 TW_INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
 TW_INLINE vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 TW_INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+TW_INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+TW_INLINE vf vround(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+TW_INLINE vf vldexp(vf x, vf n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+}
+TW_INLINE vf vzero_below(vf x, float limit, vf y) {
+    return _mm256_and_ps(_mm256_cmp_ps(x, vset(limit), _CMP_NLT_UQ), y);
+}
+TW_INLINE float vhighest(vf x) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
 TW_INLINE float vsum(vf x) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -155,11 +178,42 @@ TW_INLINE void vstore_n(float* p, vf x, int n) { std::memcpy(p, &x, size_t(n) * 
 TW_INLINE vf vadd(vf a, vf b) { return a + b; }
 TW_INLINE vf vmul(vf a, vf b) { return a * b; }
 TW_INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }
+// Lane by lane of one or two vectors: GCC vectorises such loops better than comparisons of its own vectors.
+template <class Function>
+TW_INLINE vf vmap(vf a, vf b, const Function& function) {
+    float x[VW], y[VW];
+    std::memcpy(x, &a, sizeof(a));
+    std::memcpy(y, &b, sizeof(b));
+#pragma omp simd
+    for (int i = 0; i < VW; i++) x[i] = function(x[i], y[i]);
+    return vload(x);
+}
+TW_INLINE vf vmax(vf a, vf b) {
+    return vmap(a, b, [](float p, float q) { return p > q ? p : q; });
+}
+TW_INLINE vf vround(vf x) { return (x + 0x1.8p23f) - 0x1.8p23f; }
+TW_INLINE vf vldexp(vf x, vf n) {
+    return vmap(x, n, [](float p, float q) {
+        return p * bit_cast<float>(uint32_t(int32_t(q > -127.0f ? q : -127.0f) + 127) << 23);
+    });
+}
+TW_INLINE vf vzero_below(vf x, float limit, vf y) {
+    return vmap(x, y, [limit](float p, float q) { return p < limit ? 0.0f : q; });
+}
+TW_INLINE float vhighest(vf x) {
+    float highest = x[0];
+    for (int i = 1; i < VW; i++) highest = x[i] > highest ? x[i] : highest;
+    return highest;
+}
 TW_INLINE float vsum(vf x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 TW_INLINE void vsum4(const vf* x, float* out) {
     for (int i = 0; i < 4; i++) out[i] = vsum(x[i]);
 }
 
+#endif
+
+#if defined(TW_DOT_BF16)
+TW_INLINE void vstore(bf16* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
 #endif
 
 // What a matrix of W multiplies: floats, but pairs of bf16 where the processor multiplies those.
