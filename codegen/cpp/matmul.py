@@ -69,7 +69,7 @@ class _Printer:
         target.append(" + ".join(needed) or "0")
         if not self.few:
             dots = max(len(f.dots) for f in self.group.forms)
-            space.private.append(f"tw::bytes<float>(tw::panel_floats<{weight}>({depth}, {dots}))")
+            space.private.append(f"tw::bytes<float>(tw::gemm_floats<{weight}>({depth}, {dots}))")
 
     def carve(self) -> None:
         """Pointers into the scratch."""

@@ -17,10 +17,10 @@ def linear(dtype: DType, rows: str) -> Case:
     return biased(dtype, rows, 70)
 
 
-def biased(dtype: DType, rows: str, k: int, **dims: int) -> Case:
+def biased(dtype: DType, rows: str, k: int, n: int = 90, **dims: int) -> Case:
     b = Builder()
     x = b.param_value("x", rows_type(dtype, rows, k))
-    w, c = b.param_value("w", tensor_type(dtype, [90, k])), b.param_value("c", tensor_type(dtype, [90]))
+    w, c = b.param_value("w", tensor_type(dtype, [n, k])), b.param_value("c", tensor_type(dtype, [n]))
     y = b.add("add", b.add("matmul", x, w), c)
     half = b.add("mul", y, b.const(0.5, dtype))
     gelu = b.add(
@@ -35,6 +35,12 @@ def biased(dtype: DType, rows: str, k: int, **dims: int) -> Case:
 def even_linear(dtype: DType, rows: str) -> Case:
     """The same with K a multiple of everything, where nothing is masked: five tiles of a matrix unit."""
     return biased(dtype, rows, 160)
+
+
+@case("wide_linear", (DType.f32, "many"), (DType.bf16, "many"))
+def wide_linear(dtype: DType, rows: str) -> Case:
+    """More columns than the panels that a thread of a CPU packs at once."""
+    return biased(dtype, rows, 40, n=600)
 
 
 @case("between_others", *ROWS)

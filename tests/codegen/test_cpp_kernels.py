@@ -53,8 +53,8 @@ def has_simde() -> bool:
 SOME = tuple(
     next(name for name in CASES if name.startswith(kind))
     for kind in (
-        "linear-f32", "linear-bf16", "even_linear-bf16-four", "linear-f16", "between_others-bf16-four",
-        "layer_norm-f32", "attention", "attention-bf16", "attention_long-bf16", "merge",
+        "linear-f32", "linear-bf16", "even_linear-bf16-four", "wide_linear-bf16", "linear-f16",
+        "between_others-bf16-four", "layer_norm-f32", "attention", "attention-bf16", "attention_long-bf16", "merge",
         "quantized-int8-blocks", "quantized-int4-blocks", "quantized_prompt-int8", "quantized_prompt-int4",
         "rounded-int8", "rounded-int8_groups", "rounded-int4", "causal_conv1d-bf16",
         "selective_scan-f32", "linear_attention-bf16",

@@ -109,6 +109,8 @@ class Tiles {
             }
         }
         for (long u = 0; u < units; u += AMX_UNITS) {
+            // The next tiles of activations, whose rows are too far apart for the processor to foresee them.
+            for (int row = 0; row < (Lower ? 32 : 16); row++) prefetch_now(a + 2 * (u + AMX_UNITS) + row * lda);
             _tile_loadd(6, panel + u * AMX_COLUMNS, panel_bytes);
             _tile_loadd(4, a + 2 * u, a_bytes);
             _tile_dpbf16ps(0, 4, 6);

@@ -116,10 +116,10 @@ static inline void expert_strips(const Worker& alone, long rows, long columns, c
 }
 
 // Products of `rows` rows of activations with this thread's columns of an expert's matrix. epilogue: that of gemm.h, with
-// columns counted from that range's begin. panel: panel_floats(depth, D).
+// columns counted from that range's begin. panels: gemm_floats(depth, D).
 template <class F, int D, bool Transposed, bool Interleaved, class Matrix, class Epilogue>
 static inline void expert_product(const Worker& alone, long rows, Range columns, const activation_t<F>* a, long lda,
-                                  const Matrix& matrix, float* panel, const Epilogue& epilogue) {
+                                  const Matrix& matrix, float* panels, const Epilogue& epilogue) {
     const long first = columns.begin, count = columns.end - columns.begin;
     if (count <= 0) return;
     if (rows <= EXPERT_GEMV_ROWS) {
@@ -131,7 +131,7 @@ static inline void expert_product(const Worker& alone, long rows, Range columns,
         return;
     }
     const auto pack = [&](int d, long n0, int n, float* to) { matrix.pack(d, first + n0, n, to); };
-    gemm<F, D>(alone, rows, count, matrix.depth, a, lda, panel, pack, epilogue);
+    gemm<F, D>(alone, rows, count, matrix.depth, a, lda, panels, pack, epilogue);
 }
 
 // Pairs (token * chosen + place) sorted by expert: those of expert e are order[start[e]] to order[start[e + 1]]. An id
@@ -182,7 +182,7 @@ static inline long experts_shared_bytes(const ExpertsShape& s) {
 template <class W, bool Transposed>
 static inline long experts_private_bytes(const ExpertsShape& s) {
     using F = expert_factor<W, Transposed>;
-    return std::max(bytes<float>(panel_floats<F>(s.depth, 2)), bytes<float>(panel_floats<F>(s.inner, 1)));
+    return std::max(bytes<float>(gemm_floats<F>(s.depth, 2)), bytes<float>(gemm_floats<F>(s.inner, 1)));
 }
 
 // out[tokens, depth] = for each token, the sum over its chosen experts of score * (down * gate(gate_up * x)), biases added

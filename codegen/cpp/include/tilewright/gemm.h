@@ -1,9 +1,9 @@
 // Matrix products with many rows (a prompt): arithmetic sets the time.
 //
-// Weights stay row-major; each thread packs a panel of PANEL weight rows, transposed, into its scratch, and multiplies
-// all rows of activations with it, a register tile of up to TILE_ROWS x PANEL sums at a time (bf16 with AMX: four of its
-// tiles). A panel is read from the second-level cache once per register tile, which is rare enough that K need not be
-// blocked for the caches.
+// Weights stay row-major; each thread packs panels of PANEL weight rows, transposed, into its scratch, and multiplies
+// all rows of activations with them, a register tile of up to TILE_ROWS x PANEL sums at a time (bf16 with AMX: four of
+// its tiles). A panel is read from the second-level cache once per register tile, which is rare enough that K need not
+// be blocked for the caches. Activations may be too large for that cache: a few panels share each reading of them.
 #pragma once
 
 #include "amx.h"
@@ -63,10 +63,25 @@ TW_INLINE long units(long k) {
     return (k + packed<W>::per_unit - 1) / packed<W>::per_unit;
 }
 
-// Floats of scratch that one thread needs for `dots` panels (rows of a panel are written in blocks of VW units).
+// Floats of `dots` panels (rows of a panel are written in blocks of VW units).
 template <class W>
 TW_INLINE long panel_floats(long k, int dots) {
     return long(dots) * PANEL * ((units<W>(k) + VW - 1) / VW * VW);
+}
+
+// Columns of a product with `dots` weights that share each reading of the activations, in panels: as many as leave half
+// of a usual second-level cache to these.
+template <class W>
+TW_INLINE long panels_at_once(long k, int dots) {
+    constexpr long most_bytes = 512 * 1024, most = 8;
+    const long fit = most_bytes / (panel_floats<W>(k, dots) * long(sizeof(float)));
+    return fit < 1 ? 1 : fit < most ? fit : most;
+}
+
+// Floats of scratch that one thread needs for gemm with `dots` weights.
+template <class W>
+TW_INLINE long gemm_floats(long k, int dots) {
+    return panels_at_once<W>(k, dots) * panel_floats<W>(k, dots);
 }
 
 // panel[unit][PANEL] from up to PANEL rows of k elements: row(j) is the address of row j < count; the rest is zero.
@@ -181,7 +196,7 @@ static inline Share share_of(const Worker& worker, long rows, long columns) {
 // Products of `rows` rows of activations with D weight rows per column; every worker of the team calls it.
 // pack(d, n0, count, panel) packs the panel of dot d that starts at column n0; epilogue(m0, m, n0, n, tile, per_dot,
 // per_row) receives the product of dot d in row m0 + i and column n0 + j as tile[d * per_dot + i * per_row + j]. scratch:
-// panel_floats(k, D) floats for this worker. Rows: of activations that a register tile holds.
+// gemm_floats(k, D) floats for this worker. Rows: of activations that a register tile holds.
 template <class W, int D, int Rows = TILE_ROWS, class Pack, class Epilogue>
 static inline void gemm(const Worker& worker, long rows, long columns, long k, const activation_t<W>* a, long lda,
                         float* scratch, const Pack& pack, const Epilogue& epilogue) {
@@ -193,17 +208,28 @@ static inline void gemm(const Worker& worker, long rows, long columns, long k, c
     const long tiles = (height + multiplier.rows() - 1) / multiplier.rows();
     constexpr long per_dot = long(Multiplier<W, Rows>::most_rows) * PANEL;
     alignas(64) float tile[D * per_dot];
-    for (long n0 = share.columns.begin; n0 < share.columns.end; n0 += PANEL) {
-        const int n = int(share.columns.end - n0 < PANEL ? share.columns.end - n0 : PANEL);
-        for (int d = 0; d < D; d++) pack(d, n0, n, scratch + d * panel_size);
+    const long step = panels_at_once<W>(k, D) * PANEL;
+    for (long from = share.columns.begin; from < share.columns.end; from += step) {
+        const long to = share.columns.end - from < step ? share.columns.end : from + step;
+        const auto each_panel = [&](const auto& use) {
+            float* panels = scratch;
+            for (long n0 = from; n0 < to; n0 += PANEL, panels += D * panel_size) {
+                use(n0, int(to - n0 < PANEL ? to - n0 : PANEL), panels);
+            }
+        };
+        each_panel([&](long n0, int n, float* panels) {
+            for (int d = 0; d < D; d++) pack(d, n0, n, panels + d * panel_size);
+        });
         for (long t = 0; t < tiles; t++) {
             const long m0 = share.rows.begin + height * t / tiles;
             const int m = int(share.rows.begin + height * (t + 1) / tiles - m0);
-            for (int d = 0; d < D; d++) {
-                multiplier.template multiply<false>(m, a + m0 * lda, lda, scratch + d * panel_size, count,
-                                                    tile + d * per_dot, PANEL);
-            }
-            epilogue(m0, m, n0, n, tile, per_dot, long(PANEL));
+            each_panel([&](long n0, int n, const float* panels) {
+                for (int d = 0; d < D; d++) {
+                    multiplier.template multiply<false>(m, a + m0 * lda, lda, panels + d * panel_size, count,
+                                                        tile + d * per_dot, PANEL);
+                }
+                epilogue(m0, m, n0, n, tile, per_dot, long(PANEL));
+            });
         }
     }
 }
