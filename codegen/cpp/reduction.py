@@ -62,7 +62,7 @@ def print_column_reduction(scalars: Scalars, node: Reduce | Dot, inner: Axis, fi
             with writer.block(for_header(left[0])), scalars.scope([left[0]]):
                 loops(left[1:])
             return
-        if not any(nested(b) for b in bodies):
+        if not any(nested(b, inner.symbol) for b in bodies):
             writer.pragma("omp simd")
         with writer.block(f"for (long j = 0; j < {count}; j++)"), scalars.scope([inner], simd=True):
             writer.line(f"const long {inner.symbol} = {first} + j;")

@@ -198,7 +198,8 @@ class Scalars:
                 self.hoist(bodies)
                 self._loops(inner, kind, bodies, name, node)
             return
-        simd = not self.in_simd and not any(nested(b) for b in bodies)
+        self.hoist(bodies)
+        simd = not self.in_simd and not any(nested(b, axis.symbol) for b in bodies)
         with in_blocks(self.writer, axis, kind, node, name) as (header, partial):
             if simd:
                 self.writer.pragma(f"omp simd reduction({SIMD_REDUCTION[kind]} : {partial})")
@@ -214,10 +215,10 @@ def parts(node: Reduce | Dot) -> tuple[tuple[Axis, ...], str, tuple[Node, ...]]:
 
 
 @lru_cache(maxsize=65536)
-def nested(node: Node) -> bool:
-    """Whether a reduction that varies with its surroundings lies in or below the node."""
-    varies = isinstance(node, Reduce | Dot) and bool(free_symbols(node))
-    return varies or any(nested(c) for c in node.children)
+def nested(node: Node, symbol: sympy.Symbol) -> bool:
+    """Whether a reduction that varies with the symbol lies in or below the node."""
+    varies = isinstance(node, Reduce | Dot) and symbol in free_symbols(node)
+    return varies or any(nested(c, symbol) for c in node.children)
 
 
 @contextmanager

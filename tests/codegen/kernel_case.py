@@ -138,15 +138,21 @@ def rms_scale(b: Builder, x: Value) -> Value:
     return b.add("rsqrt", b.add("add", mean, b.const(1e-5, DType.f32)))
 
 
-def layer_norm(b: Builder, x: Value, weight: Value, bias: Value) -> Value:
-    """LayerNorm in float32, rounded to x's dtype."""
-    dtype, x = x.dtype, cast(b, x, DType.f32)
+def centred(b: Builder, x: Value) -> tuple[Value, Value]:
+    """x - mean(x) of the last axis, and 1 / sqrt(variance(x) + eps), in float32."""
+    x = cast(b, x, DType.f32)
     axis, count = (x.type.rank - 1,), b.const(int(x.shape[-1]), DType.f32)
     mean = b.add("div", b.add("reduce", x, kind="sum", axes=axis, keepdim=True), count)
-    centred = b.add("sub", x, mean)
-    square = b.add("reduce", b.add("mul", centred, centred), kind="sum", axes=axis, keepdim=True)
-    scale = b.add("rsqrt", b.add("add", b.add("div", square, count), b.const(1e-5, DType.f32)))
-    normal = b.add("mul", b.add("mul", centred, scale), cast(b, weight, DType.f32))
+    distance = b.add("sub", x, mean)
+    square = b.add("reduce", b.add("mul", distance, distance), kind="sum", axes=axis, keepdim=True)
+    return distance, b.add("rsqrt", b.add("add", b.add("div", square, count), b.const(1e-5, DType.f32)))
+
+
+def layer_norm(b: Builder, x: Value, weight: Value, bias: Value) -> Value:
+    """LayerNorm in float32, rounded to x's dtype."""
+    dtype = x.dtype
+    distance, scale = centred(b, x)
+    normal = b.add("mul", b.add("mul", distance, scale), cast(b, weight, DType.f32))
     return cast(b, b.add("add", normal, cast(b, bias, DType.f32)), dtype)
 
 

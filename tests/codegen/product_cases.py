@@ -8,7 +8,7 @@ from tilewright.ir.module import Module
 from tilewright.ir.ops import Builder
 from tilewright.ir.types import DType, Value, tensor_type
 
-from .kernel_case import ROWS, Case, case, cast, finish, layer_norm, rms_scale, rows_type, view
+from .kernel_case import ROWS, Case, case, cast, centred, finish, layer_norm, rms_scale, rows_type, view
 
 
 @case("linear", *ROWS, (DType.f64, "many"))
@@ -114,6 +114,18 @@ def gated_product(dtype: DType, rows: str, k: int) -> Case:
     gate, up = (view(b, y, lead, "i0", "i1", f"i2 + {n}") for n in (0, 48))
     silu = b.add("mul", gate, b.add("sigmoid", gate))
     return finish(b, cast(b, b.add("mul", silu, up), dtype), B=2, S=19)
+
+
+@case("norm_behind", (DType.bf16, "many"), (DType.f32, "four"))
+def norm_behind(dtype: DType, rows: str) -> Case:
+    """A LayerNorm without bias, whose scale has moved behind the product: its epilogue needs the variance."""
+    b = Builder()
+    x = b.param_value("x", rows_type(dtype, rows, 64))
+    g, w = b.param_value("g", tensor_type(dtype, [64])), b.param_value("w", tensor_type(dtype, [48, 64]))
+    distance, scale = centred(b, x)
+    row = cast(b, b.add("mul", distance, cast(b, g, DType.f32)), dtype)
+    y = b.add("mul", cast(b, b.add("matmul", row, w), DType.f32), scale)
+    return finish(b, cast(b, y, dtype), B=2, S=19)
 
 
 @case("rope", *ROWS)

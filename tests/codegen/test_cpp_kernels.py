@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,6 +160,22 @@ def _as_close(numbers: tuple[Tensor, ...] | None, dtype: torch.dtype) -> bool:
 
 def test_every_pointwise_op_is_printed() -> None:
     assert set(OPS) == set(POINTWISE)
+
+
+REDUCTION = re.compile(r"^( *)for \(long (k\d+) = .*?^\1\}", re.MULTILINE | re.DOTALL)
+
+
+def test_nothing_is_reduced_again_and_again() -> None:
+    """A reduction within the loop of another one depends on it. A LayerNorm's mean, computed anew for every term of the
+    variance, took most of an encoder's time."""
+    text = print_program(program_of_cases({name: case() for name, case in CASES.items()}))
+    found = 0
+    for outer in REDUCTION.finditer(text):
+        header, inside = outer[0].split("\n", 1)
+        found += 1
+        for inner in REDUCTION.finditer(inside):
+            assert re.search(rf"\b{outer[2]}\b", inner[0]), f"{header}\n{inside}"
+    assert found > 10
 
 
 def test_kernels_say_where_they_come_from() -> None:
