@@ -26,10 +26,13 @@ from pathlib import Path
 from tilewright.ir.errors import CacheError, CompilerNotFoundError, KernelBuildError
 
 HEADERS = Path(__file__).parent / "include"
+# GCC would use half of an AVX-512 register on most processors that have it, which the headers use in full.
+_X86 = platform.machine() in ("x86_64", "AMD64")
+_NATIVE = ("-march=native", "-mprefer-vector-width=512") if _X86 else ("-mcpu=native",)
 FLAGS = (
     "-std=c++17", "-O3", "-fopenmp-simd", "-pthread", "-fPIC", "-shared", "-w",
     # Libraries stay on the machine that they are built on (the key names its processor), so all of it may be used.
-    "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native",
+    *_NATIVE,
     # Sums may be contracted to fused multiply-adds; nobody reads errno or floating-point traps. Infinities and NaNs
     # keep their meaning, so -ffast-math is not among them.
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",

@@ -8,6 +8,8 @@ and multiplies it (``gemm.h``).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from sympy import Integer
 
 from tilewright.codegen.tunables import NONE, Changes, tuned
@@ -17,7 +19,7 @@ from tilewright.ir.types import DType
 from .ctypes_of import STORAGE, scalar
 from .expression import print_index
 from .kernel_context import KernelContext, product
-from .matmul_group import Group, direct_rows, weight_load
+from .matmul_group import Group, rows_in_memory, weight_load
 from .pointwise import print_point, print_stores
 from .quantized import StoredWeight
 from .scalars import Scalars
@@ -32,7 +34,7 @@ class _Printer:
         self.few = group.few_rows
         self.tile = tuned(few_rows_tile(int(group.row_count)) if self.few else Tile(), kernel.changes)
         self.values = group.row_values
-        self.direct = direct_rows(kernel, group)
+        self.in_memory = rows_in_memory(kernel, group)
         self.scalars = Scalars(
             kernel, [group.forms[0].a, *(s.value for g in group.segments for s in g.stores)]
         )
@@ -47,9 +49,15 @@ class _Printer:
         writer.line(f"using W = {self.weight};")
         writer.line("using A = tw::activation_t<W>;")
         writer.line(f"const long k = {print_index(group.depth)}, rows = {print_index(group.row_count)};")
-        writer.line(
-            "const long lda = " + (print_index(self.direct[1]) if self.direct else "tw::padded<W>(k)") + ";"
-        )
+        distance = "tw::padded<W>(k)"
+        if self.in_memory:
+            writer.line(f"constexpr bool direct = {self._is_direct('A')};")
+            distance = f"direct ? {print_index(self.in_memory.distance)} : {distance}"
+        writer.line(f"const long lda = {distance};")
+
+    def _is_direct(self, factor: str) -> str:
+        """Whether rows are multiplied where they lie, as C++."""
+        return f"std::is_same_v<{factor}, {self.in_memory.element}>" if self.in_memory else "false"
 
     def reserve(self) -> None:
         """Say how much scratch the kernel needs for this group."""
@@ -59,8 +67,11 @@ class _Printer:
         needed = []
         if self.few and self.group.stored:
             needed.append(f"{rows} * tw::byte_row_bytes({depth})")
-        if self.direct is None:
-            needed.append(f"tw::bytes<tw::activation_t<{weight}>>({block} * tw::padded<{weight}>({depth}))")
+        factor = f"tw::activation_t<{weight}>"
+        rows_of_factors = f"tw::bytes<{factor}>({block} * tw::padded<{weight}>({depth}))"
+        needed.append(
+            f"({self._is_direct(factor)} ? 0 : {rows_of_factors})" if self.in_memory else rows_of_factors
+        )
         if self.values:
             needed.append(f"{len(self.values)} * tw::bytes<double>({block})")
         if self.tiled:
@@ -76,8 +87,7 @@ class _Printer:
         writer = self.writer
         rows = "rows" if self.few else f"std::min<long>({self.tile.row_block}, rows)"
         writer.line(f"[[maybe_unused]] char* scratch = {'own' if self.few else 'shared'};")
-        if self.direct is None:
-            writer.line(f"A* a = tw::carve<A>(scratch, {rows} * lda);")
+        writer.line(f"A* a = {self._unless_direct(f'tw::carve<A>(scratch, {rows} * lda)', 'nullptr')};")
         for n, value in enumerate(self.values):
             kind = scalar(value.dtype)
             writer.line(f"{kind}* row{n} = tw::carve<{kind}>(scratch, {rows});")
@@ -91,23 +101,36 @@ class _Printer:
     def prologue(self, begin: str, end: str, base: str) -> None:
         """Fill rows ``begin`` to ``end`` of the scratch, which starts at row ``base``."""
         writer, scalars, form = self.writer, self.scalars, self.group.forms[0]
-        if self.direct is not None and not self.values:
-            return
         with writer.block(f"for (long row = {begin}; row < {end}; row++)"), scalars.scope(self.group.rows):
             self._row_symbols("row")
             scalars.hoist(self.values)
             for n, value in enumerate(self.values):
                 writer.line(f"row{n}[row - {base}] = {scalars.text(value)};")
-            if self.direct is None:
-                scalars.hoist([form.a])
-                writer.line(f"A* to = a + (row - {base}) * lda;")
-                writer.pragma("omp simd")
-                k = form.k.symbol
-                with writer.block(f"for (long {k} = 0; {k} < k; {k}++)"), scalars.scope([form.k], simd=True):
-                    writer.line(
-                        f"to[{k}] = tw::to_activation<W, {STORAGE[form.a.dtype]}>({scalars.text(form.a)});"
-                    )
-                writer.line("for (long i = k; i < lda; i++) to[i] = A{};")
+            if self.in_memory and self.values:
+                writer.line("if (direct) continue;")
+            scalars.hoist([form.a])
+            writer.line(f"A* to = a + (row - {base}) * lda;")
+            writer.pragma("omp simd")
+            k = form.k.symbol
+            with writer.block(f"for (long {k} = 0; {k} < k; {k}++)"), scalars.scope([form.k], simd=True):
+                writer.line(
+                    f"to[{k}] = tw::to_activation<W, {STORAGE[form.a.dtype]}>({scalars.text(form.a)});"
+                )
+            writer.line("for (long i = k; i < lda; i++) to[i] = A{};")
+
+    def _unless_direct(self, otherwise: str, direct: str) -> str:
+        return f"direct ? {direct} : {otherwise}" if self.in_memory else otherwise
+
+    def rows(self, first: str) -> str:
+        """The address of the rows from row ``first`` on: where they lie, or in the scratch."""
+        direct = (
+            f"reinterpret_cast<const A*>({self.in_memory.first}) + {first} * lda" if self.in_memory else ""
+        )
+        return self._unless_direct("a", direct)
+
+    def preparing(self) -> AbstractContextManager[None]:
+        """A block of what need not run where rows are used where they lie, and nothing is reduced of them."""
+        return self.writer.block("if (!direct)" if self.in_memory and not self.values else "")
 
     def _row_symbols(self, row: str) -> None:
         if len(self.group.rows) > 1:
@@ -259,12 +282,14 @@ def print_matmuls(kernel: KernelContext, group: Group) -> None:
 
 def _print_few_rows(printer: _Printer) -> None:
     writer = printer.writer
-    printer.prologue("0", "rows", "0")
-    if printer.direct:
-        writer.line(f"const A* a = {printer.direct[0]};")
+    with printer.preparing():
+        printer.prologue("0", "rows", "0")
+    writer.line(f"const A* from = {printer.rows('0')};")
     stored = printer.group.stored
     if stored is not None:
-        writer.line("for (long row = 0; row < rows; row++) tw::round_row(a + row * lda, k, byte_rows[row]);")
+        writer.line(
+            "for (long row = 0; row < rows; row++) tw::round_row(from + row * lda, k, byte_rows[row]);"
+        )
     for number, (form, segment) in enumerate(zip(printer.group.forms, printer.group.segments, strict=True)):
         with writer.block():
             columns = print_index(product([a.extent for a in form.columns]))
@@ -279,25 +304,23 @@ def _print_few_rows(printer: _Printer) -> None:
             shape = f"{printer.group.row_count}, {len(form.dots)}, {printer.tile.unroll}, {printer.tile.weight_rows}"
             call = f"tw::gemv<W, {shape}>"
             spare = "scratch" if printer.tiled else "nullptr"
-            writer.line(f"{call}(worker, {columns}, k, a, lda, weight_row, epilogue, {spare});")
+            writer.line(f"{call}(worker, {columns}, k, from, lda, weight_row, epilogue, {spare});")
 
 
 def _print_blocks(printer: _Printer) -> None:
     writer, size = printer.writer, printer.tile.row_block
-    with writer.block(f"for (long block = 0; block < rows; block += {size})"):
-        writer.line(f"const long height = std::min<long>({size}, rows - block);")
-        prepared = printer.direct is None or bool(printer.values)
-        if prepared:
-            with writer.block():
-                writer.line("const tw::Range mine = tw::split(worker, height);")
-                printer.prologue("block + mine.begin", "block + mine.end", "block")
+    writer.line(f"const long even = tw::even_blocks(rows, {size});")
+    with writer.block("for (long block = 0; block < rows; block += even)"):
+        writer.line("const long height = std::min<long>(even, rows - block);")
+        with printer.preparing():
+            writer.line("const tw::Range mine = tw::split(worker, height);")
+            printer.prologue("block + mine.begin", "block + mine.end", "block")
             writer.line("worker.barrier();")
-        if printer.direct:
-            writer.line(f"const A* a = {printer.direct[0]} + block * lda;")
+        writer.line(f"const A* from = {printer.rows('block')};")
         for number in range(len(printer.group.forms)):
             with writer.block():
                 _print_product(printer, number)
-        if prepared:
+        with printer.preparing():
             writer.line("if (block + height < rows) worker.barrier();")
 
 
@@ -315,4 +338,4 @@ def _print_product(printer: _Printer, number: int) -> None:
     extent = print_index(product([a.extent for a in form.columns]))
     writer.line("float* panels = reinterpret_cast<float*>(own);")
     shape = f"{len(form.dots)}" + (f", {printer.tile.tile_rows}" if printer.tile.tile_rows else "")
-    writer.line(f"tw::gemm<W, {shape}>(worker, height, {extent}, k, a, lda, panels, pack, epilogue);")
+    writer.line(f"tw::gemm<W, {shape}>(worker, height, {extent}, k, from, lda, panels, pack, epilogue);")

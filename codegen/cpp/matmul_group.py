@@ -22,6 +22,7 @@ from tilewright.ir.loops import (
 )
 from tilewright.ir.types import DType
 
+from .ctypes_of import STORAGE
 from .expression import print_index
 from .kernel_context import KernelContext, coefficient, contains, product
 from .quantized import GROUP, MAX_ROWS, StoredWeight, stored_weights
@@ -132,13 +133,24 @@ def matmul_groups(segments: tuple[Segment, ...]) -> tuple[list[Group], list[Segm
     return made, others
 
 
-def direct_rows(kernel: KernelContext, group: Group) -> tuple[str, Expr] | None:
-    """Address of the first row and distance of rows, when the row operand lies in memory as the product reads it."""
+@dataclass(frozen=True)
+class RowsInMemory:
+    """Rows of activations that lie in memory as a product reads them, if it multiplies what they are stored as: bf16
+    are multiplied by some processors, which the printed text does not know.
+
+    first: address of the first row. distance: elements from row to row. element: what they are stored as, in C++.
+    """
+
+    first: str
+    distance: Expr
+    element: str
+
+
+def rows_in_memory(kernel: KernelContext, group: Group) -> RowsInMemory | None:
+    """Where the row operand of a group lies; None where it is computed, or its rows are not runs of whole vectors at
+    equal distances."""
     a, k = group.forms[0].a, group.forms[0].k
-    # Whether rows of bf16 are used as they are depends on the processor, which this text does not know.
-    if not isinstance(a, Load) or a.indirect or a.dtype is not DType.f32:
-        return None
-    if group.weight not in (DType.f32, DType.f8):
+    if not isinstance(a, Load) or a.indirect or a.dtype not in (DType.f32, DType.bf16):
         return None
     if not k.extent.is_Integer or k.extent % 32 != 0:
         return None
@@ -158,4 +170,5 @@ def direct_rows(kernel: KernelContext, group: Group) -> tuple[str, Expr] | None:
             return None
         inner *= axis.extent
     start = offset.xreplace({s: Integer(0) for s in ranges})
-    return f"{kernel.names[a.value]} + {print_index(start)}", k.extent if distance is None else distance
+    first = f"{kernel.names[a.value]} + {print_index(start)}"
+    return RowsInMemory(first, k.extent if distance is None else distance, STORAGE[a.dtype])

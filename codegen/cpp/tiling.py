@@ -22,7 +22,7 @@ class Tile:
     unroll: int = 1
     weight_rows: int = 1
     tile_rows: int = 0
-    row_block: int = 512
+    row_block: int = 1024
 
 
 def few_rows_tile(rows: int) -> Tile:

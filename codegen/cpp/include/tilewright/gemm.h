@@ -181,6 +181,12 @@ class Multiplier {
     Tiles tiles_;
 };
 
+// Rows of equal blocks, of at most `most` each, in whole tiles of a matrix unit.
+static inline long even_blocks(long rows, long most) {
+    const long blocks = (rows + most - 1) / most, size = (rows + blocks - 1) / blocks;
+    return (size + 31) / 32 * 32;
+}
+
 // This worker's rectangle of the result: columns are split first, rows only when there are too few panels.
 struct Share {
     Range rows, columns;
