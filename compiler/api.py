@@ -21,7 +21,6 @@ from tilewright.passes.base import PassOptions
 from tilewright.passes.last_tokens import last_tokens
 from tilewright.passes.narrow_cache import kept_wide as wide_cache
 from tilewright.passes.pipeline import run_passes
-from tilewright.passes.plan_memory import plan_memory
 from tilewright.passes.quantize_weights import kept_wide
 from tilewright.runtime.device import is_out_of_memory
 from tilewright.runtime.engine import Engine
@@ -93,7 +92,8 @@ def compile(
     model: a Hugging Face model of text or images, or any module when ``example_inputs`` (a tuple of arguments or a dict
     of keyword arguments) is given; in eval mode. It is left as it was and still runs; the weights are shared with it.
     batch_sizes: a program is built for each; a batch in between runs in the next one up. A batch counts beams and
-    returned sequences. An encoder runs a larger batch in several goes, unless it compares texts with images.
+    returned sequences. An encoder takes any batch, in goes of as many rows as memory is planned for (2,048 tokens, or
+    the largest of ``batch_sizes``), unless it compares texts with images.
     max_length: longest sequence, prompt and new tokens together; by default 2048 or what the model can. For an
     encoder-decoder the longest text on either side.
     weights: "int8" or "fp8" (e4m3; both have one scale per output channel) or "int4" (scale and minimum per 32 columns)
@@ -169,7 +169,7 @@ class _Compilation:
             phases, modules = self._recall(phases, modules)
         with self._stage("plan"):
             programs = [
-                plan_memory(module, phase.name, phase.phase, phase.batch, self.options.max_length)
+                phase.plan(module, self.options.max_length)
                 for module, phase in zip(modules, phases, strict=True)
             ]
             if once := [p for p in programs if p.phase == PER_REQUEST]:
@@ -449,7 +449,7 @@ class _Compilation:
     ) -> Report:
         options = self.options
         kernels = () if built.from_cache is None else (("kernels", built.from_cache),)
-        largest = {name: high for name, _, high in programs[-1].symbols}
+        largest = dict(programs[-1].largest[0])
         largest.update(T=largest.get("S", 1), L=1)
         floats = {
             str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.is_floating_point()

@@ -55,9 +55,11 @@ class Needs:
 
 def _most_held(program: Program) -> int:
     """Bytes that the results of a program take at its largest sizes."""
-    largest = {name: high for name, _, high in program.symbols}
-    results = (b.type for _, b in program.of_kind(BufferKind.output))
-    return sum(math.prod(concrete(t.shape, largest)) * t.dtype.itemsize for t in results)
+    results = [b.type for _, b in program.of_kind(BufferKind.output)]
+    return max(
+        sum(math.prod(concrete(t.shape, sizes)) * t.dtype.itemsize for t in results)
+        for sizes in program.largest
+    )
 
 
 def require_memory(programs: Sequence[Program], weights: Mapping[str, Tensor], options: Options) -> None:

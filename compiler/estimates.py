@@ -59,7 +59,7 @@ def estimates(
 ) -> tuple[KernelEstimate, ...]:
     """Every distinct kernel of a program at the given sizes of its dims, in order."""
     env = Environment.of(program, False, tunables, device)
-    sizes = {name: high for name, _, high in program.symbols} | dict(dims)
+    sizes = {**program.largest[0], **dims}
     runs: dict[str, int] = {}
     for step, _, _ in program.trace():
         runs[step.name] = runs.get(step.name, 0) + 1

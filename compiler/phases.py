@@ -36,6 +36,10 @@ from .report import PhaseReport
 PER_REQUEST = "per_request"
 """The phase of what a decoder computes of an encoder's states, once per request: keys and values of cross-attention."""
 
+TOKENS_OF_FORWARD, LEAST_LENGTH = 2048, 16
+"""Tokens that an encoder runs at once at least, of all its sequences together; shorter sequences count as of the least
+length."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -46,6 +50,11 @@ class Phase:
     batch: int
     passes: PassOptions
     ranges: Mapping[str, tuple[int, int]]
+    together: tuple[Mapping[str, int], ...] = ()
+
+    def plan(self, module: Module, capacity: int) -> Program:
+        """The program of what the passes have made."""
+        return plan_memory(module, self.name, self.phase, self.batch, capacity, self.together)
 
 
 @dataclass(frozen=True)
@@ -96,13 +105,8 @@ def phases_of(
         plain_rows=PLAIN_ROWS[options.backend],
         plain_weights=PLAIN_ROWS[options.backend],
     )
-    known = {name: (low, high) for name, low, high in lowered.symbols}
     if captured.kind != "decoder":
-        batches = ("B", "I") if captured.kind == "encoder" else ()
-        ranges = {name: (1, options.max_batch) for name in batches if name in known}
-        if "S" in known:
-            ranges["S"] = (1, min(known["S"][1], options.max_length))
-        return [Phase("forward", "forward", options.max_batch, grouped, ranges)]
+        return [_forward(captured, lowered, options, grouped)]
     context = {"T": (1, options.max_length)}
     once: list[Phase] = []
     if captured.per_request:
@@ -134,6 +138,37 @@ def phases_of(
     if options.autotune == "off" or options.weights or not measures(options):
         return [*decode, *once, ours]
     return [*decode, *once, ours, vendor]
+
+
+def _forward(captured: CapturedFacts, lowered: Module, options: Options, passes: PassOptions) -> Phase:
+    """The only program of a model without KV state.
+
+    An encoder takes many short rows, or few long ones: as many as make the largest batch at full length, or
+    ``TOKENS_OF_FORWARD`` tokens.
+    """
+    known = {name: (low, high) for name, low, high in lowered.symbols}
+    batches: list[str] = [name for name in ("B", "I") if name in known and captured.kind == "encoder"]
+    ranges: dict[str, tuple[int, int]] = dict.fromkeys(batches, (1, options.max_batch))
+    together: list[dict[str, int]] = []
+    length = min(known["S"][1], options.max_length) if "S" in known else 0
+    if length:
+        ranges["S"] = (1, length)
+    if length and batches == ["B"]:
+        tokens = max(options.max_batch * length, TOKENS_OF_FORWARD)
+        rows = max(options.max_batch, tokens // length)
+        while rows <= tokens // LEAST_LENGTH or not together:
+            together.append({"B": rows, "S": min(length, tokens // rows)})
+            rows *= 2
+        ranges["B"] = (1, together[-1]["B"])
+    elif batches == ["B"]:
+        ranges["B"] = (1, max(options.max_batch, TOKENS_OF_FORWARD // _positions(lowered)))
+    return Phase("forward", "forward", options.max_batch, passes, ranges, tuple(together))
+
+
+def _positions(module: Module) -> int:
+    """The most positions, such as patches of an image, of a row of a module that has no dim for them."""
+    shapes = (v.shape[1:] for op in module.main.ops for v in op.results if v.type.rank == 3)
+    return max((int(min(s)) for s in shapes if all(d.is_Integer for d in s)), default=TOKENS_OF_FORWARD)
 
 
 def rounded_rows(backend: str, weights: str, batch: int) -> str:
@@ -180,10 +215,7 @@ def plan_programs(model: nn.Module, options: Options) -> list[Program]:
         phases = quantized_phases(phases, options, ())
     parts = Parts.of(captured, lowered)
     modules = [run_passes(parts.module(phase), phase.passes) for phase in phases]
-    return [
-        plan_memory(module, phase.name, phase.phase, phase.batch, options.max_length)
-        for module, phase in zip(modules, phases, strict=True)
-    ]
+    return [phase.plan(module, options.max_length) for module, phase in zip(modules, phases, strict=True)]
 
 
 def rival_phases(phases: list[Phase]) -> list[int]:

@@ -8,9 +8,12 @@ is an error.
 
 from __future__ import annotations
 
+import math
+
 from .errors import VerifyError
 from .loops import PRIMITIVES, elementwise_inputs, scalarize
-from .program import Buffer, BufferKind, Program, Step
+from .program import Buffer, BufferKind, Program, Step, physical_shape
+from .types import concrete
 
 
 def check_plan(program: Program) -> None:
@@ -19,6 +22,10 @@ def check_plan(program: Program) -> None:
     for number, buffer in arena.items():
         if buffer.offset < 0 or buffer.offset + buffer.nbytes > program.arena_bytes:
             raise VerifyError(f"{program.name}: buffer {number} ({buffer.name}) lies outside the arena")
+        if buffer.nbytes < _most_bytes(buffer, program):
+            raise VerifyError(
+                f"{program.name}: buffer {number} ({buffer.name}) has no room for its largest value"
+            )
     overlaps = {
         n: [m for m, other in arena.items() if m != n and _overlap(buffer, other)]
         for n, buffer in arena.items()
@@ -33,6 +40,11 @@ def check_plan(program: Program) -> None:
         for n in writes:
             intact -= set(overlaps.get(n, ()))
         intact |= {n for n in writes if n in arena}
+
+
+def _most_bytes(buffer: Buffer, program: Program) -> int:
+    shape, item = physical_shape(buffer.type, program.capacity), buffer.type.dtype.itemsize
+    return max(item * math.prod(concrete(shape, sizes)) for sizes in program.largest)
 
 
 def _overlap(a: Buffer, b: Buffer) -> bool:

@@ -8,7 +8,7 @@ parts. This module is the only one that the runtime imports; it re-exports the e
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -30,9 +30,12 @@ from .types import DType, TensorType, Value, concrete
 
 __all__ = [
     "Buffer", "BufferKind", "CacheError", "Call", "CompilerNotFoundError", "DType", "DeviceError", "InputError",
-    "KernelBuildError", "OptionError", "Program", "Routine", "Step", "TensorType", "TilewrightError", "Value",
-    "VerifyError", "concrete", "physical_shape", "run_torch_call",
+    "KernelBuildError", "OptionError", "Program", "Routine", "Sizes", "Step", "TensorType", "TilewrightError", "Value",
+    "VerifyError", "concrete", "largest_sizes", "physical_shape", "run_torch_call",
 ]  # fmt: skip
+
+Sizes = Mapping[str, int]
+"""Of dims, by their names."""
 
 
 class BufferKind(enum.Enum):
@@ -97,7 +100,8 @@ class Program:
     """A phase ("decode", "prefill" or "forward") for batches up to ``batch`` rows.
 
     symbols: name -> inclusive range of each dim that is known at run time only. capacity: the largest T, at which
-    KV states and masks are laid out. arena_bytes: size of the arena; nothing else is allocated while running.
+    KV states and masks are laid out. arena_bytes: size of the arena; nothing else is allocated while running. together:
+    the largest sizes of dims that may occur together, where that are not the largest of each.
     """
 
     name: str
@@ -109,6 +113,12 @@ class Program:
     routines: tuple[Routine, ...]
     calls: tuple[Call, ...]
     arena_bytes: int
+    together: tuple[Sizes, ...] = ()
+
+    @property
+    def largest(self) -> tuple[Sizes, ...]:
+        """Sizes of all dims, in each of which a dim can be no larger without another being smaller."""
+        return largest_sizes(self.symbols, self.together)
 
     def of_kind(self, kind: BufferKind) -> tuple[tuple[int, Buffer], ...]:
         """(number, buffer) of every buffer of a kind, in order."""
@@ -139,6 +149,14 @@ class Program:
         return print_program(self)
 
 
+def largest_sizes(
+    symbols: Sequence[tuple[str, int, int]], together: Sequence[Mapping[str, int]] = ()
+) -> tuple[Sizes, ...]:
+    """The largest sizes of all dims: of those that ``together`` names as it has them, of others their own."""
+    highs = {name: high for name, _, high in symbols}
+    return tuple(highs | dict(sizes) for sizes in together) or (highs,)
+
+
 def physical_shape(type: TensorType, capacity: int) -> tuple[sympy.Expr, ...]:
     """The dims that a buffer is laid out with (row-major): T counts its full capacity, so that a growing context never
     moves what is there; all else is contiguous at the sizes of the call."""
@@ -151,7 +169,11 @@ def print_program(program: Program) -> str:
     lines = [
         f"program {program.name} phase {program.phase} batch {program.batch} arena {program.arena_bytes} bytes"
     ]
-    lines += [f"symbols {ranges or 'none'}", "", "buffers"]
+    lines += [f"symbols {ranges or 'none'}"]
+    if program.together:
+        sizes = (" ".join(f"{name} {size}" for name, size in t.items()) for t in program.together)
+        lines.append(f"together at most {' or '.join(sizes)}")
+    lines += ["", "buffers"]
     for n, b in enumerate(program.buffers):
         place = f" @ {b.offset} + {b.nbytes}" if b.kind is BufferKind.arena else ""
         lines.append(f"  {n}: {b.kind.value} {b.name}: {b.type}{place}")

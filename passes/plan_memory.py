@@ -15,7 +15,8 @@ planner of Pisarchyk and Lee, "Efficient memory management for deep neural net i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -23,7 +24,17 @@ import networkx as nx
 from tilewright.ir.check_plan import check_plan
 from tilewright.ir.loops import PRIMITIVES, elementwise_inputs, scalarize
 from tilewright.ir.module import Function, Module, Op
-from tilewright.ir.program import Buffer, BufferKind, Call, Program, Routine, Step, physical_shape
+from tilewright.ir.program import (
+    Buffer,
+    BufferKind,
+    Call,
+    Program,
+    Routine,
+    Sizes,
+    Step,
+    largest_sizes,
+    physical_shape,
+)
 from tilewright.ir.recurrent import state_of
 from tilewright.ir.reference import join_scope
 from tilewright.ir.types import Value, concrete
@@ -67,22 +78,31 @@ class _FunctionPlan:
         return frozenset(pairs)
 
 
-def plan_memory(module: Module, name: str, phase: str, batch: int, capacity: int) -> Program:
-    """Plan a fused module whose symbols' upper bounds are the sizes to plan for.
+def plan_memory(
+    module: Module,
+    name: str,
+    phase: str,
+    batch: int,
+    capacity: int,
+    together: Sequence[Mapping[str, int]] = (),
+) -> Program:
+    """Plan a fused module whose symbols' upper bounds are the sizes to plan for; or, where there are any, those that
+    may occur ``together``.
 
     capacity: the length that KV states and masks are laid out for. Raises VerifyError when the plan fails its check.
     """
-    planner = _Planner(module, capacity)
+    planner = _Planner(module, capacity, tuple(map(dict, together)))
     program = planner.program(name, phase, batch)
     check_plan(program)
     return program
 
 
 class _Planner:
-    def __init__(self, module: Module, capacity: int) -> None:
+    def __init__(self, module: Module, capacity: int, together: tuple[Sizes, ...]) -> None:
         self.module = module
         self.capacity = capacity
-        self.highs = {name: high for name, _, high in module.symbols}
+        self.together = together
+        self.largest = largest_sizes(module.symbols, together)
         self.plans: dict[str, _FunctionPlan] = {}
         called = {op.attr("callee") for f in module.functions for op in f.ops if op.opcode == "call"}
         for function in module.functions:
@@ -91,9 +111,8 @@ class _Planner:
         self.main = self._plan(module.main, entry=True)
 
     def _nbytes(self, value: Value) -> int:
-        size = value.dtype.itemsize
-        for dim in concrete(physical_shape(value.type, self.capacity), self.highs):
-            size *= dim
+        shape = physical_shape(value.type, self.capacity)
+        size = value.dtype.itemsize * max(math.prod(concrete(shape, sizes)) for sizes in self.largest)
         return -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
 
     # -- one function ------------------------------------------------------------------------------------------
@@ -215,7 +234,7 @@ class _Planner:
         flush()
         return Program(
             name, phase, batch, self.module.symbols, self.capacity, tuple(table.buffers), tuple(routines),
-            tuple(calls), self.main.nbytes,
+            tuple(calls), self.main.nbytes, self.together,
         )  # fmt: skip
 
     def _frame(self, op: Op, bound: Mapping[Value, int], table: _Buffers) -> dict[Value, int]:

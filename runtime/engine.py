@@ -340,7 +340,7 @@ class Engine:
             )
         dims: dict[str, int] = {}
         ready = {i.name: self._check_input(i, inputs.get(i.name), dims) for i in self.spec.inputs}
-        rows = next((high for name, _, high in self.spec.symbols if name == "B"), 0)
+        rows = self.spec.rows_at_once(dims)
         if self.spec.is_per_row and dims.get("B", 0) > rows > 0:
             parts = [
                 self.forward({n: t[i : i + rows] for n, t in ready.items()})
@@ -361,6 +361,11 @@ class Engine:
                 if name in ("S", "E") and high == self.spec.max_length:
                     remedy = f"; compile with max_length={dims[name]} or more, if the model can, or pass a shorter text"
                 raise InputError(f"dim {name} is {dims[name]}, but this model takes {low} to {high}{remedy}")
+        if 0 < self.spec.rows_at_once(dims) < dims.get("B", 0):
+            raise InputError(
+                f"a batch of {dims['B']} at these sizes is more than the {self.spec.rows_at_once(dims)} that memory is "
+                f"planned for; compile with batch_sizes=({dims['B']},) or split the batch"
+            )
 
     def _check_input(self, spec: TensorSpec, value: Tensor | None, dims: dict[str, int]) -> Tensor:
         if value is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 
-from tilewright.ir.program import BufferKind, Program, TensorType, concrete, physical_shape
+from tilewright.ir.program import BufferKind, Program, Sizes, TensorType, concrete, physical_shape
 
 if TYPE_CHECKING:
     from .kv_state import RequestState
@@ -167,9 +167,10 @@ class PerRequest:
 class EngineSpec:
     """Everything that the engine knows about a compiled model; plain data.
 
-    symbols: inclusive range of each dim. outputs: a decoder's first one is what its steps return: logits[B, L, V], or
-    the hidden states of a model without a head. positions: how position ids default, counted from the past length
-    or over the attended keys of the mask (as OPT does). slots, recurrent: what a request keeps between calls.
+    symbols: inclusive range of each dim. largest: sizes that memory is planned for, as ``Program.largest``. outputs: a
+    decoder's first one is what its steps return: logits[B, L, V], or the hidden states of a model without a head.
+    positions: how position ids default, counted from the past length or over the attended keys of the mask (as OPT
+    does). slots, recurrent: what a request keeps between calls.
     per_request: what its steps read unchanged, of a decoder that attends to an encoder.
     """
 
@@ -178,6 +179,7 @@ class EngineSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     symbols: tuple[tuple[str, int, int], ...] = ()
+    largest: tuple[Sizes, ...] = ()
     slots: tuple[StateSlot, ...] = ()
     recurrent: tuple[RecurrentSlot, ...] = ()
     vocab_size: int = 0
@@ -217,6 +219,7 @@ class EngineSpec:
             inputs=specs(BufferKind.input),
             outputs=specs(BufferKind.output),
             symbols=program.symbols,
+            largest=program.largest,
             slots=slots,
             recurrent=recurrent,
             vocab_size=vocab_size,
@@ -231,6 +234,14 @@ class EngineSpec:
         """True for an encoder whose tensors have a row per member of one batch: rows do not depend on each other."""
         firsts = {str(t.type.shape[0]) if t.type.shape else "" for t in (*self.inputs, *self.outputs)}
         return self.kind == "encoder" and firsts == {"B"}
+
+    def rows_at_once(self, dims: Sizes) -> int:
+        """The largest batch that memory is planned for at the other sizes in ``dims``; 0 where one is too large."""
+
+        def fits(sizes: Sizes) -> bool:
+            return all(dims[name] <= high for name, high in sizes.items() if name != "B" and name in dims)
+
+        return max((sizes.get("B", 0) for sizes in self.largest if fits(sizes)), default=0)
 
     def input(self, name: str) -> TensorSpec | None:
         """The input of that name, or None when the program reads none."""

@@ -41,7 +41,7 @@ class Environment:
     @staticmethod
     def of(program: Program, interpret: bool, tunables: Tunables, device: Device) -> Environment:
         """The environment of a program's kernels."""
-        largest = {name: high for name, _, high in program.symbols} | {"T": program.capacity}
+        largest = {**program.largest[0], "T": program.capacity}
         return Environment(
             program.capacity,
             largest,

@@ -17,6 +17,7 @@ from tilewright.ir.module import Op, make_attrs
 from tilewright.ir.parser import parse_module
 from tilewright.ir.program import Step
 from tilewright.ir.types import Value, tensor_type
+from tilewright.reference_executor import ReferenceExecutor
 from tilewright.report import Report, size_text
 
 from .models import tiny
@@ -101,10 +102,34 @@ def test_a_plain_module_keeps_its_calling_convention() -> None:
         fast((1.0, pair[1]), scale)
 
 
+def test_an_encoder_takes_many_short_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as make the tokens that memory is planned for, and longer ones in more goes; nobody names a batch."""
+    model = tiny("bert", layers=1)
+    fast = tw.compile(model, backend="reference", max_length=32)
+    batches: list[int] = []
+    run = ReferenceExecutor.run
+
+    def counted(self: Any, inputs: Any, dims: dict[str, int], *rest: Any) -> None:
+        batches.append(dims["B"])
+        run(self, inputs, dims, *rest)
+
+    monkeypatch.setattr(ReferenceExecutor, "run", counted)
+    for rows, length, goes in ((100, 5, [100]), (70, 32, [64, 6]), (130, 17, [64, 64, 2])):
+        ids = torch.randint(1, 128, (rows, length))
+        mask = torch.ones_like(ids)
+        mask[rows // 2, length // 2 :] = 0
+        with torch.no_grad():
+            expected = model(ids, attention_mask=mask)
+        batches.clear()
+        result = fast(ids, attention_mask=mask)
+        assert batches == goes
+        torch.testing.assert_close(result.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-5)
+
+
 def test_an_encoder_runs_large_batches_in_several_goes() -> None:
     model = tiny("bert", layers=1)
     fast = tw.compile(model, batch_sizes=(2,), **REFERENCE)
-    ids = torch.randint(1, 128, (5, 6))
+    ids = torch.randint(1, 128, (300, 6))
     mask = torch.ones_like(ids)
     mask[3, 4:] = 0
     with torch.no_grad():

@@ -44,6 +44,30 @@ def program(buffers: list[Buffer], routines: list[Routine], calls: list[Call], a
     return Program("p", "forward", 1, (), 16, tuple(buffers), tuple(routines), tuple(calls), arena)
 
 
+def test_a_buffer_has_room_for_its_value_at_every_size() -> None:
+    """One that is planned for the least size, or for one of two that occur."""
+    rows = parse_module(
+        "func @main(%x: f32[B, S]) -> () { %y = kernel %x [ %y = neg %x : f32[B, S] ] : f32[B, S] }"
+    )
+    op = rows.main.ops[0]
+    for room, together in ((4 * 64 * 8, ()), (4 * 64, ({"B": 8, "S": 8}, {"B": 64, "S": 1}))):
+        for size in (room, room - 1):
+            buffers = (
+                Buffer("x", BufferKind.input, op.operands[0].type),
+                Buffer("y", BufferKind.arena, op.result.type, 0, size),
+            )
+            routine = Routine("r", (op.operands[0], op.result), (Step(op, (0,), (1,)),))
+            symbols = (("B", 1, 64), ("S", 1, 8))
+            made = Program(
+                "p", "forward", 1, symbols, 16, buffers, (routine,), (Call(0, (0, 1)),), room, together
+            )
+            if size == room:
+                check_plan(made)
+            else:
+                with pytest.raises(VerifyError, match=r"buffer 1 \(y\) has no room for its largest value"):
+                    check_plan(made)
+
+
 @st.composite
 def programs(draw: st.DrawFn) -> Program:
     """One to four calls of two routines with random buffers at random places; most plans of this kind are wrong."""

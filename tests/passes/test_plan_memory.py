@@ -9,13 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.programs import fused, planned, run_program
+from tests.programs import CAPACITY, fused, planned, run_program
 from tests.strategies import Case, examples, modules
 from tilewright.ir.check_plan import check_plan
+from tilewright.ir.parser import parse_module
 from tilewright.ir.program import BufferKind, Program
 from tilewright.ir.types import DType
 from tilewright.passes.base import PassOptions
 from tilewright.passes.pipeline import run_passes
+from tilewright.passes.plan_memory import plan_memory
 from tilewright.reference_executor import ReferenceExecutor
 from tilewright.runtime.executor import Executor
 
@@ -58,6 +60,21 @@ def test_random_plans_never_overlap(case: Case) -> None:
     for _, buffer in program.of_kind(BufferKind.arena):
         assert buffer.nbytes > 0
         assert buffer.offset % 64 == 0
+
+
+def test_sizes_that_occur_together_share_the_arena_of_one_of_them() -> None:
+    """Many short rows, or few long ones: not many long ones."""
+    module = parse_module(
+        "entry @main\nsymbol B [1, 64]\nsymbol S [1, 8]\n"
+        "func @main(%x: f32[B, S, 4], %w: f32[4, 4]) -> (%z) {\n"
+        "  %y = matmul %x, %w : f32[B, S, 4]\n  %z = matmul %y, %w : f32[B, S, 4]\n}"
+    )
+    fused = run_passes(module, PassOptions())
+    free = plan_memory(fused, "forward", "forward", 0, CAPACITY)
+    bound = plan_memory(fused, "forward", "forward", 0, CAPACITY, [{"B": 8, "S": 8}, {"B": 64, "S": 1}])
+    assert free.largest == ({"B": 64, "S": 8},)
+    assert (free.arena_bytes, bound.arena_bytes) == (64 * 8 * 4 * 4, 64 * 4 * 4)
+    assert "together at most B 8 S 8 or B 64 S 1" in str(bound)
 
 
 @examples(40)
