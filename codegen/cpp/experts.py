@@ -43,8 +43,12 @@ def print_experts(kernel: KernelContext, op: Op) -> None:
     arguments = ", ".join([*pointers, kernel.names[op.result]])
     interleaved = str(gate.interleaved).lower()
     writer.line(f"tw::experts<{kinds}, {interleaved}>(worker, shape, {arguments}, shared, own, gate);")
-    kernel.workspace.shared.append(f"tw::experts_shared_bytes<{kinds}>(tw::ExpertsShape{{{size_list}, 0}})")
-    kernel.workspace.private.append(f"tw::experts_private_bytes<{kinds}>(tw::ExpertsShape{{{size_list}, 0}})")
+    kernel.workspace.shared.append(
+        f"tw::experts_shared_bytes<{STORAGE[x.dtype]}>(tw::ExpertsShape{{{size_list}, 0}})"
+    )
+    kernel.workspace.private.append(
+        f"tw::experts_private_bytes<{STORAGE[x.dtype]}>(tw::ExpertsShape{{{size_list}, 0}})"
+    )
 
 
 def _gate_lines(gate: Gate) -> list[str]:

@@ -2,8 +2,8 @@
 // those of chosen experts are read.
 //
 // Pairs of token and chosen expert are sorted by expert, and are then rows of products: up to EXPERT_GEMV_ROWS rows of an
-// expert (a decode step) stream its weights, as gemv.h does or strip by strip; more are multiplied as in gemm.h. Threads share the columns of
-// every product. A thread has the same columns in each, so that it alone adds up those of the result.
+// expert (a decode step) stream its weights, as gemv.h does or strip by strip; more are multiplied as in gemm.h. Threads
+// share the columns of every product. A thread has the same columns in each, so that it alone adds up those of the result.
 #pragma once
 
 #include "gemm.h"
@@ -37,18 +37,41 @@ struct ExpertMatrix {
             pack_panel<W>(panel, count, depth, [&](int j) { return row(d, n0 + j); });
         } else {
             const W* from = weights + row_of(d, n0);
-            constexpr long step = Interleaved ? D : 1;
-            for (long k = 0; k < depth; k++, from += rows, panel += PANEL) {
-                for (int j = 0; j < count; j++) panel[j] = to_f32(from[j * step]);
-                for (int j = count; j < PANEL; j++) panel[j] = 0.0f;
+            const long padded_units = (units<W>(depth) + VW - 1) / VW * VW;
+            for (long unit = 0; unit < padded_units; unit++, panel += PANEL) {
+                const long k = unit * packed<W>::per_unit;
+                for (int j = k < depth ? count : 0; j < PANEL; j++) panel[j] = 0.0f;
+                if (k >= depth) continue;
+                for (int row = 0; row < packed<W>::per_unit; row++) request(from + (k + AHEAD + row) * rows, count);
+                pack_unit(from + k * rows, k + 1 < depth, count, panel);
+            }
+        }
+    }
+
+    static constexpr long AHEAD = 32;  // rows of transposed weights, which no hardware foresees
+    static constexpr long step = Interleaved ? D : 1;  // from column to column of those
+
+    // Prefetch a row of transposed weights; one behind the last may be named, too.
+    static void request(const W* row, int count) {
+        const char* first = reinterpret_cast<const char*>(row);
+        for (long byte = 0; byte < count * step * long(sizeof(W)); byte += 64) prefetch_now(first + byte);
+    }
+
+    // One row of a panel, from one row of transposed weights or from a pair of them.
+    void pack_unit(const W* from, bool is_pair, int count, float* panel) const {
+        if constexpr (packed<W>::per_unit == 1) {
+#pragma omp simd
+            for (int j = 0; j < count; j++) panel[j] = to_f32(from[j * step]);
+        } else {
+            const W* second = is_pair ? from + rows : from;
+            const uint32_t both = is_pair ? 0xffffffffu : 0xffffu;
+#pragma omp simd
+            for (int j = 0; j < count; j++) {
+                panel[j] = bit_cast<float>((from[j * step].bits | uint32_t(second[j * step].bits) << 16) & both);
             }
         }
     }
 };
-
-// The type whose activations multiply weights W: panels of transposed weights hold floats.
-template <class W, bool Transposed>
-using expert_factor = std::conditional_t<Transposed, float, W>;
 
 template <class F, int M, int D, class Matrix, class Epilogue>
 static inline void expert_gemv(const Worker& alone, long rows, long columns, const activation_t<F>* a, long lda,
@@ -66,7 +89,7 @@ constexpr int EXPERT_WIDTH = 64;  // columns of transposed weights that are summ
 // out[m][j] = sum over k of a[m * lda + k] * from[k * stride + j], for j < width: a strip of transposed weights, walked
 // downwards. What lies `ahead` rows further down is prefetched, since no hardware follows such strides.
 template <int M, class W>
-static inline void strip(const float* a, long lda, const W* from, long stride, long depth, int width, long ahead,
+static inline void strip(const activation_t<W>* a, long lda, const W* from, long stride, long depth, int width, long ahead,
                          float (&out)[M][EXPERT_WIDTH]) {
     constexpr int V = EXPERT_WIDTH / VW;
     for (int m = 0; m < M; m++)
@@ -83,7 +106,7 @@ static inline void strip(const float* a, long lda, const W* from, long stride, l
                 const int left = width - v * VW;
                 if (left <= 0) break;
                 const vf w = left >= VW ? vload(row + v * VW) : vload_n(row + v * VW, left);
-                for (int m = 0; m < M; m++) sum[m][v] = vfma(vset(a[m * lda + k]), w, sum[m][v]);
+                for (int m = 0; m < M; m++) sum[m][v] = vfma(vset(to_f32(a[m * lda + k])), w, sum[m][v]);
             }
         }
         for (int m = 0; m < M; m++)
@@ -92,11 +115,11 @@ static inline void strip(const float* a, long lda, const W* from, long stride, l
 }
 
 // expert_gemv for transposed weights.
-template <int M, int D, bool Interleaved, class Matrix, class Epilogue>
-static inline void expert_strips(const Worker& alone, long rows, long columns, const float* a, long lda,
+template <class F, int M, int D, bool Interleaved, class Matrix, class Epilogue>
+static inline void expert_strips(const Worker& alone, long rows, long columns, const activation_t<F>* a, long lda,
                                  const Matrix& matrix, long first, const Epilogue& epilogue) {
     if (rows != M) {
-        if constexpr (M > 1) expert_strips<M - 1, D, Interleaved>(alone, rows, columns, a, lda, matrix, first, epilogue);
+        if constexpr (M > 1) expert_strips<F, M - 1, D, Interleaved>(alone, rows, columns, a, lda, matrix, first, epilogue);
         return;
     }
     constexpr int across = Interleaved ? D : 1, most = EXPERT_WIDTH / across;
@@ -124,7 +147,7 @@ static inline void expert_product(const Worker& alone, long rows, Range columns,
     if (count <= 0) return;
     if (rows <= EXPERT_GEMV_ROWS) {
         if constexpr (Transposed) {
-            expert_strips<EXPERT_GEMV_ROWS, D, Interleaved>(alone, rows, count, a, lda, matrix, first, epilogue);
+            expert_strips<F, EXPERT_GEMV_ROWS, D, Interleaved>(alone, rows, count, a, lda, matrix, first, epilogue);
         } else {
             expert_gemv<F, EXPERT_GEMV_ROWS, D>(alone, rows, count, a, lda, matrix, first, epilogue);
         }
@@ -174,15 +197,14 @@ struct ExpertsScratch {
     }
 };
 
-template <class W, bool Transposed>
+template <class W>
 static inline long experts_shared_bytes(const ExpertsShape& s) {
-    return ExpertsScratch<expert_factor<W, Transposed>>::nbytes(s);
+    return ExpertsScratch<W>::nbytes(s);
 }
 // Of each thread: panels of the two products, one after the other.
-template <class W, bool Transposed>
+template <class W>
 static inline long experts_private_bytes(const ExpertsShape& s) {
-    using F = expert_factor<W, Transposed>;
-    return std::max(bytes<float>(gemm_floats<F>(s.depth, 2)), bytes<float>(gemm_floats<F>(s.inner, 1)));
+    return std::max(bytes<float>(gemm_floats<W>(s.depth, 2)), bytes<float>(gemm_floats<W>(s.inner, 1)));
 }
 
 // out[tokens, depth] = for each token, the sum over its chosen experts of score * (down * gate(gate_up * x)), biases added
@@ -191,9 +213,8 @@ template <class W, bool Transposed, bool Interleaved, class Id, class Score, cla
 static inline void experts(const Worker& worker, const ExpertsShape& s, const W* x, const Id* ids, const Score* scores,
                            const W* gate_up, const W* down, const W* gate_up_bias, const W* down_bias, W* out,
                            char* shared, char* own, const Gate& gate) {
-    using F = expert_factor<W, Transposed>;
-    const ExpertsScratch<F> scratch(s, shared);
-    const long lda = padded<F>(s.depth), ldh = padded<F>(s.inner), pairs = s.tokens * s.chosen;
+    const ExpertsScratch<W> scratch(s, shared);
+    const long lda = padded<W>(s.depth), ldh = padded<W>(s.inner), pairs = s.tokens * s.chosen;
     Team solo(1, s.prefetch_bytes);
     const Worker alone{solo, 0};
     const Range hidden_columns = split(worker, s.inner, 16), columns = split(worker, s.depth, 16);
@@ -208,10 +229,11 @@ static inline void experts(const Worker& worker, const ExpertsShape& s, const W*
         const Range mine = split(worker, end - begin);
         for (long i = mine.begin; i < mine.end; i++) {
             const W* from = x + scratch.order[begin + i] / s.chosen * s.depth;
-            activation_t<F>* to = scratch.rows + i * lda;
-            for (long k = 0; k < s.depth; k++) to[k] = to_activation<F, W>(to_f32(from[k]));
-            for (long k = s.depth; k < lda; k++) to[k] = activation_t<F>{};
-            for (long k = s.inner; k < ldh; k++) scratch.hidden[i * ldh + k] = activation_t<F>{};
+            activation_t<W>* to = scratch.rows + i * lda;
+#pragma omp simd
+            for (long k = 0; k < s.depth; k++) to[k] = to_activation<W, W>(to_f32(from[k]));
+            for (long k = s.depth; k < lda; k++) to[k] = activation_t<W>{};
+            for (long k = s.inner; k < ldh; k++) scratch.hidden[i * ldh + k] = activation_t<W>{};
         }
         worker.barrier();
         const auto each_expert = [&](const auto& multiply) {
@@ -226,7 +248,8 @@ static inline void experts(const Worker& worker, const ExpertsShape& s, const W*
             const auto epilogue = [&](long m0, int m, long n0, int n, const float* tile, long per_dot, long per_row) {
                 for (int i = 0; i < m; i++) {
                     const float* sums = tile + i * per_row;
-                    activation_t<F>* to = scratch.hidden + (from - begin + m0 + i) * ldh + hidden_columns.begin + n0;
+                    activation_t<W>* to = scratch.hidden + (from - begin + m0 + i) * ldh + hidden_columns.begin + n0;
+#pragma omp simd
                     for (int j = 0; j < n; j++) {
                         float g = sums[j], u = sums[per_dot + j];
                         if (bias != nullptr) {
@@ -234,12 +257,12 @@ static inline void experts(const Worker& worker, const ExpertsShape& s, const W*
                             g += to_f32(bias[matrix.row_of(0, column)]);
                             u += to_f32(bias[matrix.row_of(1, column)]);
                         }
-                        to[j] = to_activation<F, W>(gate(g, u));
+                        to[j] = to_activation<W, W>(gate(g, u));
                     }
                 }
             };
-            const activation_t<F>* a = scratch.rows + (from - begin) * lda;
-            expert_product<F, 2, Transposed, Interleaved>(alone, rows, hidden_columns, a, lda, matrix, panel, epilogue);
+            const activation_t<W>* a = scratch.rows + (from - begin) * lda;
+            expert_product<W, 2, Transposed, Interleaved>(alone, rows, hidden_columns, a, lda, matrix, panel, epilogue);
         });
         worker.barrier();
         each_expert([&](long e, long from, long rows) {
@@ -251,11 +274,12 @@ static inline void experts(const Worker& worker, const ExpertsShape& s, const W*
                     const long pair = scratch.order[from + m0 + i];
                     const float score = float(to_f32(scores[pair]));
                     float* to = scratch.total + pair / s.chosen * s.depth + columns.begin + n0;
+#pragma omp simd
                     for (int j = 0; j < n; j++) to[j] += score * (bias == nullptr ? sums[j] : sums[j] + to_f32(bias[n0 + j]));
                 }
             };
-            const activation_t<F>* a = scratch.hidden + (from - begin) * ldh;
-            expert_product<F, 1, Transposed, false>(alone, rows, columns, a, ldh, matrix, panel, epilogue);
+            const activation_t<W>* a = scratch.hidden + (from - begin) * ldh;
+            expert_product<W, 1, Transposed, false>(alone, rows, columns, a, ldh, matrix, panel, epilogue);
         });
     }
     for (long t = 0; t < s.tokens; t++) {
