@@ -88,6 +88,9 @@ CASES = {
     "gates and ups in turn": ExpertsCase(7, 2, 4, 33, 19, attrs={"interleaved": True}),
     "transposed": ExpertsCase(7, 2, 4, 33, 19, attrs={"transposed": True}),
     "transposed, one token": ExpertsCase(1, 3, 4, 150, 77, attrs={"transposed": True}),
+    "transposed, odd and wide in bf16": ExpertsCase(
+        30, 2, 3, 71, 301, DType.bf16, DType.bf16, {"transposed": True}
+    ),
     "clamped": ExpertsCase(9, 2, 4, 70, 50, attrs=CLAMPED),
     "clamped, all of it": ExpertsCase(9, 2, 4, 70, 50, attrs={**CLAMPED, **BIASED, "transposed": True}),
     "clamped, all of it in bf16": ExpertsCase(

@@ -29,7 +29,13 @@ from .kernel_case import Case
 from .random_programs import worst_excess
 
 ALL = tuple(CASES)
-SOME = ("odd sizes", "bf16", "bf16, many tokens", "clamped, all of it")
+SOME = (
+    "odd sizes",
+    "bf16",
+    "bf16, many tokens",
+    "transposed, odd and wide in bf16",
+    "clamped, all of it in bf16",
+)
 
 
 @pytest.fixture(scope="module")
