@@ -38,6 +38,7 @@ def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
         writer.line(f"shape.{name} = {kernel.names[value]};")
     if "distances" in extras:
         writer.line(f"shape.distance_count = {print_index(extras['distances'].shape[1])};")
+        writer.line("shape.narrow_by_distance();")
     if "mask" in extras:
         row = kernel.offset(extras["mask"], (Integer(1), Integer(0)), {})
         writer.line(f"shape.mask_row = {print_index(row)};")

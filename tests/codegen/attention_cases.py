@@ -87,6 +87,16 @@ def attention_distances(dtype: DType, queries: object, keys: object) -> Case:
     return attend("attention", dtype, 16, slot="", extras=extras, queries=queries, keys=keys, causal=False)
 
 
+@case("attention_around", (DType.f32,), (DType.bf16,), (DType.f64,))
+def attention_around(dtype: DType) -> Case:
+    """A window of keys on both sides of each query, as a table that hides what is outside; whole steps of keys are."""
+    extras = ("mask", "distances")
+    made = attend("attention", dtype, 16, slot="", extras=extras, queries=66, keys=520, causal=False)
+    places = (torch.arange(27) - 13).abs()
+    table = torch.where(places <= 9, 0.1 * places, -1e30).float()
+    return Case(made.module, made.dims, {**made.given, "distances": table.expand(6, -1).contiguous()})
+
+
 @case("attention_reach", *((d, w) for d in (DType.f32, DType.bf16, DType.f64) for w in (0, 7)))
 def attention_reach(dtype: DType, window: int) -> Case:
     """Queries that see beyond themselves; a window hides nothing that comes after its query."""

@@ -25,7 +25,11 @@ static inline void attend_row(const AttentionShape& s, long batch, long head, lo
         score *= s.scale_f64;
         if (s.softcap > 0.0f) score = s.softcap * std::tanh(score / s.softcap);
         if (s.slopes != nullptr) score += double(s.slopes[head]) * double(j - s.position(query));
-        if (s.distances != nullptr) score += double(s.by_distance(head, query, j));
+        if (s.distances != nullptr) {
+            float bias = 0.0f;
+            s.add_by_distance(head, query, j, 1, &bias);
+            score += double(bias);
+        }
         const double highest = score > top ? score : top;
         const double old = std::exp(top - highest), weight = std::exp(score - highest);
         const double* value = v + s.v.at(batch, group, j);

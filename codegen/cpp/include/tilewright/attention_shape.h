@@ -36,6 +36,7 @@ struct AttentionShape {
     long distance_count = 1;
     const int64_t* reach = nullptr;  // [batch, queries]: the last key that each query sees; or null
     long prefetch_bytes = 0;  // how far ahead of their use keys and values are requested
+    long behind = 1L << 40, ahead = 1L << 40;  // of keys that `distances` does not hide: how far away from their query
 
     // The highest score of a row before any key: its head's sink, where there are any (their weight is then 1).
     template <class T>
@@ -50,16 +51,38 @@ struct AttentionShape {
     long heads_per_group() const { return heads / groups; }
     // Where a query stands in the context.
     long position(long query) const { return keys - queries + query; }
-    // The bias of a key in the table of a head, which goes on with its first and last number beyond its ends.
-    float by_distance(long head, long query, long key) const {
-        const long middle = distance_count / 2, place = middle + key - position(query);
-        return distances[head * distance_count + (place < 0 ? 0 : place < distance_count ? place : distance_count - 1)];
+    // A window of keys around each query is a table of distances that hides what is outside, for all heads: those keys
+    // need not be looked at.
+    void narrow_by_distance() {
+        const long middle = distance_count / 2;
+        long first = distance_count, last = -1;  // places that some head shows
+        for (long head = 0; head < heads; head++) {
+            const float* table = distances + head * distance_count;
+            for (long i = 0; i < first; i++) first = table[i] > 0.5f * MASKED ? i : first;
+            for (long i = distance_count - 1; i > last; i--) last = table[i] > 0.5f * MASKED ? i : last;
+        }
+        // The ends of a table stand for all that is further away.
+        if (first > 0) behind = middle - first;
+        if (last < distance_count - 1) ahead = last - middle;
     }
-    // The keys that causality and window leave to a query; neither end is before that of the query before.
+    // Add to the scores of `count` keys their biases in the table of a head, which goes on with its first and last number
+    // beyond its ends.
+    void add_by_distance(long head, long query, long first, int count, float* scores) const {
+        const float* table = distances + head * distance_count;
+        const long place = distance_count / 2 + first - position(query);
+        const auto until = [&](long end) { return int(end < 0 ? 0 : end < count ? end : count); };
+        const int begin = until(-place), end = until(distance_count - place);
+        for (int j = 0; j < begin; j++) scores[j] += table[0];
+#pragma omp simd
+        for (int j = begin; j < end; j++) scores[j] += table[place + j];
+        for (int j = end; j < count; j++) scores[j] += table[distance_count - 1];
+    }
+    // The keys that causality, window and distances leave to a query; neither end is before that of the query before.
     Range visible(long b, long query) const {
         const long at = position(query), last = reach != nullptr ? long(reach[b * queries + query]) : at;
-        const long begin = window > 0 && at - window + 1 > 0 ? at - window + 1 : 0;
-        return {begin < keys ? begin : keys, causal && last + 1 < keys ? last + 1 : keys};
+        const long back = window > 0 && window - 1 < behind ? window - 1 : behind;
+        const long begin = at - back > 0 ? at - back : 0, end = at + ahead + 1 < keys ? at + ahead + 1 : keys;
+        return {begin < keys ? begin : keys, causal && last + 1 < end ? last + 1 : end};
     }
 };
 
@@ -78,7 +101,7 @@ static inline void finish_scores(const AttentionShape& s, long batch, long head,
         for (int j = 0; j < count; j++) scores[j] += slope * float(distance + j);
     }
     if (s.distances != nullptr) {
-        for (int j = 0; j < count; j++) scores[j] += s.by_distance(head, query, first + j);
+        s.add_by_distance(head, query, first, count, scores);
     }
     const Range visible = s.visible(batch, query);
     for (int j = 0; j < count && first + j < visible.begin; j++) scores[j] = MASKED;
