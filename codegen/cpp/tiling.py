@@ -4,8 +4,8 @@
   iteration go into sums of their own, since one sum would wait for its own latency; with more rows of activations there
   are enough sums without. ``weight_rows`` are walked side by side, which saves loads of activations but opens streams.
 * Many rows (prefill): ``tile_rows`` rows of activations meet a panel of weights in registers; what fits differs with
-  the instruction set, so 0 leaves it to the header. ``row_block`` rows are prepared at a time: their prologue is
-  computed once for all columns, and they should stay in the second cache.
+  the instruction set, so 0 leaves it to the header. Up to ``row_block`` rows are prepared at a time: their prologue is
+  computed once for all columns, and each panel of weights is packed once for all of them.
 """
 
 from __future__ import annotations
