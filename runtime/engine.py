@@ -361,10 +361,10 @@ class Engine:
                 if name in ("S", "E") and high == self.spec.max_length:
                     remedy = f"; compile with max_length={dims[name]} or more, if the model can, or pass a shorter text"
                 raise InputError(f"dim {name} is {dims[name]}, but this model takes {low} to {high}{remedy}")
-        if 0 < self.spec.rows_at_once(dims) < dims.get("B", 0):
+        if 0 < (rows := self.spec.rows_at_once(dims)) < dims.get("B", 0):
             raise InputError(
-                f"a batch of {dims['B']} at these sizes is more than the {self.spec.rows_at_once(dims)} that memory is "
-                f"planned for; compile with batch_sizes=({dims['B']},) or split the batch"
+                f"a batch of {dims['B']} at these sizes is more than the {rows} that memory is planned for; compile "
+                f"with batch_sizes=({dims['B']},) or split the batch"
             )
 
     def _check_input(self, spec: TensorSpec, value: Tensor | None, dims: dict[str, int]) -> Tensor:

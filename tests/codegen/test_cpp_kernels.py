@@ -113,6 +113,13 @@ def test_every_walk_that_a_tuner_may_try(number: int, folder: Path) -> None:
         check_case(name, PRODUCTS, 2, folder, tunables)
 
 
+@pytest.mark.parametrize("rows", [16, 20, 32])
+def test_rows_in_several_blocks(rows: int, folder: Path) -> None:
+    """38 rows, prepared so many at a time, in scratch that has room for no more."""
+    name = "linear-bf16-many"
+    check_case(name, (name,), 2, folder, {name: {"row_block": rows}})
+
+
 def walks() -> dict[str, tuple[Changes, ...]]:
     return {name: candidates(case_of(name, PRODUCTS).kernel) for name in PRODUCTS}
 

@@ -114,12 +114,10 @@ struct PromptBlock {
 
     // Scores of row r become weights of its values, and what it summed before is scaled to them.
     void weigh(int r, float* scores, F* weights, long first, int count) {
-        const float unscaled = s.scores_are_products() ? s.scale : 1.0f;
-        if (!s.scores_are_products()) {
-            for (int j = 0; j < count; j++) scores[j] *= s.scale;
-        }
+        const bool scale_last = s.scores_are_products();
+        for (int j = 0; j < count && !scale_last; j++) scores[j] *= s.scale;
         finish_scores(s, batch, head[r], query[r], first, count, scores);
-        const float factor = softmax[r].update(scores, count, Scratch::step, unscaled, weights);
+        const float factor = softmax[r].update(scores, count, Scratch::step, scale_last ? s.scale : 1.0f, weights);
         if (factor != 1.0f) {
             for (int c = 0; c < DVP; c++) buffers.acc[r * DVP + c] *= factor;
         }

@@ -37,8 +37,7 @@ struct ExpertMatrix {
             pack_panel<W>(panel, count, depth, [&](int j) { return row(d, n0 + j); });
         } else {
             const W* from = weights + row_of(d, n0);
-            const long padded_units = (units<W>(depth) + VW - 1) / VW * VW;
-            for (long unit = 0; unit < padded_units; unit++, panel += PANEL) {
+            for (long unit = 0; unit < panel_rows<W>(depth); unit++, panel += PANEL) {
                 const long k = unit * packed<W>::per_unit;
                 for (int j = k < depth ? count : 0; j < PANEL; j++) panel[j] = 0.0f;
                 if (k >= depth) continue;

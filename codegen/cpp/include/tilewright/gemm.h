@@ -63,10 +63,16 @@ TW_INLINE long units(long k) {
     return (k + packed<W>::per_unit - 1) / packed<W>::per_unit;
 }
 
-// Floats of `dots` panels (rows of a panel are written in blocks of VW units).
+// Rows of a panel, which are written in blocks of VW units.
+template <class W>
+TW_INLINE long panel_rows(long k) {
+    return (units<W>(k) + VW - 1) / VW * VW;
+}
+
+// Floats of `dots` panels.
 template <class W>
 TW_INLINE long panel_floats(long k, int dots) {
-    return long(dots) * PANEL * ((units<W>(k) + VW - 1) / VW * VW);
+    return long(dots) * PANEL * panel_rows<W>(k);
 }
 
 // Columns of a product with `dots` weights that share each reading of the activations, in panels: as many as leave half
@@ -183,8 +189,8 @@ class Multiplier {
 
 // Rows of equal blocks, of at most `most` each, in whole tiles of a matrix unit.
 static inline long even_blocks(long rows, long most) {
-    const long blocks = (rows + most - 1) / most, size = (rows + blocks - 1) / blocks;
-    return (size + 31) / 32 * 32;
+    const long blocks = (rows + most - 1) / most, size = (rows + blocks - 1) / blocks, whole = (size + 31) / 32 * 32;
+    return whole < most ? whole : most;
 }
 
 // This worker's rectangle of the result: columns are split first, rows only when there are too few panels.
