@@ -69,7 +69,7 @@ def _product(op: Op, dims: Mapping[str, int], device: torch.device) -> float:
 def _attention(op: Op, dims: Mapping[str, int], device: torch.device) -> float:
     shapes = [concrete(v.shape, dims) for v in op.operands[:3]]
     q, k, v = (_random(shape, op, device) for shape in shapes)
-    causal = q.shape[2] > 1
+    causal = op.attr("causal") and q.shape[2] > 1
     return peer_seconds(
         lambda: scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]),
         device,

@@ -204,6 +204,7 @@ def _plain(op: Op, dims: Mapping[str, int]) -> bool:
     return (
         not op.attr("softcap")
         and not op.attr("window")
+        and not op.attr("ahead")
         and extras in ((), ("mask",))
         and (new in (1, context) or not op.attr("causal"))
     )

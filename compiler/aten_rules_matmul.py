@@ -129,6 +129,7 @@ def opaque_attention(
     scale: float,
     softcap: float,
     window: int,
+    ahead: int,
     causal: bool,
 ) -> Value:
     """``tilewright::attention``: q, k, v [B,H,S,D] -> [B,S,H,Dv]; ``ctx.slot`` names the KV state, or is empty."""
@@ -138,7 +139,7 @@ def opaque_attention(
     }  # fmt: skip
     extras = {name: ctx.cast(value, dtype) for name, (value, dtype) in given.items() if value is not None}
     out = ctx.builder.add(
-        "attention", q, k, v, *extras.values(), extras=tuple(extras) or None,
+        "attention", q, k, v, *extras.values(), extras=tuple(extras) or None, ahead=ahead or None,
         scale=scale, softcap=softcap, window=window, causal=causal, slot=ctx.slot,
     )  # fmt: skip
     return ctx.permute(out, (0, 2, 1, 3))

@@ -21,7 +21,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from .capture_masks import Pattern, note_pattern, pattern_of
+from .capture_distances import Distances
+from .capture_masks import distances_in, note_distances
 from .capture_ops import LAYER
 
 
@@ -61,12 +62,12 @@ class LayerRecord:
         """Equal for two calls of alike layers with alike arguments, but for the sizes of tensor arguments."""
         kinds = tuple((x.ndim, x.dtype) for x in self.inputs)
         leaves = str(self.spec), freeze(self.leaves), self.positions
-        return module_signature(self.layer.module), *leaves, kinds, self.patterns
+        return module_signature(self.layer.module), *leaves, kinds, self.distances
 
     @property
-    def patterns(self) -> tuple[Pattern | None, ...]:
+    def distances(self) -> tuple[Distances | None, ...]:
         """What is noted on each tensor argument that is a mask."""
-        return tuple(pattern_of(x) for x in self.inputs)
+        return tuple(distances_in(x) for x in self.inputs)
 
     def names(self) -> tuple[str, ...]:
         """A readable name for each tensor argument: that of the parameter of forward, and where in it."""
@@ -201,12 +202,12 @@ class LayerForward(nn.Module):
         super().__init__()
         self.layer = record.layer.module
         self._spec, self._leaves, self._positions = record.spec, record.leaves, record.positions
-        self._patterns = record.patterns
+        self._distances = record.distances
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
         leaves = list(self._leaves)
-        for position, tensor, pattern in zip(self._positions, inputs, self._patterns, strict=True):
-            note_pattern(tensor, pattern)
+        for position, tensor, distances in zip(self._positions, inputs, self._distances, strict=True):
+            note_distances(tensor, distances)
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         # Hooks of the layer itself ran in the outer graph already, so call forward, not the module.

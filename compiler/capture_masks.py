@@ -1,57 +1,46 @@
 """What a mask of transformers' ``masking_utils`` says: which keys a query sees besides those that are padding.
 
-A model builds one mask per pattern and gives each attention one of them; its eager and SDPA attention look at nothing
-else. (What a module passes as ``sliding_window`` and ``is_causal`` is for kernels that take no mask, and some modules
-pass nothing.) Here each of those masks stays the 2-D mask of keys, an object of its own that its pattern is noted on,
-and the note goes where the object goes, into layers that are exported by themselves too.
+A model builds one mask per kind of layer and gives each attention one of them; its eager and SDPA attention look at
+nothing else. (What a module passes as ``sliding_window`` and ``is_causal`` is for kernels that take no mask, and some
+modules pass nothing.) Here each of those masks stays the 2-D mask of keys, an object of its own, on which the distances
+of the keys that it shows are noted, and the note goes where the object goes, into layers that are exported by
+themselves too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import (
-    and_masks,
-    bidirectional_mask_function,
-    causal_mask_function,
-    sliding_window_bidirectional_overlay,
-    sliding_window_overlay,
-)
+from transformers.masking_utils import causal_mask_function
 
 from tilewright.ir.errors import CaptureError
 
-_NOTE = "_tilewright_pattern"
-_HIDDEN = -1e30  # finite, as a row without any key to see is to stay free of NaN
+from .capture_distances import ALL, CAUSAL, Distances, InexpressibleError, distances_of
+
+_NOTE = "_tilewright_distances"
 
 
-@dataclass(frozen=True)
-class Pattern:
-    """Query q sees key k where ``k <= q``, if causal; where ``q - k < behind``, if not 0; and where ``|q - k| <=
-    around``, if not None."""
-
-    causal: bool = False
-    behind: int = 0
-    around: int | None = None
-
-    def __and__(self, other: Pattern) -> Pattern:
-        behind = [p.behind for p in (self, other) if p.behind]
-        around = [p.around for p in (self, other) if p.around is not None]
-        return Pattern(self.causal or other.causal, min(behind, default=0), min(around, default=None))
-
-
-def pattern_of(mask: Tensor | None) -> Pattern | None:
+def distances_in(mask: Tensor | None) -> Distances | None:
     """What is noted on a mask; None where it did not come from ``masking_utils``."""
     return getattr(mask, _NOTE, None)
 
 
-def note_pattern(mask: Tensor, pattern: Pattern | None) -> None:
-    """Note on a mask what ``pattern_of`` will say of it."""
-    if pattern is not None:
-        setattr(mask, _NOTE, pattern)
+def note_distances(mask: Tensor, distances: Distances | None) -> None:
+    """Note on a mask what ``distances_in`` will say of it."""
+    if distances is not None:
+        setattr(mask, _NOTE, distances)
+
+
+def bounds_of(distances: Distances) -> dict[str, bool | int]:
+    """The attributes of an attention whose queries see keys at these distances, themselves among them."""
+    causal = distances.highest == 0
+    window = 0 if math.isinf(distances.lowest) else 1 - int(distances.lowest)
+    ahead = 0 if causal or math.isinf(distances.highest) else 1 + int(distances.highest)
+    return {"causal": causal, "window": window, "ahead": ahead}
 
 
 def mask_forward(
@@ -59,57 +48,27 @@ def mask_forward(
     mask_function: Callable[..., Any] = causal_mask_function,
     batch_size: Any = 1,
     kv_length: Any = 1,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
     device: Any = None,
     **_: Any,
 ) -> Tensor | None:
     """What transformers calls in place of building an array over queries and keys."""
-    pattern = _read(mask_function)
-    if pattern is None:
+    try:
+        distances = distances_of(mask_function)
+        if not distances.lowest <= 0 <= distances.highest:
+            raise InexpressibleError("a query that does not see itself")
+    except InexpressibleError as error:
         raise CaptureError(
-            f"unsupported attention: the mask pattern {mask_function.__qualname__} is neither causal, "
-            "bidirectional nor a sliding window; run this model with Hugging Face instead"
-        )
+            f"unsupported attention: the mask {mask_function.__qualname__} does not leave each query the keys up to "
+            f"some distance before and after it ({error}); run this model with Hugging Face instead"
+        ) from error
     if attention_mask is None:
-        if not pattern.behind and pattern.around is None:
+        if (allow_is_causal_skip and distances == CAUSAL) or (
+            allow_is_bidirectional_skip and distances == ALL
+        ):
             return None  # whether it is causal the module says, as it does to PyTorch's attention
         attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    own = torch.ops.aten.alias.default(attention_mask)  # the same keys may be masked in other patterns too
-    note_pattern(own, pattern)
+    own = torch.ops.aten.alias.default(attention_mask)  # the same keys may be masked in other ways too
+    note_distances(own, distances)
     return own
-
-
-def window_table(around: int, query: Tensor) -> Tensor:
-    """A bias by distance f32[H, R] that hides all keys but those up to ``around`` away, of query [B, H, S, D].
-
-    Distances beyond a table's ends count as its ends.
-    """
-    places = torch.arange(-around - 1, around + 2, device=query.device)
-    row = torch.where(places.abs() <= around, 0.0, _HIDDEN)
-    return row.expand(query.shape[1], -1)
-
-
-def _read(mask_function: Callable[..., Any]) -> Pattern | None:
-    """The pattern that a function of ``masking_utils`` tests, or None for one that the attention op cannot express."""
-    if mask_function is causal_mask_function:
-        return Pattern(causal=True)
-    if mask_function is bidirectional_mask_function:
-        return Pattern()
-    code = mask_function.__code__
-    cells = [cell.cell_contents for cell in mask_function.__closure__ or ()]
-    if code is _BEHIND:
-        return Pattern(behind=int(cells[0]))
-    if code is _AROUND:
-        return Pattern(around=int(cells[0]))
-    if code is not _ALL:
-        return None
-    whole = Pattern()
-    for part in cells[0]:
-        if (found := _read(part)) is None:
-            return None
-        whole = whole & found
-    return whole
-
-
-_BEHIND = sliding_window_overlay(1).__code__
-_AROUND = sliding_window_bidirectional_overlay(1).__code__
-_ALL = and_masks(causal_mask_function).__code__

@@ -20,14 +20,15 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from tilewright.ir.errors import CaptureError
 
-from .capture_masks import mask_forward, pattern_of, window_table
+from .capture_distances import ALL, CAUSAL
+from .capture_masks import bounds_of, distances_in, mask_forward
 
 IMPLEMENTATION = "tilewright"
 
 _LIB = torch.library.Library("tilewright", "DEF")
 _LIB.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, Tensor? slopes, "
-    "Tensor? distances, float scale, float softcap, int window, bool causal) -> Tensor"
+    "Tensor? distances, float scale, float softcap, int window, int ahead, bool causal) -> Tensor"
 )
 _LIB.define("layer(Tensor x, Tensor[] rest, int index) -> Tensor")
 _LIB.define("causal_conv1d(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -92,7 +93,6 @@ def attention_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
@@ -104,11 +104,11 @@ def attention_forward(
 
     query, key, value [B, H, S, D] give [B, S, H, D]. ``s_aux`` [H] are sinks, under the name that transformers has for
     them; ``slopes`` f32[H] are those of ALiBi, and a ``position_bias`` f32[H, R] is a table by distance (False: there
-    is none): only ``capture_patches`` passes such. What is noted on a mask goes before ``sliding_window`` and
+    is none): only ``capture_patches`` passes such. What is noted on a mask goes before
     ``is_causal``. Raises CaptureError for a bias or a mask that the op cannot express.
     """
-    distances = None if position_bias is False else position_bias
-    arrays = {"head_mask": extra.get("head_mask"), "position_bias": distances}
+    table = None if position_bias is False else position_bias
+    arrays = {"head_mask": extra.get("head_mask"), "position_bias": table}
     for name, array in arrays.items():
         if array is not None and array.ndim != 2:
             raise CaptureError(
@@ -120,16 +120,11 @@ def attention_forward(
             f"unsupported attention: {type(module).__name__} builds a {attention_mask.ndim}-D mask of its own; only "
             "models whose mask comes from transformers.masking_utils can be compiled"
         )
-    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-    if (pattern := pattern_of(attention_mask)) is not None:
-        causal, sliding_window = pattern.causal, pattern.behind
-        if pattern.around is not None:
-            if distances is not None:
-                raise CaptureError(
-                    f"unsupported attention: {type(module).__name__} has a bias by distance and a window on both "
-                    "sides of a query, of which the attention op takes one; run this model with Hugging Face instead"
-                )
-            distances = window_table(pattern.around, query)
+    distances = distances_in(attention_mask)
+    if distances is None:  # then the module alone says
+        causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+        distances = CAUSAL if causal else ALL
+    bounds = bounds_of(distances)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = ATTENTION(
         query,
@@ -138,11 +133,12 @@ def attention_forward(
         attention_mask,
         s_aux,
         slopes,
-        distances,
+        table,
         float(scale),
         float(softcap or 0.0),
-        int(sliding_window or 0),
-        causal,
+        bounds["window"],
+        bounds["ahead"],
+        bounds["causal"],
     )
     return out, None
 

@@ -14,7 +14,7 @@
 | matmul | a[.., M, K], b[N, K] or b[.., N, K] -> [.., M, N]; float32 accumulation | (activation_group, wide) |
 | quantize | x[N, K] -> codes, scale (and, for 4 bits, minimum: of weights only, at load) | bits, group |
 | dequantize | codes, scale (, minimum) -> float[N, K] | bits, group |
-| attention | q[B,H,S,D], k, v[B,G,S,D], extras -> [B,H,S,Dv] | scale, causal, window, softcap, slot (, extras) |
+| attention | q[B,H,S,D], k, v[B,G,S,D], extras -> [B,H,S,Dv] | scale, causal, window, softcap, slot (, ahead, extras) |
 | append | x[B,G,S,D] -> the slot's whole cache [B,G,T,D], ending in x | slot |
 | attention_split | q, k, v [B,G,T,D], extras -> acc f32[B,H,S,P,Dv], max, sum f32[B,H,S,P] | as attention; splits |
 | call | values -> the callee's returns | callee, scope |
@@ -30,8 +30,9 @@
 ``attention`` with a non-empty ``slot`` owns the append of k and v to that slot of the request's KV state;
 with slot "" it attends over exactly the given k and v, whose length may exceed q's (q is then the last S of T), and
 whose type may be narrower than q's (``STORED_AS``).
-Scores are scaled, capped, biased, then masked. ``extras`` names the operands that follow v, in the order of
-``ATTENTION_EXTRAS``:
+Scores are scaled, capped, biased, then masked: keys that come after their query, if ``causal``, keys ``window`` or more
+positions before it (0: no bound), and keys ``ahead`` or more positions after it. ``extras`` names the operands that
+follow v, in the order of ``ATTENTION_EXTRAS``:
 
 - mask bool[B, T]: the keys that may be attended to
 - sinks [H], of q's dtype: a score of each head that takes its share of the softmax and has no value (Xiao et al.,
@@ -282,6 +283,8 @@ def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
     for name, value in given.items():
         _need(value.type == types[name], op, f"{name} must be {types[name]}, not {value.type}")
     _need("reach" not in given or op.attr("causal"), op, "reach is for causal attention")
+    _need(op.attr("ahead") != 0, op, "ahead is left out where it bounds nothing")
+    _need(not (op.attr("ahead") and op.attr("causal")), op, "causal attention looks at nothing ahead")
     return q, k, v
 
 
@@ -337,7 +340,10 @@ def _any(op: Op, module: Module | None) -> Inferred:
     return None
 
 
-_ATTENTION = {"scale": "float", "causal": "bool", "window": "int", "softcap": "float", "extras": "names"}
+_ATTENTION = {
+    "scale": "float", "causal": "bool", "window": "int", "softcap": "float", "ahead": "int", "extras": "names",
+}  # fmt: skip
+_ATTENTION_OPTIONAL = frozenset({"ahead", "extras"})
 
 OPS: dict[str, OpSpec] = {
     "param": OpSpec({"name": "str"}, _declared()),
@@ -354,9 +360,9 @@ OPS: dict[str, OpSpec] = {
     ),
     "quantize": OpSpec({"bits": "int", "group": "int"}, _quantize),
     "dequantize": OpSpec({"bits": "int", "group": "int"}, _dequantize),
-    "attention": OpSpec({**_ATTENTION, "slot": "str"}, _attention, frozenset({"extras"})),
+    "attention": OpSpec({**_ATTENTION, "slot": "str"}, _attention, _ATTENTION_OPTIONAL),
     "append": OpSpec({"slot": "str"}, _append),
-    "attention_split": OpSpec({**_ATTENTION, "splits": "int"}, _attention_split, frozenset({"extras"})),
+    "attention_split": OpSpec({**_ATTENTION, "splits": "int"}, _attention_split, _ATTENTION_OPTIONAL),
     "experts": OpSpec(EXPERTS_ATTRS, _alone(infer_experts), frozenset(EXPERTS_ATTRS) - {"activation"}),
     "experts_order": OpSpec(ORDER_ATTRS, _alone(infer_experts_order)),
     "grouped_matmul": OpSpec(

@@ -353,6 +353,8 @@ def _scores(op: Op, args: list[Tensor]) -> tuple[Tensor, Tensor]:
         valid = valid & (key <= (extras["reach"][:, :, None] if "reach" in extras else query))
     if window := op.attr("window"):
         valid = valid & (query - key < window)
+    if ahead := op.attr("ahead"):
+        valid = valid & (key - query < ahead)
     valid = valid[:, None]
     if "mask" in extras:
         valid = valid & extras["mask"][:, None, None, :].bool()

@@ -38,7 +38,6 @@ def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
         writer.line(f"shape.{name} = {kernel.names[value]};")
     if "distances" in extras:
         writer.line(f"shape.distance_count = {print_index(extras['distances'].shape[1])};")
-        writer.line("shape.narrow_by_distance();")
     if "mask" in extras:
         row = kernel.offset(extras["mask"], (Integer(1), Integer(0)), {})
         writer.line(f"shape.mask_row = {print_index(row)};")
@@ -47,6 +46,7 @@ def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
     writer.line(f"shape.softcap = {float(op.attr('softcap'))!r}f;")
     writer.line(f"shape.causal = {str(bool(op.attr('causal'))).lower()};")
     writer.line(f"shape.window = {int(op.attr('window'))};")
+    writer.line(f"shape.ahead = {int(op.attr('ahead', 0))};")
     writer.line("shape.prefetch_bytes = worker.team.prefetch_bytes;")
     kind = f"{STORAGE[q.dtype]}, {STORAGE[k.dtype]}, {q.shape[3]}, {v.shape[3]}"
     if q.dtype is DType.f64:

@@ -104,6 +104,7 @@ class _Attention:
         self.float = TRITON_TYPES[compute_dtype(self.dtype)]
         self.q, self.k, self.v = form.op.operands[:3]
         self.extras = attention_extras(form.op, form.op.operands)
+        self.window, self.ahead = (int(form.op.attr(name, 0)) for name in ("window", "ahead"))
 
     def emit(self) -> Expr:
         base, sizes, tile = self.base, self.sizes, self.tile
@@ -194,16 +195,18 @@ class _Attention:
             high = base.bind(f"tl.minimum({low} + {chunk}, {high})", "high")
         if self.op.attr("causal") and sizes.queries != 1:
             high = base.bind(f"tl.minimum({high}, tl.max({last}) + 1)", "high")
-        if window := self.op.attr("window"):
-            first = base.bind(f"tl.min({query}) - {int(window) - 1}", "first")
+        if self.window:
+            first = base.bind(f"tl.min({query}) - {self.window - 1}", "first")
             low = base.bind(f"tl.maximum({low}, {first})", "low")
+        if self.ahead:
+            high = base.bind(f"tl.minimum({high}, tl.max({query}) + {self.ahead})", "high")
         return low, high
 
     def _inner(self, low: str, high: str, query: str) -> str:
         """Where the blocks end that every query of the tile sees whole: nowhere, if the mask hides some of them. A
         single query has one loop: a second one would wait for its first block once more. So have wide types, whose
         operands leave no registers for a second one."""
-        if self.sizes.queries == 1 or self.op.attr("window") or self.dtype.itemsize > 2:
+        if self.sizes.queries == 1 or self.window or self.ahead or self.dtype.itemsize > 2:
             return ""
         base = self.base
         end = f"tl.minimum({high}, tl.min({query}) + 1)" if self.op.attr("causal") else high
@@ -336,8 +339,10 @@ class _Attention:
         parts = [f"({inside})"] if edge else []
         if edge and self.op.attr("causal") and self.sizes.queries != 1:
             parts.append(f"({key} <= {over.last})")
-        if window := self.op.attr("window"):
-            parts.append(f"({over.query} - {key} < {int(window)})")
+        if self.window:
+            parts.append(f"({over.query} - {key} < {self.window})")
+        if self.ahead:
+            parts.append(f"({key} - {over.query} < {self.ahead})")
         if edge and "mask" in self.extras:
             address = self._address(self.extras["mask"], (BATCH, KEY), {KEY: key})
             valid = scope.bind(f"tl.load({address}, mask={inside}, other=0)", "valid")

@@ -87,14 +87,14 @@ def attention_distances(dtype: DType, queries: object, keys: object) -> Case:
     return attend("attention", dtype, 16, slot="", extras=extras, queries=queries, keys=keys, causal=False)
 
 
-@case("attention_around", (DType.f32,), (DType.bf16,), (DType.f64,))
-def attention_around(dtype: DType) -> Case:
-    """A window of keys on both sides of each query, as a table that hides what is outside; whole steps of keys are."""
-    extras = ("mask", "distances")
-    made = attend("attention", dtype, 16, slot="", extras=extras, queries=66, keys=520, causal=False)
-    places = (torch.arange(27) - 13).abs()
-    table = torch.where(places <= 9, 0.1 * places, -1e30).float()
-    return Case(made.module, made.dims, {**made.given, "distances": table.expand(6, -1).contiguous()})
+@case(
+    "attention_around",
+    *((d, w, a) for d in (DType.f32, DType.bf16, DType.f64) for w, a in ((10, 10), (3, 90), (0, 5))),
+)
+def attention_around(dtype: DType, window: int, ahead: int) -> Case:
+    """Keys around each query, not as many on both sides; whole steps of keys are hidden before and after them."""
+    bounds = {"causal": False, "window": window, "ahead": ahead}
+    return attend("attention", dtype, 16, slot="", extras=("mask",), queries=266, keys=520, **bounds)
 
 
 @case("attention_reach", *((d, w) for d in (DType.f32, DType.bf16, DType.f64) for w in (0, 7)))

@@ -253,6 +253,7 @@ def reference_attention(
     window: int,
     softcap: float,
     scale: float,
+    ahead: int | None = None,
 ) -> Tensor:
     """torch's own attention with an explicit mask and bias; with a softcap, written out."""
     s, t = q.shape[2], k.shape[2]
@@ -260,6 +261,8 @@ def reference_attention(
     valid = torch.ones(s, t, dtype=torch.bool)
     if window:
         valid &= key > query - window
+    if ahead:
+        valid &= key < query + ahead
     valid = valid[None, None].expand(q.shape[0], q.shape[1], s, t)
     if causal:
         valid = valid & (key <= extras.get("reach", query[:, 0].expand(q.shape[0], s))[:, None, :, None])
@@ -310,6 +313,8 @@ def attentions(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict[str, Tenso
         "causal": causal, "window": draw(st.sampled_from([0, 1, 3])),
         "softcap": draw(st.sampled_from([0.0, 2.0])), "scale": draw(st.sampled_from([0.3, 1.0])),
     }  # fmt: skip
+    if not causal:
+        attrs["ahead"] = draw(st.sampled_from([None, 1, 3]))
     return q, k, v, extras, attrs
 
 

@@ -83,6 +83,10 @@ BODIES = {
         " : f32[B, 4, S, 8]",
         "new tokens only",
     ),
+    "ahead of a causal query": (
+        "%y = attention %q, %k, %k {A, ahead = 3} : f32[B, 4, S, 8]", "looks at nothing ahead",
+    ),
+    "no bound ahead": ("%y = attention %q, %k, %k {A, ahead = 0} : f32[B, 4, S, 8]", "ahead is left out"),
     "append of rank 2": ('%y = append %x {slot = "k"} : f32[B, 4]', "needs rank 4"),
     "undeclared dim": ("%y = cast %x : f32[R, 4]", "f32[R, 4]"),
     "undeclared dim of a declared type": ('%y = param {name = "w"} : f32[R, 4]', "undeclared dims ['R']"),

@@ -125,7 +125,7 @@ def attention(fn: RandomFunction) -> Value | None:
     out = fn.add(
         "attention", q, k, v, *extras.values(), extras=tuple(extras) or None, spec=Spec(-4, 4, False),
         scale=float(d) ** -0.5, causal=causal, window=fn.pick((0, 0, 2, 3)),
-        softcap=float(fn.pick((0, 0, 5))), slot=slot,  # type: ignore[arg-type]
+        softcap=float(fn.pick((0, 0, 5))), slot=slot, ahead=None if causal else fn.pick((None, None, 1, 3)),  # type: ignore[arg-type]
     )  # fmt: skip
     flat = fn.permute(out, (0, 2, 1, 3))
     return fn.reshape(flat, (b, s, heads * dv))

@@ -28,15 +28,14 @@ struct AttentionShape {
     long mask_row;
     float scale, softcap;  // softcap 0: none
     bool causal;
-    long window;       // keys further back than this are masked; 0: none
-    double scale_f64;  // scale in full, for float64
+    long window, ahead;  // keys so many positions before their query, or after it, are masked; 0: none
+    double scale_f64;    // scale in full, for float64
     const void* sinks = nullptr;  // [heads] of the element type: scores without values; or null
     const float* slopes = nullptr;  // [heads]: of the bias slope * (key - query), in positions of the context; or null
     const float* distances = nullptr;  // [heads, distance_count]: a bias by key - query, in the middle 0; or null
     long distance_count = 1;
     const int64_t* reach = nullptr;  // [batch, queries]: the last key that each query sees; or null
     long prefetch_bytes = 0;  // how far ahead of their use keys and values are requested
-    long behind = 1L << 40, ahead = 1L << 40;  // of keys that `distances` does not hide: how far away from their query
 
     // The highest score of a row before any key: its head's sink, where there are any (their weight is then 1).
     template <class T>
@@ -51,20 +50,6 @@ struct AttentionShape {
     long heads_per_group() const { return heads / groups; }
     // Where a query stands in the context.
     long position(long query) const { return keys - queries + query; }
-    // A window of keys around each query is a table of distances that hides what is outside, for all heads: those keys
-    // need not be looked at.
-    void narrow_by_distance() {
-        const long middle = distance_count / 2;
-        long first = distance_count, last = -1;  // places that some head shows
-        for (long head = 0; head < heads; head++) {
-            const float* table = distances + head * distance_count;
-            for (long i = 0; i < first; i++) first = table[i] > 0.5f * MASKED ? i : first;
-            for (long i = distance_count - 1; i > last; i--) last = table[i] > 0.5f * MASKED ? i : last;
-        }
-        // The ends of a table stand for all that is further away.
-        if (first > 0) behind = middle - first;
-        if (last < distance_count - 1) ahead = last - middle;
-    }
     // Add to the scores of `count` keys their biases in the table of a head, which goes on with its first and last number
     // beyond its ends.
     void add_by_distance(long head, long query, long first, int count, float* scores) const {
@@ -77,11 +62,11 @@ struct AttentionShape {
         for (int j = begin; j < end; j++) scores[j] += table[place + j];
         for (int j = end; j < count; j++) scores[j] += table[distance_count - 1];
     }
-    // The keys that causality, window and distances leave to a query; neither end is before that of the query before.
+    // The keys that causality and window leave to a query; neither end is before that of the query before.
     Range visible(long b, long query) const {
         const long at = position(query), last = reach != nullptr ? long(reach[b * queries + query]) : at;
-        const long back = window > 0 && window - 1 < behind ? window - 1 : behind;
-        const long begin = at - back > 0 ? at - back : 0, end = at + ahead + 1 < keys ? at + ahead + 1 : keys;
+        const long begin = window > 0 && at >= window ? at - window + 1 : 0;
+        const long end = ahead > 0 && at + ahead < keys ? at + ahead : keys;
         return {begin < keys ? begin : keys, causal && last + 1 < end ? last + 1 : end};
     }
 };
