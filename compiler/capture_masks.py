@@ -60,8 +60,8 @@ def mask_forward(
             raise InexpressibleError("a query that does not see itself")
     except InexpressibleError as error:
         raise CaptureError(
-            f"unsupported attention: the mask {mask_function.__qualname__} does not leave each query the keys up to "
-            f"some distance before and after it ({error}); run this model with Hugging Face instead"
+            f"unsupported attention: the mask pattern {mask_function.__qualname__} does not show each query the keys "
+            f"up to some distance before and after it ({error}); run this model with Hugging Face instead"
         ) from error
     if attention_mask is None:
         if (allow_is_causal_skip and distances == CAUSAL) or (

@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from tilewright.ir.errors import CaptureError
 
-from .capture_distances import ALL, CAUSAL
+from .capture_distances import ALL, CAUSAL, Distances
 from .capture_masks import bounds_of, distances_in, mask_forward
 
 IMPLEMENTATION = "tilewright"
@@ -98,14 +98,16 @@ def attention_forward(
     s_aux: Tensor | None = None,
     slopes: Tensor | None = None,
     position_bias: Tensor | Literal[False] | None = None,
+    distances: Distances | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in place of eager or SDPA attention: emit one opaque op.
 
     query, key, value [B, H, S, D] give [B, S, H, D]. ``s_aux`` [H] are sinks, under the name that transformers has for
-    them; ``slopes`` f32[H] are those of ALiBi, and a ``position_bias`` f32[H, R] is a table by distance (False: there
-    is none): only ``capture_patches`` passes such. What is noted on a mask goes before
-    ``is_causal``. Raises CaptureError for a bias or a mask that the op cannot express.
+    them. Only ``capture_patches`` passes ``slopes`` f32[H], those of ALiBi, a ``position_bias`` f32[H, R], which is a
+    table by distance (False: there is none), and ``distances`` of the keys that a query sees; these are else what the
+    mask says, or ``is_causal`` where nothing is noted on it. Raises CaptureError for a bias or a mask that the op
+    cannot express.
     """
     table = None if position_bias is False else position_bias
     arrays = {"head_mask": extra.get("head_mask"), "position_bias": table}
@@ -120,7 +122,8 @@ def attention_forward(
             f"unsupported attention: {type(module).__name__} builds a {attention_mask.ndim}-D mask of its own; only "
             "models whose mask comes from transformers.masking_utils can be compiled"
         )
-    distances = distances_in(attention_mask)
+    if distances is None:
+        distances = distances_in(attention_mask)
     if distances is None:  # then the module alone says
         causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
         distances = CAUSAL if causal else ALL

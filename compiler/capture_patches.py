@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal, cast
 
@@ -19,13 +20,14 @@ from transformers import PreTrainedModel
 
 from tilewright.ir.errors import CaptureError
 
+from .capture_distances import CAUSAL, Distances
 from .capture_ops import CAUSAL_CONV1D, NEW_TOKENS, SELECTIVE_SCAN
 
 PositionRule = Literal["past", "mask"]
 
 # How a decoder numbers its tokens when the caller gives no position_ids. Most count on from the length of
 # the past ("past"); these count the ones of the attention mask, so that left padding shifts nothing ("mask").
-_POSITIONS_FROM_MASK = frozenset({"opt", "xglm"})
+_POSITIONS_FROM_MASK = frozenset({"opt"})
 
 
 def position_rule(model_type: str) -> PositionRule:
@@ -108,19 +110,34 @@ def _reroute_attn(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]
     divided by ``scale_attn``.
     """
 
-    def route(module: Any) -> Callable[..., tuple[Tensor, None]]:
-        def attended(query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> tuple[Tensor, None]:
-            result, _ = attend(
-                module, query.to(value.dtype), key.to(value.dtype), value, mask,
-                scaling=1.0 / float(module.scale_attn), is_causal=True,
-            )  # fmt: skip
-            return result.transpose(1, 2), None
-
-        return attended
-
     for module in model.modules():
         if hasattr(module, "_attn") and hasattr(module, "scale_attn"):
-            yield _Override(module, "_attn", route(module))
+            scale = 1.0 / float(module.scale_attn)
+            yield _Override(module, "_attn", partial(_attended, attend, module, scale, None))
+
+
+def _attended(
+    attend: Attend,
+    module: nn.Module,
+    scale: float,
+    distances: Distances | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any = None,
+) -> tuple[Tensor, None]:
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    result, _ = attend(module, query, key, value, mask, scaling=scale, is_causal=True, distances=distances)
+    return result.transpose(1, 2), None
+
+
+def _reroute_gpt_neo(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]:
+    """The same without a scale; causality, with a window in local layers, is a buffer of each module."""
+    window = Distances(1 - model.config.window_size, 0)
+    for module in model.modules():
+        if hasattr(module, "_attn"):
+            seen = window if module.attention_type == "local" else CAUSAL
+            yield _Override(module, "_attn", partial(_attended, attend, module, 1.0, seen))
 
 
 # --- bias by distance ---------------------------------------------------------------------------------------------
@@ -233,7 +250,7 @@ def _reroute_complex_rotary(model: PreTrainedModel, attend: Attend) -> Iterator[
 
 # --- attention in a forward ---------------------------------------------------------------------------------------
 #
-# These modules project, attend and project back in one forward, and ALiBi reaches them as a tensor over all keys. That
+# These modules project, attend and project back in one forward, and ALiBi reaches some as a tensor over all keys. That
 # forward is written here anew around ``attend``, which is given the slopes instead; the tensor is not built. A row's
 # softmax cancels what all its keys share, so it makes no difference where a model starts to count positions. (That
 # BLOOM does not count masked keys makes one, but only where masked keys lie between others.)
@@ -297,6 +314,28 @@ def _reroute_mpt(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]:
         if isinstance(module, MptModel):
             yield _Override(module, "build_mpt_alibi_tensor", _nothing)
         if isinstance(module, MptAttention):
+            yield _Override(module, "forward", route(module))
+
+
+def _reroute_xglm(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]:
+    from transformers.models.xglm.modeling_xglm import XGLMAttention
+
+    def route(attention: Any) -> Callable[..., tuple[Tensor, None]]:
+        def forward(hidden_states: Tensor, attention_mask: Tensor, **rest: object) -> tuple[Tensor, None]:
+            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+            query, key, value = (
+                project(hidden_states).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+                for project in projections
+            )
+            result, _ = attend(
+                attention, query, key, value, attention_mask, scaling=attention.scaling, is_causal=True
+            )
+            return attention.out_proj(result.flatten(2)), None
+
+        return forward
+
+    for module in model.modules():
+        if isinstance(module, XGLMAttention):
             yield _Override(module, "forward", route(module))
 
 
@@ -390,6 +429,8 @@ def _wide_residuals(model: PreTrainedModel, _: Attend | None = None) -> Iterator
 
 _REROUTES: dict[str, Callable[[PreTrainedModel, Attend], Iterator[_Override]]] = {
     "gptj": _reroute_attn,
+    "gpt_neo": _reroute_gpt_neo,
+    "xglm": _reroute_xglm,
     "codegen": _reroute_attn,
     "bloom": _reroute_bloom,
     "mpt": _reroute_mpt,

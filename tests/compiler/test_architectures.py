@@ -52,6 +52,25 @@ DECODERS: dict[str, PretrainedConfig] = {
         **_IDS,
     ),
     "gpt2": hf.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, **_IDS),
+    "gpt_neo": hf.GPTNeoConfig(
+        vocab_size=128,
+        hidden_size=64,
+        num_layers=4,
+        num_heads=4,
+        attention_types=[[["global", "local"], 2]],
+        window_size=9,
+        max_position_embeddings=64,
+        **_IDS,
+    ),
+    "xglm": hf.XGLMConfig(
+        vocab_size=128,
+        d_model=64,
+        ffn_dim=96,
+        num_layers=2,
+        attention_heads=4,
+        max_position_embeddings=64,
+        **_IDS,
+    ),
     "gptj": hf.GPTJConfig(vocab_size=128, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, **_IDS),
     "codegen": hf.CodeGenConfig(vocab_size=128, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, **_IDS),
     "gpt_neox": hf.GPTNeoXConfig(**_PLAIN, **_IDS),
@@ -160,10 +179,6 @@ ENCODERS: dict[str, PretrainedConfig] = {
     "layoutlm": hf.LayoutLMConfig(**_PLAIN),
 }
 REFUSED: dict[str, PretrainedConfig] = {
-    "xglm": hf.XGLMConfig(vocab_size=128, d_model=64, ffn_dim=96, num_layers=2, attention_heads=4),
-    "gpt_neo": hf.GPTNeoConfig(
-        vocab_size=128, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global"], 2]]
-    ),
     "falcon_alibi": hf.FalconConfig(**_FALCON, alibi=True),
 }
 

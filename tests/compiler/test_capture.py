@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    CpmAntConfig,
+    CpmAntForCausalLM,
     MPNetConfig,
     MPNetModel,
     MptConfig,
-    XGLMConfig,
-    XGLMForCausalLM,
 )
 
 from tilewright.cache import cache_name
@@ -170,9 +170,11 @@ def test_provenance_survives() -> None:
 
 
 def test_decoders_with_attention_of_their_own_are_refused() -> None:
-    config = XGLMConfig(vocab_size=128, d_model=64, ffn_dim=96, num_layers=1, attention_heads=4)
-    with pytest.raises(CaptureError, match=r"unsupported attention: XGLMForCausalLM"):
-        capture(XGLMForCausalLM(config).eval())
+    config = CpmAntConfig(
+        vocab_size=128, hidden_size=64, num_attention_heads=4, dim_head=16, num_hidden_layers=1
+    )
+    with pytest.raises(CaptureError, match=r"unsupported attention: CpmAntForCausalLM"):
+        capture(CpmAntForCausalLM(config).eval())
 
 
 LIMIT = 77
