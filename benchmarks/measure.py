@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -43,6 +44,23 @@ class Task:
         return f"{self.name} {self.size}"
 
 
+def in_turns(
+    runs: Sequence[Callable[[], float]], repeats: int, begin: Callable[[], None]
+) -> list[tuple[float, ...]]:
+    """Samples of each of ``runs``, one of each in each of ``repeats`` rounds, which ``begin`` with that call.
+
+    Which of them is first changes from round to round, so that a steady drift of the machine favours none.
+    """
+    samples: list[list[float]] = [[] for _ in runs]
+    for n in range(repeats):
+        begin()
+        for turn in range(len(runs)):
+            k = (n + turn) % len(runs)
+            time.sleep(SETTLE)
+            samples[k].append(runs[k]())
+    return [tuple(found) for found in samples]
+
+
 def measure(
     task: Task,
     precision: str,
@@ -51,22 +69,17 @@ def measure(
     repeats: int,
     advance: Advance,
 ) -> Measure:
-    """``repeats`` rounds, each a sample of every system and one of the probe; the systems have run the task before.
+    """``repeats`` rounds, each a sample of every system and one of the probe; the systems have run the task before."""
+    bandwidth: list[float] = []
 
-    Which system begins changes from round to round, so that a steady drift of the machine favours none.
-    """
-    seconds: list[list[float]] = [[] for _ in systems]
-    bandwidth = []
-    for n in range(repeats):
+    def begin() -> None:
         advance(str(task))
-        for turn in range(len(systems)):
-            k = (n + turn) % len(systems)
-            time.sleep(SETTLE)
-            seconds[k].append(task.run(systems[k]))
         time.sleep(SETTLE)
         bandwidth.append(probe())
+
+    seconds = in_turns([partial(task.run, system) for system in systems], repeats, begin)
     series = tuple(
-        Series(system.name, tuple(samples), system.batch, task.bytes_per_step(system))
+        Series(system.name, samples, system.batch, task.bytes_per_step(system))
         for system, samples in zip(systems, seconds, strict=True)
     )
     return Measure(task.name, precision, task.size, task.steps, tuple(bandwidth), series)

@@ -11,6 +11,7 @@ import typer
 from benchmarks import (
     chart_results,
     chart_tables,
+    encoder_results,
     gpu_results,
     quality_results,
     results,
@@ -19,6 +20,7 @@ from benchmarks import (
     targets,
 )
 from benchmarks.chart_results import Chart
+from benchmarks.encoder_results import EncoderResults
 from benchmarks.gpu_results import GpuCheck
 from benchmarks.quality_results import QualityResults
 from benchmarks.results import DECODE, LLAMA_CPP, OURS, Results
@@ -48,6 +50,7 @@ def current(folder: Path = stored.FOLDER) -> str:
     parts = []
     for n, (file, run) in enumerate(results.latest(folder)):
         parts.append(speed(run, file.with_suffix(".svg"), PAGE, rates=n > 0))
+    parts += [encoders(run) for run in encoder_results.latest(folder)]
     if quality := quality_results.newest(folder):
         parts.append(closeness(quality[1]))
     charts = chart_results.latest("paper", folder)
@@ -84,6 +87,19 @@ def speed(found: Results, picture: Path, page: Path, rates: bool = False) -> str
             "which the probe's buffer is too large, or of a machine whose speed changed in between."
         )
     return "\n\n".join(part for part in parts if part)
+
+
+def encoders(found: EncoderResults) -> str:
+    """Encoders of one device over batches."""
+    where = f"{found.settings['threads']} threads of {_machine(found)}"
+    if found.machine["device"] != found.machine["cpu"]:
+        where = found.machine["device"]
+    versions = f"PyTorch {found.versions['torch']}, Transformers {found.versions['transformers']}"
+    note = (
+        f"{where}; MiniLM with its real weights, the others of the size called base with random ones; {versions}; "
+        f"{found.date[:10]}; `{found.command}`."
+    )
+    return f"{encoder_results.table(found).markdown()}\n\n{note}"
 
 
 def closeness(found: QualityResults) -> str:
@@ -129,7 +145,7 @@ def _made_with(found: Chart | GpuCheck, days: str) -> str:
     return f"{found.machine['device']}; random weights; {versions}; {days}; `{found.command}`."
 
 
-def _machine(found: Results | QualityResults) -> str:
+def _machine(found: Results | QualityResults | EncoderResults) -> str:
     machine = found.machine
     return f"{machine['cpu']} ({', '.join(machine['extensions'])}), load before the run {machine['load']}"
 

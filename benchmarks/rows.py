@@ -42,6 +42,11 @@ def quartiles(spread: Spread, unit: str = "", scale: float = 1.0) -> str:
     return f"{median}{' ' if unit else ''}{unit} ({low}–{high})"
 
 
+def times(ratio: Spread) -> str:
+    """``1.35× (1.31–1.40)``."""
+    return f"{ratio.median:.2f}× ({ratio.low:.2f}–{ratio.high:.2f})"
+
+
 def figure(value: float) -> str:
     """Three digits, which is more than such measurements hold."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

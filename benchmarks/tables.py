@@ -16,7 +16,7 @@ from benchmarks.results import (
     Results,
     Series,
 )
-from benchmarks.rows import NOTHING, Rows, figure, quartiles
+from benchmarks.rows import NOTHING, Rows, figure, quartiles, times
 from benchmarks.samples import Spread
 from tilewright.report import size_text
 
@@ -99,7 +99,7 @@ def _speed(m: Measure, system: str) -> str:
         text = quartiles(Spread.of(m.rates(series)))
     if ours is None or system == OURS:
         return text
-    return f"{text}\n{_times(m.ratio(ours, series))}"
+    return f"{text}\n{times(m.ratio(ours, series))}"
 
 
 def _reads(series: Series | None) -> bool:
@@ -127,7 +127,7 @@ def _batched(m: Measure) -> tuple[str, ...]:
         f"{m.task} at context {m.size}, {m.precision}, batch {several.batch}",
         quartiles(Spread.of(m.rates(one)), "tokens/s"),
         quartiles(rates, "tokens/s"),
-        _times(m.ratio(several, one)),
+        times(m.ratio(several, one)),
         figure(rates.median / several.batch),
     )
 
@@ -140,7 +140,3 @@ def _memory_row(m: MemoryUse) -> tuple[str, ...]:
     share = m.arena_bytes / m.eager_peak_bytes
     sizes = map(size_text, (m.arena_bytes, m.our_peak_bytes, m.eager_peak_bytes))
     return f"prompt of {m.prompt}, {m.precision}", *sizes, f"{share:.2f}", str(m.allocations_per_step)
-
-
-def _times(spread: Spread) -> str:
-    return f"{spread.median:.2f}× ({spread.low:.2f}–{spread.high:.2f})"
