@@ -3,7 +3,7 @@
 Machines differ from hour to hour, so each figure is first set against something measured beside it in the same run:
 decoding against the time that its bytes take at the probe's bandwidth, a kernel against the time that its bytes or
 FLOPs take at the measured peaks, everything else against Hugging Face eager. What is compared is how that ratio of ours
-changed. Files are of three kinds: speed (``benchmarks.cpu``), chart, and the check of a GPU.
+changed. Files are of four kinds: speed (``benchmarks.cpu``), encoders, chart, and the check of a GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.table import Table
 
 from benchmarks import stored
 from benchmarks.chart_results import Chart
+from benchmarks.encoder_results import EncoderResults
 from benchmarks.gpu_results import GpuCheck
 from benchmarks.results import EAGER, OURS, Measure, Results
 from benchmarks.samples import Spread
@@ -67,12 +68,14 @@ def standings(file: Path) -> dict[tuple[str, str], Standing]:
             found = [s for m in speed.measures for s in _of(f"{m.task} {m.size}, {m.precision}", m)]
         elif kind == Chart.KIND:
             found = _of_chart(stored.from_json(Chart, text))
+        elif kind == EncoderResults.KIND:
+            found = list(_of_encoders(stored.from_json(EncoderResults, text)))
         elif kind == GpuCheck.KIND:
             check = stored.from_json(GpuCheck, text)
             found = [*_of_kernels(check), *(_of_chart(check.found.chart) if check.found.chart else ())]
         else:
             raise OptionError(
-                f"{file} holds a result of kind {kind}; compare speed, chart or gpu-check results"
+                f"{file} holds a result of kind {kind}; compare speed, encoders, chart or gpu-check results"
             )
     except OptionError:
         raise
@@ -96,6 +99,13 @@ def _of_kernels(check: GpuCheck) -> Iterator[Standing]:
         if (floor := check.floor(kernel)) and all(kernel.seconds):
             what = f"kernel {kernel.program}{', tuned' if kernel.tuned else ''}: {kernel.kernel}"
             yield Standing(what, OURS, "floor", Spread.of([floor / s for s in kernel.seconds]))
+
+
+def _of_encoders(run: EncoderResults) -> Iterator[Standing]:
+    for batch in run.batches:
+        eager, ours = batch.of(EAGER), batch.of(OURS)
+        if eager is not None and ours is not None:
+            yield Standing(batch.what, OURS, EAGER, batch.ratio(ours, eager))
 
 
 def _of(what: str, measure: Measure) -> Iterator[Standing]:

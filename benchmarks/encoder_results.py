@@ -30,6 +30,18 @@ class Batch:
         """The samples of a system, if it was measured."""
         return next((s for s in self.series if s.system == system), None)
 
+    def ratio(self, ours: Series, other: Series) -> Spread:
+        """How many times as fast ``ours`` is, round by round."""
+        return Spread.of(pair_ratios(other.seconds, ours.seconds))
+
+    @property
+    def what(self) -> str:
+        """``bert, 8 texts of 128 tokens, bf16``."""
+        rows = self.series[0].batch
+        several = f"{rows} texts of {self.tokens} tokens" if self.tokens else f"{rows} images"
+        one = f"text of {self.tokens} tokens" if self.tokens else "image"
+        return f"{self.model}, {one if rows == 1 else several}, {self.precision}"
+
 
 @dataclass(frozen=True)
 class EncoderResults:
@@ -58,19 +70,12 @@ class EncoderResults:
 def table(found: EncoderResults) -> Rows:
     """All systems, per model, batch and precision; each of the others with how many times as fast ours is."""
     columns = [name for name in SYSTEMS if any(b.of(name) for b in found.batches)]
-    rows = tuple((_what(b), *(_rate(b, name) for name in columns)) for b in found.batches)
+    rows = tuple((b.what, *(_rate(b, name) for name in columns)) for b in found.batches)
     title = (
         "Texts or images per second, medians with quartiles in parentheses; below those of the other systems, how many "
         "times as fast tilewright is"
     )
     return Rows(title, ("", *columns), rows)
-
-
-def _what(batch: Batch) -> str:
-    rows = batch.series[0].batch
-    one = f"text of {batch.tokens} tokens" if batch.tokens else "image"
-    several = f"{rows} texts of {batch.tokens} tokens" if batch.tokens else f"{rows} images"
-    return f"{batch.model}, {one if rows == 1 else several}, {batch.precision}"
 
 
 def _rate(batch: Batch, system: str) -> str:
@@ -80,7 +85,7 @@ def _rate(batch: Batch, system: str) -> str:
     text = quartiles(Spread.of([series.batch / s for s in series.seconds]))
     if ours is None or system == OURS:
         return text
-    return f"{text}\n{times(Spread.of(pair_ratios(series.seconds, ours.seconds)))}"
+    return f"{text}\n{times(batch.ratio(ours, series))}"
 
 
 def latest(folder: Path = stored.FOLDER) -> list[EncoderResults]:

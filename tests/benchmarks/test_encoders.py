@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks import encoder_models, encoder_results, encoders, readme, stored
+from benchmarks import compare, encoder_models, encoder_results, encoders, readme, stored
 from benchmarks.encoder_results import Batch, EncoderResults
 from benchmarks.results import EAGER, OURS, Series
 
@@ -83,6 +84,17 @@ def test_rates_and_ratios_are_of_the_whole_batch() -> None:
     ):
         assert row in text.splitlines()
     assert "2 threads of Some CPU (avx2)" in text
+
+
+def test_runs_are_compared_by_their_ratios_to_eager(tmp_path: Path) -> None:
+    """Twice as fast beside an eager mode that is no faster; a batch without ours has nothing to compare."""
+    before, after = (stored.save(made_up(), tmp_path / name) for name in ("a.json", "b.json"))
+    first = made_up().batches[0]
+    quick = replace(first, series=(Series(OURS, (0.5, 1.0), 32), first.series[1]))
+    stored.save(replace(made_up(), batches=(quick, made_up().batches[1])), after)
+    (change,) = compare.changes(before, after)
+    assert change.before.what == "bert, 32 texts of 16 tokens, f32"
+    assert change.ratio == pytest.approx(2.0)
 
 
 def test_the_newest_run_of_each_device_is_shown(tmp_path: Path) -> None:

@@ -49,6 +49,13 @@ TW_MATH float exp(float x) {
     return e * low * high;
 }
 
+// exp(x) where the result is no subnormal number and no overflow: -87 <= x <= 88, or NaN.
+TW_MATH float exp_in_range(float x) {
+    int32_t n;
+    const float k = round_with_bits(x * 0x1.715476p0f, n);
+    return exp_near_zero(less_powers(x, k)) * bit_cast<float>(uint32_t(n + 127) << 23);
+}
+
 // log(x) = e ln(2) + log(1 + f), 1 + f in [sqrt(1/2), sqrt(2)); subnormals are scaled up first.
 TW_MATH float log(float x) {
     bool tiny = x < 0x1p-126f;
@@ -73,9 +80,13 @@ TW_MATH float log(float x) {
     return x < 0.0f || x != x ? std::numeric_limits<float>::quiet_NaN() : result;
 }
 
-TW_MATH float sigmoid(float x) { return 1.0f / (1.0f + tw::exp(-x)); }
+TW_MATH float sigmoid(float x) {
+    float y = x < -88.0f ? -88.0f : x;
+    y = y > 87.0f ? 87.0f : y;
+    return 1.0f / (1.0f + exp_in_range(-y));
+}
 
-// A polynomial near zero, where 1 - 2/(exp(2x) + 1) would cancel.
+// A polynomial near zero, where 1 - 2/(exp(2x) + 1) would cancel; 1 beyond 10.
 TW_MATH float tanh(float x) {
     float a = std::fabs(x), z = x * x;
     float p = -0x1.7363f4p-8f;
@@ -84,8 +95,9 @@ TW_MATH float tanh(float x) {
     p = p * z + 0x1.110692p-3f;
     p = p * z + -0x1.555530p-2f;
     float small = p * z * x + x;
-    float large = std::copysign(1.0f - 2.0f / (tw::exp(2.0f * a) + 1.0f), x);
-    return a < 0.625f ? small : (x != x ? x : large);
+    const float t = a > 10.0f ? 10.0f : a;
+    const float large = std::copysign(1.0f - 2.0f / (exp_in_range(2.0f * t) + 1.0f), x);
+    return a < 0.625f ? small : large;
 }
 
 // A polynomial near zero; 1 - exp(log(erfc(|x|))) above, with log(erfc) a polynomial; 1 beyond 4.
@@ -98,7 +110,7 @@ TW_MATH float erf(float x) {
     p = p * z + -0x1.8126dcp-2f;
     p = p * z + 0x1.06eba6p-3f;
     float small = p * x + x;
-    float t = a < 4.0f ? a : 4.0f;
+    const float t = a > 4.0f ? 4.0f : a;
     float g = 0x1.9d85a6p-13f;
     g = g * t + -0x1.908178p-9f;
     g = g * t + 0x1.6cfd02p-6f;
@@ -106,8 +118,8 @@ TW_MATH float erf(float x) {
     g = g * t + -0x1.462cb0p-1f;
     g = g * t + -0x1.05a194p-3f;
     g = g * t + -0x1.74377ap-13f;
-    float large = std::copysign(1.0f - tw::exp(g - t), x);
-    return a < 0.93f ? small : (x != x ? x : large);
+    const float large = std::copysign(1.0f - exp_in_range(g - t), x);
+    return a < 0.93f ? small : large;
 }
 
 // x - n * pi/2 in double; the first part of pi/2 has 33 bits, so its product with n is exact for angles up to 1e6.
