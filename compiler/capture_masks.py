@@ -36,7 +36,12 @@ def note_distances(mask: Tensor, distances: Distances | None) -> None:
 
 
 def bounds_of(distances: Distances) -> dict[str, bool | int]:
-    """The attributes of an attention whose queries see keys at these distances, themselves among them."""
+    """The attributes of an attention whose queries see keys at these distances. Raises CaptureError where queries do
+    not see themselves; masks of that kind may be made and not be used, as by models whose window is 0."""
+    if not distances.lowest <= 0 <= distances.highest:
+        raise CaptureError(
+            "unsupported attention: a mask hides each query from itself; run this model with Hugging Face instead"
+        )
     causal = distances.highest == 0
     window = 0 if math.isinf(distances.lowest) else 1 - int(distances.lowest)
     ahead = 0 if causal or math.isinf(distances.highest) else 1 + int(distances.highest)
@@ -56,8 +61,6 @@ def mask_forward(
     """What transformers calls in place of building an array over queries and keys."""
     try:
         distances = distances_of(mask_function)
-        if not distances.lowest <= 0 <= distances.highest:
-            raise InexpressibleError("a query that does not see itself")
     except InexpressibleError as error:
         raise CaptureError(
             f"unsupported attention: the mask pattern {mask_function.__qualname__} does not show each query the keys "

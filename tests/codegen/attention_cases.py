@@ -94,7 +94,7 @@ def attention_distances(dtype: DType, queries: object, keys: object) -> Case:
 def attention_around(dtype: DType, window: int, ahead: int) -> Case:
     """Keys around each query, not as many on both sides; whole steps of keys are hidden before and after them."""
     bounds = {"causal": False, "window": window, "ahead": ahead}
-    return attend("attention", dtype, 16, slot="", extras=("mask",), queries=266, keys=520, **bounds)
+    return attend("attention", dtype, 16, slot="", extras=("mask",), queries=130, keys=300, **bounds)
 
 
 @case("attention_reach", *((d, w) for d in (DType.f32, DType.bf16, DType.f64) for w in (0, 7)))

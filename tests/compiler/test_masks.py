@@ -25,7 +25,7 @@ from transformers.models.mistral import modeling_mistral
 import tilewright as tw
 from tilewright import CaptureError
 from tilewright.capture_distances import NOTHING, Distances, InexpressibleError, distances_of
-from tilewright.capture_masks import distances_in, mask_forward
+from tilewright.capture_masks import bounds_of, distances_in, mask_forward
 
 from .models import random, tiny
 from .test_architectures import DECODERS, check_encoder, prompt
@@ -156,8 +156,11 @@ def test_distances_of_a_mask_function(name: str) -> None:
 
 
 def test_a_query_that_does_not_see_itself_is_refused() -> None:
-    with pytest.raises(CaptureError, match="does not see itself"):
-        mask_forward(mask_function=lambda b, h, q, k: k < q)
+    """Where its mask is used: models with a window of 0 make such a mask, for no layer."""
+    mask = mask_forward(mask_function=lambda b, h, q, k: k < q)
+    assert distances_in(mask) == Distances(highest=-1)
+    with pytest.raises(CaptureError, match="hides each query from itself"):
+        bounds_of(Distances(highest=-1))
 
 
 def test_masks_that_may_not_be_left_out_are_not() -> None:
