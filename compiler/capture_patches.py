@@ -5,8 +5,9 @@ Keyed by ``config.model_type``.
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -218,6 +219,45 @@ def _reroute_relative_each(model: PreTrainedModel, attend: Attend) -> Iterator[_
             yield _Override(module, "forward", route(module))
 
 
+def _reroute_mpnet(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]:
+    """An encoder that computes one array of biases for all its layers, whose attention is spelled out."""
+    from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
+
+    def table(encoder: Any) -> Callable[..., Tensor]:
+        bucket = encoder.relative_position_bucket
+        most = inspect.signature(bucket).parameters["max_distance"].default
+
+        def bias(*_: object, **__: object) -> Tensor:
+            buckets = bucket(torch.arange(-most, most + 1, device=model.device))
+            return cast(Tensor, encoder.relative_attention_bias(buckets).t().float())
+
+        return bias
+
+    def route(attention: Any) -> Callable[..., tuple[Tensor]]:
+        def forward(
+            x: Tensor, attention_mask: Tensor, position_bias: Tensor, *_: object, **__: object
+        ) -> tuple[Tensor]:
+            projections = (attention.q, attention.k, attention.v)
+            query, key, value = _heads(x, attention.attention_head_size, projections)
+            result, _ = attend(
+                attention, query, key, value, attention_mask, is_causal=False, position_bias=position_bias
+            )
+            return (attention.o(result.flatten(2)),)
+
+        return forward
+
+    for module in model.modules():
+        if isinstance(module, MPNetEncoder):
+            yield _Override(module, "compute_position_bias", table(module))
+        if isinstance(module, MPNetSelfAttention):
+            yield _Override(module, "forward", route(module))
+
+
+def _heads(x: Tensor, size: int, projections: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """Projections of x [B, S, K] as heads [B, H, S, size]."""
+    return tuple(project(x).unflatten(2, (-1, size)).transpose(1, 2) for project in projections)
+
+
 # --- rotary embeddings as complex numbers -------------------------------------------------------------------------
 
 
@@ -323,10 +363,7 @@ def _reroute_xglm(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]
     def route(attention: Any) -> Callable[..., tuple[Tensor, None]]:
         def forward(hidden_states: Tensor, attention_mask: Tensor, **rest: object) -> tuple[Tensor, None]:
             projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-            query, key, value = (
-                project(hidden_states).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
-                for project in projections
-            )
+            query, key, value = _heads(hidden_states, attention.head_dim, projections)
             result, _ = attend(
                 attention, query, key, value, attention_mask, scaling=attention.scaling, is_causal=True
             )
@@ -438,6 +475,7 @@ _REROUTES: dict[str, Callable[[PreTrainedModel, Attend], Iterator[_Override]]] =
     "t5": _reroute_relative,
     "mt5": _reroute_relative,
     "umt5": _reroute_relative_each,
+    "mpnet": _reroute_mpnet,
     "deepseek_v2": _reroute_complex_rotary,
     "mamba": _reroute_mamba,
     "falcon_mamba": _reroute_mamba,
