@@ -204,6 +204,7 @@ class _Planner:
                 first, offset = c.members[0], self.main.offsets[number]
                 placed = table.add(f"main.{first.name}", BufferKind.arena, first, offset, c.nbytes)
                 bound.update(dict.fromkeys(c.members, placed))
+        weights = {op.result: str(op.attr("name")) for op in main.ops if op.opcode == "param"}
         routines: list[Routine] = []
         calls: list[Call] = []
         index: dict[str, int] = {}
@@ -221,6 +222,9 @@ class _Planner:
         for op in main.ops:
             if op.opcode == "call":
                 flush()
+                for value in op.operands:
+                    if value in weights:  # a layer may be given a weight of the whole model
+                        bound[value] = table.add(weights[value], BufferKind.param, value)
                 callee = self.module.function(op.attr("callee"))
                 if callee.name not in index:
                     index[callee.name] = len(routines)

@@ -86,3 +86,23 @@ def test_the_arena_is_no_larger_than_all_values_together(case: Case) -> None:
     arena = dict(program.of_kind(BufferKind.arena))
     assert program.arena_bytes <= sum(b.nbytes for b in arena.values())
     assert set(arena) <= written
+
+
+def test_a_layer_may_be_given_a_weight_of_the_whole_model() -> None:
+    """Folded before the layers, as DeBERTa's table of distances is: the same buffer for all of them."""
+    module = parse_module(
+        "entry @main\nsymbol B [1, 4]\n"
+        "func @main(%x: f32[B, 4]) -> (%z) {\n"
+        '  %w = param {name = "w"} : f32[4, 4]\n'
+        '  %y = call %x, %w {callee = "layer", scope = "a"} : f32[B, 4]\n'
+        '  %z = call %y, %w {callee = "layer", scope = "b"} : f32[B, 4]\n}\n'
+        "func @layer(%x: f32[B, 4], %w: f32[4, 4]) -> (%y) {\n  %y = matmul %x, %w : f32[B, 4]\n}"
+    )
+    program = plan_memory(run_passes(module, PassOptions()), "forward", "forward", 0, CAPACITY)
+    check_plan(program)
+    assert [b.name for _, b in program.of_kind(BufferKind.param)] == ["w"]
+    x, weight = torch.randn(3, 4), torch.randn(4, 4)
+    executor = reference(program, {"w": weight})
+    outputs = {"output0": torch.empty(3, 4)}
+    executor.run({"x": x}, {"B": 3}, None, outputs)
+    torch.testing.assert_close(outputs["output0"], x @ weight.T @ weight.T)
