@@ -235,7 +235,7 @@ def _reroute_mpnet(model: PreTrainedModel, attend: Attend) -> Iterator[_Override
 
     def route(attention: Any) -> Callable[..., tuple[Tensor]]:
         def forward(
-            x: Tensor, attention_mask: Tensor, position_bias: Tensor, *_: object, **__: object
+            x: Tensor, attention_mask: Tensor, position_bias: Tensor, **rest: object
         ) -> tuple[Tensor]:
             projections = (attention.q, attention.k, attention.v)
             query, key, value = _heads(x, attention.attention_head_size, projections)

@@ -3,12 +3,13 @@
 Segments of a kernel that share their row operand share one prologue. With up to ``GEMV_MAX_ROWS`` rows (a decode step)
 every thread runs the prologue for itself, which is cheaper than a barrier, and streams its share of the weights
 (``gemv.h``, or ``quantized.h`` for weights that are stored as codes); otherwise the team fills a block of rows together
-and multiplies it (``gemm.h``).
+and multiplies it (``gemm.h``). Of a batch of products, each thread computes its share by itself.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from sympy import Integer
 
@@ -41,6 +42,8 @@ class _Printer:
         self.scalars.hide(d for f in group.forms for d in f.dots)
         self.weight = STORAGE[group.factor]
         self.tiled = self.few and group.weight is DType.bf16  # where the processor has a matrix unit
+        self.alone = self.few or bool(group.batch)  # each thread prepares rows for itself
+        self.worker = "single" if group.batch else "worker"
 
     # -- layout ------------------------------------------------------------------------------------------------
 
@@ -76,17 +79,21 @@ class _Printer:
             needed.append(f"{len(self.values)} * tw::bytes<double>({block})")
         if self.tiled:
             needed.append(f"tw::few_tiles_bytes<{weight}, {rows}>({depth})")
-        target = space.private if self.few else space.shared
-        target.append(" + ".join(needed) or "0")
+        panels = ""
         if not self.few:
             dots = max(len(f.dots) for f in self.group.forms)
-            space.private.append(f"tw::bytes<float>(tw::gemm_floats<{weight}>({depth}, {dots}))")
+            panels = f"tw::bytes<float>(tw::gemm_floats<{weight}>({depth}, {dots}))"
+        if self.alone:
+            space.private.append(" + ".join([*needed, panels] if panels else needed))
+        else:
+            space.shared.append(" + ".join(needed))
+            space.private.append(panels)
 
     def carve(self) -> None:
         """Pointers into the scratch."""
         writer = self.writer
         rows = "rows" if self.few else f"std::min<long>({self.tile.row_block}, rows)"
-        writer.line(f"[[maybe_unused]] char* scratch = {'own' if self.few else 'shared'};")
+        writer.line(f"[[maybe_unused]] char* scratch = {'own' if self.alone else 'shared'};")
         writer.line(f"A* a = {self._unless_direct(f'tw::carve<A>(scratch, {rows} * lda)', 'nullptr')};")
         for n, value in enumerate(self.values):
             kind = scalar(value.dtype)
@@ -95,6 +102,26 @@ class _Printer:
             count = self.group.row_count
             writer.line(f"tw::ByteRow byte_rows[{count}];")
             writer.line("for (tw::ByteRow& row : byte_rows) row = tw::carve_byte_row(scratch, k);")
+
+    @contextmanager
+    def each_product(self) -> Iterator[None]:
+        """A loop over this thread's products of a batch, in whose body it is a team of its own; else nothing."""
+        writer, batch = self.writer, self.group.batch
+        if not batch:
+            yield
+            return
+        writer.line("tw::Team one(1, worker.team.prefetch_bytes);")
+        writer.line("const tw::Worker single{one, 0};")
+        writer.line(
+            f"const tw::Range items = tw::split(worker, {print_index(product([a.extent for a in batch]))});"
+        )
+        with (
+            writer.block("for (long item = items.begin; item < items.end; item++)"),
+            self.scalars.scope(batch),
+        ):
+            writer.line("long of_batch = item;")
+            print_point(self.kernel, batch, "of_batch")
+            yield
 
     # -- prologue ----------------------------------------------------------------------------------------------
 
@@ -146,7 +173,7 @@ class _Printer:
         writer = self.writer
         with writer.block("const auto weight_row = [&](int d, long column) -> const W*", "};"):
             self._column_symbols(form)
-            ranges = {a.symbol: a.extent for a in form.columns}
+            ranges = {a.symbol: a.extent for a in (*form.columns, *form.batch)}
             for n, dot in enumerate(form.dots):
                 load = weight_load(dot)
                 assert load is not None
@@ -273,11 +300,12 @@ def print_matmuls(kernel: KernelContext, group: Group) -> None:
     with writer.block():
         printer.declare()
         printer.reserve()
-        printer.carve()
-        if printer.few:
-            _print_few_rows(printer)
-        else:
-            _print_blocks(printer)
+        with printer.each_product():
+            printer.carve()
+            if printer.few:
+                _print_few_rows(printer)
+            else:
+                _print_blocks(printer)
 
 
 def _print_few_rows(printer: _Printer) -> None:
@@ -313,15 +341,15 @@ def _print_blocks(printer: _Printer) -> None:
     with writer.block("for (long block = 0; block < rows; block += even)"):
         writer.line("const long height = std::min<long>(even, rows - block);")
         with printer.preparing():
-            writer.line("const tw::Range mine = tw::split(worker, height);")
+            writer.line(f"const tw::Range mine = tw::split({printer.worker}, height);")
             printer.prologue("block + mine.begin", "block + mine.end", "block")
-            writer.line("worker.barrier();")
+            writer.line(f"{printer.worker}.barrier();")
         writer.line(f"const A* from = {printer.rows('block')};")
         for number in range(len(printer.group.forms)):
             with writer.block():
                 _print_product(printer, number)
         with printer.preparing():
-            writer.line("if (block + height < rows) worker.barrier();")
+            writer.line(f"if (block + height < rows) {printer.worker}.barrier();")
 
 
 def _print_product(printer: _Printer, number: int) -> None:
@@ -336,6 +364,8 @@ def _print_product(printer: _Printer, number: int) -> None:
         printer.pack(form)
     printer.epilogue(form, segment, "block")
     extent = print_index(product([a.extent for a in form.columns]))
-    writer.line("float* panels = reinterpret_cast<float*>(own);")
+    writer.line(f"float* panels = reinterpret_cast<float*>({'scratch' if group.batch else 'own'});")
     shape = f"{len(form.dots)}" + (f", {printer.tile.tile_rows}" if printer.tile.tile_rows else "")
-    writer.line(f"tw::gemm<W, {shape}>(worker, height, {extent}, k, from, lda, panels, pack, epilogue);")
+    writer.line(
+        f"tw::gemm<W, {shape}>({printer.worker}, height, {extent}, k, from, lda, panels, pack, epilogue);"
+    )

@@ -18,7 +18,7 @@ from tilewright.ir.loops import (
     Reduce,
     Segment,
     free_symbols,
-    matmul_form,
+    product_form,
 )
 from tilewright.ir.types import DType
 
@@ -33,7 +33,7 @@ _FLOATS = (DType.f32, DType.f16, DType.bf16)
 
 @dataclass(frozen=True)
 class Group:
-    """Matrix products of one kernel with the same row operand."""
+    """Matrix products of one kernel with the same row operand; along ``batch``, so many of them side by side."""
 
     forms: tuple[MatmulForm, ...]
     segments: tuple[Segment, ...]
@@ -41,6 +41,10 @@ class Group:
     @property
     def rows(self) -> tuple[Axis, ...]:
         return self.forms[0].rows
+
+    @property
+    def batch(self) -> tuple[Axis, ...]:
+        return self.forms[0].batch
 
     @property
     def row_count(self) -> Expr:
@@ -54,7 +58,7 @@ class Group:
     def few_rows(self) -> bool:
         """Whether a gemv applies: a small constant number of rows, and weights that lie in memory as it reads them."""
         count = self.row_count
-        if not count.is_Integer:
+        if not count.is_Integer or self.batch:
             return False
         if self.stored is not None:
             rounded = all(d.activation_group == GROUP for f in self.forms for d in f.dots)
@@ -86,7 +90,7 @@ class Group:
     @property
     def row_values(self) -> tuple[Node, ...]:
         """What the epilogues need that is reduced once per row, such as the scale of RMSNorm."""
-        symbols = {a.symbol for a in self.rows}
+        symbols = {a.symbol for a in (*self.rows, *self.batch)}
         found: dict[Node, None] = {}
 
         def visit(node: Node) -> None:
@@ -120,17 +124,28 @@ def _weight_type(dot: Dot, k: Axis) -> DType | None:
 
 
 def matmul_groups(segments: tuple[Segment, ...]) -> tuple[list[Group], list[Segment]]:
-    """Matrix products by row operand, and the segments that are none (or are in float64, which the headers lack)."""
-    groups: dict[tuple[Node, tuple[Axis, ...]], list[tuple[MatmulForm, Segment]]] = {}
+    """Matrix products by row operand, and the segments that are none (or are in float64, which the headers lack).
+
+    So are products of a batch that packing would not make faster.
+    """
+    groups: dict[tuple[Node | Axis, ...], list[tuple[MatmulForm, Segment]]] = {}
     others: list[Segment] = []
     for segment in segments:
-        form = matmul_form(segment)
-        if form is None or any(d.dtype not in _FLOATS for d in form.dots):
+        form = product_form(segment)
+        if form is None or any(d.dtype not in _FLOATS for d in form.dots) or _is_small(form):
             others.append(segment)
         else:
-            groups.setdefault((form.a, form.rows), []).append((form, segment))
+            groups.setdefault((form.a, *form.rows, *form.batch), []).append((form, segment))
     made = [Group(tuple(f for f, _ in pairs), tuple(s for _, s in pairs)) for pairs in groups.values()]
     return made, others
+
+
+def _is_small(form: MatmulForm) -> bool:
+    """Whether products of a batch are better computed element by element: they have few rows, or weights that are
+    computed, which each of them would compute anew."""
+    rows = product([a.extent for a in form.rows])
+    few = rows.is_Integer and rows <= GEMV_MAX_ROWS
+    return bool(form.batch) and bool(few or not all(isinstance(d.b, Load) for d in form.dots))
 
 
 @dataclass(frozen=True)
@@ -155,7 +170,7 @@ def rows_in_memory(kernel: KernelContext, group: Group) -> RowsInMemory | None:
     if not k.extent.is_Integer or k.extent % 32 != 0:
         return None
     ranges = {x.symbol: x.extent for x in (*group.rows, k)}
-    offset = kernel.offset(a.value, a.index, ranges)
+    offset = kernel.offset(a.value, a.index, ranges | {x.symbol: x.extent for x in group.batch})
     if coefficient(offset, k.symbol) != 1:
         return None
     distance: Expr | None = None

@@ -15,7 +15,7 @@ from ..module import Op
 from ..pointwise import POINTWISE
 from ..quantization import CODES, INT8_LARGEST
 from ..types import DType, Value
-from .nodes import Apply, Axis, Const, Dot, Index, Load, Loops, Node, Reduce, Segment, Store
+from .nodes import Apply, Axis, Const, Dot, Index, Load, Loops, Node, Reduce, Segment, Store, post_order
 from .pieces import NeedSplit, Piece, cut_for, stored_space
 
 
@@ -217,6 +217,23 @@ def _aligned(operand: Value, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
     return tuple(Integer(0) if d == 1 else i for i, d in zip(tail, operand.shape, strict=True))
 
 
+def _separate_digits(node: Node, piece: Piece) -> None:
+    """Raise NeedSplit where the operands of a product depend on both ``x // n`` and ``x % n`` of an axis x, as they do
+    when its result is seen with axes merged or moved: rows, columns and products of a batch are axes of their own."""
+    extents = {a.symbol: a.extent for a in piece.axes}
+    parts: dict[Expr, None] = {}
+    for dot in post_order(node, set()):
+        if isinstance(dot, Dot):
+            for load in (*post_order(dot.a, set()), *post_order(dot.b, set())):
+                if isinstance(load, Load):
+                    parts.update((e, None) for i in load.index for e in sympy.preorder_traversal(i))
+    for part in parts:
+        if isinstance(part, Mod) and part.args[0] in extents and FloorDiv(*part.args) in parts:
+            symbol, tile = part.args
+            if sympy.fraction(extents[symbol] / tile)[1] == 1:
+                raise NeedSplit(symbol, tile=tile)
+
+
 @lru_cache(maxsize=1024)
 def scalarize(kernel: Op) -> Loops:
     """The loop form of a ``kernel`` op.
@@ -234,6 +251,7 @@ def scalarize(kernel: Op) -> Loops:
             final = piece.canonical()
             try:
                 node = scalarizer.node(source, final.index, {a.symbol: a.extent for a in final.axes}, 0)
+                _separate_digits(node, final)
             except NeedSplit as need:
                 todo[:0] = Piece(final.axes, final.index).split(need)
                 continue
