@@ -175,6 +175,32 @@ def batched(dtype: DType) -> Case:
     return finish(b, b.add("matmul", x, y), B=2, S=5)
 
 
+@case("batched_heads", (DType.f32, 32), (DType.bf16, 32), (DType.bf16, 20))
+def batched_heads(dtype: DType, size: int) -> Case:
+    """Heads of two operands, of which one is the same for all requests, with the result seen as one axis: its digits
+    are the products of the batch, their rows and their columns. Rows lie apart, in runs of whole vectors or not."""
+    b = Builder()
+    x = b.param_value("x", tensor_type(dtype, ["B", "S", 4 * size]))
+    table = b.param_value("table", tensor_type(dtype, [40, 4 * size]))
+    bias = b.param_value("bias", tensor_type(dtype, [40]))
+    heads = view(b, x, ["4*B", "S", size], "i0 // 4", "i1", f"i2 + {size}*(i0 % 4)")
+    keys = view(b, table, ["4*B", 40, size], "i1", f"i2 + {size}*(i0 % 4)")
+    scores = b.add("add", b.add("matmul", heads, keys), bias)
+    return finish(b, view(b, scores, ["160*B*S"], "i0 // (40*S)", "(i0 // 40) % S", "i0 % 40"), B=2, S=19)
+
+
+@case("batched_values", (DType.f32,), (DType.bf16,))
+def batched_values(dtype: DType) -> Case:
+    """Weights times values, which lie with their depth apart; the epilogue reduces the weights, row by row."""
+    b = Builder()
+    p = b.param_value("p", tensor_type(dtype, ["B", 3, "S", "T"]))
+    v = b.param_value("v", tensor_type(dtype, ["B", 3, "T", 20]))
+    wide = cast(b, p, DType.f32)
+    total = b.add("reduce", b.add("abs", wide), kind="sum", axes=(3,), keepdim=True)
+    made = b.add("matmul", p, view(b, v, ["B", 3, 20, "T"], "i0", "i1", "i3", "i2"))
+    return finish(b, b.add("div", cast(b, made, DType.f32), total), B=2, S=19, T=45)
+
+
 @case("nested")
 def nested() -> Case:
     """A product of a product: reductions that depend on each other's axis."""

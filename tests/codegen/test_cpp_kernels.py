@@ -58,7 +58,7 @@ SOME = tuple(
         "between_others-bf16-four", "layer_norm-f32", "attention", "attention-bf16", "attention_long-bf16", "merge",
         "quantized-int8-blocks", "quantized-int4-blocks", "quantized_prompt-int8", "quantized_prompt-int4",
         "rounded-int8", "rounded-int8_groups", "rounded-int4", "causal_conv1d-bf16",
-        "selective_scan-f32", "linear_attention-bf16",
+        "selective_scan-f32", "linear_attention-bf16", "batched_heads-bf16", "batched_values-f32",
     )
 )  # fmt: skip
 WITHOUT_AMX = ("-mno-amx-bf16",)
@@ -113,10 +113,10 @@ def test_every_walk_that_a_tuner_may_try(number: int, folder: Path) -> None:
         check_case(name, PRODUCTS, 2, folder, tunables)
 
 
+@pytest.mark.parametrize("name", ["linear-bf16-many", "batched_values-bf16"])
 @pytest.mark.parametrize("rows", [16, 20, 32])
-def test_rows_in_several_blocks(rows: int, folder: Path) -> None:
-    """38 rows, prepared so many at a time, in scratch that has room for no more."""
-    name = "linear-bf16-many"
+def test_rows_in_several_blocks(rows: int, name: str, folder: Path) -> None:
+    """38 rows, or 19 in each product of a batch, prepared so many at a time, in scratch that has room for no more."""
     check_case(name, (name,), 2, folder, {name: {"row_block": rows}})
 
 
@@ -183,6 +183,12 @@ def test_nothing_is_reduced_again_and_again() -> None:
         for inner in REDUCTION.finditer(inside):
             assert re.search(rf"\b{outer[2]}\b", inner[0]), f"{header}\n{inside}"
     assert found > 10
+
+
+@pytest.mark.parametrize("name", ["batched-bf16", "batched_heads-bf16-20", "batched_values-f32"])
+def test_products_of_a_batch_are_tiled(name: str) -> None:
+    """Element by element, DeBERTa's scores by distance took twelve times as long."""
+    assert "tw::gemm<" in print_program(program_of_cases({name: CASES[name]()}))
 
 
 def test_kernels_say_where_they_come_from() -> None:
