@@ -177,6 +177,18 @@ ENCODERS: dict[str, PretrainedConfig] = {
     "modernbert": hf.ModernBertConfig(**_PLAIN, local_attention=8, pad_token_id=0),
     "nomic_bert": hf.NomicBertConfig(**_PLAIN),
     "layoutlm": hf.LayoutLMConfig(**_PLAIN),
+    "mpnet": hf.MPNetConfig(**_PLAIN),
+    "deberta_v2": hf.DebertaV2Config(
+        **_PLAIN,
+        relative_attention=True,
+        position_buckets=8,
+        max_relative_positions=32,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        type_vocab_size=0,
+    ),
 }
 REFUSED: dict[str, PretrainedConfig] = {
     "falcon_alibi": hf.FalconConfig(**_FALCON, alibi=True),
