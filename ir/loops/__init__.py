@@ -20,7 +20,6 @@ from .forms import (
     attention_form,
     elementwise_inputs,
     flops,
-    matmul_form,
     product_form,
     sole_op,
 )
@@ -45,6 +44,6 @@ from .text import print_loops, print_node
 __all__ = [
     "PRIMITIVES", "Apply", "AttentionForm", "Axis", "Const", "Dot", "Index", "Load", "Loops",
     "MatmulForm", "Node", "Reduce", "Segment", "Store", "attention_form", "elementwise_inputs", "flops",
-    "free_symbols", "matmul_form", "post_order", "print_loops", "print_node", "product_form", "scalarize",
+    "free_symbols", "post_order", "print_loops", "print_node", "product_form", "scalarize",
     "sole_op",
 ]  # fmt: skip

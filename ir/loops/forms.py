@@ -63,12 +63,6 @@ def product_form(segment: Segment) -> MatmulForm | None:
     )
 
 
-def matmul_form(segment: Segment) -> MatmulForm | None:
-    """The segment as a single matrix product, or None when it is no product or one of a batch."""
-    form = product_form(segment)
-    return None if form is None or form.batch else form
-
-
 @dataclass(frozen=True)
 class AttentionForm:
     """A kernel around one attention op. For each of the op's results, in order: the value that all of it is stored as,

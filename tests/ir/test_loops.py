@@ -27,8 +27,8 @@ from tilewright.ir.loops import (
     elementwise_inputs,
     flops,
     free_symbols,
-    matmul_form,
     print_loops,
+    product_form,
     scalarize,
 )
 from tilewright.ir.module import Function, Op, make_attrs
@@ -147,17 +147,18 @@ def test_in_place_execution_gives_the_same(case: Case, seed: int) -> None:
 
 @examples(30)
 @given(modules(attention=False))
-def test_matmul_form_separates_rows_from_columns(case: Case) -> None:
+def test_product_form_separates_rows_from_columns(case: Case) -> None:
     """A tiled product would read ``a`` along columns, or the weight along rows."""
     for kernel, env in runs(case):
         for segment in scalarize(kernel).segments:
-            form = matmul_form(segment)
+            form = product_form(segment)
             if form is None:
                 continue
-            rows, columns = ({a.symbol for a in axes} for axes in (form.rows, form.columns))
-            assert rows | columns == {a.symbol for a in segment.axes}
-            assert not rows & columns
-            assert free_symbols(form.a) <= rows | {form.k.symbol}
+            parts = (form.rows, form.columns, form.batch)
+            rows, columns, batch = ({a.symbol for a in axes} for axes in parts)
+            assert rows | columns | batch == {a.symbol for a in segment.axes}
+            assert len(rows) + len(columns) + len(batch) == len(segment.axes)
+            assert free_symbols(form.a) <= rows | batch | {form.k.symbol}
             assert {n for n in segment.nodes() if isinstance(n, Dot)} == set(form.dots)
             run = Interpreter({v: env[v] for v in kernel.operands}, case.dims)
             points, count = run.points(segment)
@@ -200,13 +201,51 @@ func @main(%x: f32[B, S, 12], %w: f32[8, 12], %cos: f32[B, S, 4], %sin: f32[B, S
 def test_rotary_embedding_is_one_product_with_two_dots() -> None:
     """RoPE after a projection would need a kernel of its own."""
     loops = scalarize(kernel_from(ROPE))
-    forms = [matmul_form(s) for s in loops.segments]
+    forms = [product_form(s) for s in loops.segments]
     assert len(forms) == 1, print_loops(loops)
     (form,) = forms
     assert form is not None
     assert len(form.dots) == 2
     assert [str(a.extent) for a in form.rows] == ["B", "S"]
     assert sympy.prod([a.extent for a in form.columns]) * len(loops.segments[0].stores) == 8
+
+
+HEADS = """
+%y = kernel %x, %w {name = "heads"} [
+    %p = matmul %x, %w : f32[B, S, 64]
+    %h = view %p {map = (i0, i1, i2) -> ((i0 // 4), i1, i2 + 16*((i0 % 4)))} : f32[4*B, S, 16]
+    %y = neg %h : f32[4*B, S, 16]
+  ] : f32[4*B, S, 16]
+"""
+SCORES = """
+%y = kernel %x, %w {name = "scores"} [
+    %h = view %w {map = (i0, i1, i2) -> (i1, i2 + 16*((i0 % 4)))} : f32[4*B, 40, 16]
+    %p = matmul %x, %h : f32[4*B, S, 40]
+    %y = view %p {map = (i0) -> ((i0 // (40*S)), ((i0 // 40) % S), (i0 % 40))} : f32[160*B*S]
+  ] : f32[160*B*S]
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "shapes", "parts"),
+    [
+        (HEADS, ("f32[B, S, 24]", "f32[64, 24]", "f32[4*B, S, 16]"), (["B", "S"], ["4", "16"], [])),
+        (SCORES, ("f32[4*B, S, 16]", "f32[40, 64]", "f32[160*B*S]"), (["S"], ["40"], ["4*B"])),
+    ],
+    ids=["heads", "scores"],
+)
+def test_digits_of_a_merged_axis_are_axes(
+    text: str, shapes: tuple[str, ...], parts: tuple[list[str], ...]
+) -> None:
+    """A product whose rows and columns share an axis would be a batch of tiny ones, or a sum for each result."""
+    x, w, _y = shapes
+    module = parse_module(
+        f"symbol B [1, 4]\nsymbol S [1, 8]\nfunc @main(%x: {x}, %w: {w}) -> (%y) {{ {text} }}"
+    )
+    (segment,) = scalarize(module.main.ops[0]).segments
+    form = product_form(segment)
+    assert form is not None
+    assert tuple([str(a.extent) for a in axes] for axes in (form.rows, form.columns, form.batch)) == parts
 
 
 def test_rotary_kernel_by_brute_force() -> None:
