@@ -62,9 +62,10 @@ def mask_forward(
     try:
         distances = distances_of(mask_function)
     except InexpressibleError as error:
+        name = getattr(mask_function, "__qualname__", repr(mask_function))
         raise CaptureError(
-            f"unsupported attention: the mask pattern {mask_function.__qualname__} does not show each query the keys "
-            f"up to some distance before and after it ({error}); run this model with Hugging Face instead"
+            f"unsupported attention: the mask pattern {name} does not show each query the keys up to some distance "
+            f"before and after it ({error}); run this model with Hugging Face instead"
         ) from error
     if attention_mask is None:
         if (allow_is_causal_skip and distances == CAUSAL) or (

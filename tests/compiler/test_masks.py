@@ -3,6 +3,7 @@ beside it; and whether layers are alike depends on the masks that they are given
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -161,6 +162,11 @@ def test_a_query_that_does_not_see_itself_is_refused() -> None:
     assert distances_in(mask) == Distances(highest=-1)
     with pytest.raises(CaptureError, match="hides each query from itself"):
         bounds_of(Distances(highest=-1))
+
+
+def test_a_mask_function_without_a_name_is_refused_by_what_it_is() -> None:
+    with pytest.raises(CaptureError, match=r"functools.partial.*a condition on key"):
+        mask_forward(mask_function=partial(lambda most, b, h, q, k: k < most, 5))
 
 
 def test_masks_that_may_not_be_left_out_are_not() -> None:
