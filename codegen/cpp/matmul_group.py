@@ -142,10 +142,14 @@ def matmul_groups(segments: tuple[Segment, ...]) -> tuple[list[Group], list[Segm
 
 def _is_small(form: MatmulForm) -> bool:
     """Whether products of a batch are better computed element by element: they have few rows, or weights that are
-    computed, which each of them would compute anew."""
+    computed by more than a cast, which each of them would compute anew."""
+
+    def is_read(node: Node) -> bool:
+        return isinstance(node.args[0] if isinstance(node, Apply) and node.op == "cast" else node, Load)
+
     rows = product([a.extent for a in form.rows])
     few = rows.is_Integer and rows <= GEMV_MAX_ROWS
-    return bool(form.batch) and bool(few or not all(isinstance(d.b, Load) for d in form.dots))
+    return bool(form.batch) and bool(few or not all(is_read(d.b) for d in form.dots))
 
 
 @dataclass(frozen=True)

@@ -189,15 +189,17 @@ def batched_heads(dtype: DType, size: int) -> Case:
     return finish(b, view(b, scores, ["160*B*S"], "i0 // (40*S)", "(i0 // 40) % S", "i0 % 40"), B=2, S=19)
 
 
-@case("batched_values", (DType.f32,), (DType.bf16,))
-def batched_values(dtype: DType) -> Case:
-    """Weights times values, which lie with their depth apart; the epilogue reduces the weights, row by row."""
+@case("batched_values", (DType.f32, False), (DType.bf16, False), (DType.bf16, True))
+def batched_values(dtype: DType, widened: bool) -> Case:
+    """Weights times values, which lie with their depth apart, and may be multiplied in a wider type; the epilogue
+    reduces the weights, row by row."""
     b = Builder()
     p = b.param_value("p", tensor_type(dtype, ["B", 3, "S", "T"]))
     v = b.param_value("v", tensor_type(dtype, ["B", 3, "T", 20]))
     wide = cast(b, p, DType.f32)
     total = b.add("reduce", b.add("abs", wide), kind="sum", axes=(3,), keepdim=True)
-    made = b.add("matmul", p, view(b, v, ["B", 3, 20, "T"], "i0", "i1", "i3", "i2"))
+    values = view(b, v, ["B", 3, 20, "T"], "i0", "i1", "i3", "i2")
+    made = b.add("matmul", wide, cast(b, values, DType.f32)) if widened else b.add("matmul", p, values)
     return finish(b, b.add("div", cast(b, made, DType.f32), total), B=2, S=19, T=45)
 
 

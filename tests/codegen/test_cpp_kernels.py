@@ -113,7 +113,7 @@ def test_every_walk_that_a_tuner_may_try(number: int, folder: Path) -> None:
         check_case(name, PRODUCTS, 2, folder, tunables)
 
 
-@pytest.mark.parametrize("name", ["linear-bf16-many", "batched_values-bf16"])
+@pytest.mark.parametrize("name", ["linear-bf16-many", "batched_values-bf16-False"])
 @pytest.mark.parametrize("rows", [16, 20, 32])
 def test_rows_in_several_blocks(rows: int, name: str, folder: Path) -> None:
     """38 rows, or 19 in each product of a batch, prepared so many at a time, in scratch that has room for no more."""
@@ -185,7 +185,9 @@ def test_nothing_is_reduced_again_and_again() -> None:
     assert found > 10
 
 
-@pytest.mark.parametrize("name", ["batched-bf16", "batched_heads-bf16-20", "batched_values-f32"])
+@pytest.mark.parametrize(
+    "name", ["batched-bf16", "batched_heads-bf16-20", "batched_values-f32-False", "batched_values-bf16-True"]
+)
 def test_products_of_a_batch_are_tiled(name: str) -> None:
     """Element by element, DeBERTa's scores by distance took twelve times as long."""
     assert "tw::gemm<" in print_program(program_of_cases({name: CASES[name]()}))
