@@ -45,9 +45,13 @@ class Task:
 
 
 def in_turns(
-    runs: Sequence[Callable[[], float]], repeats: int, begin: Callable[[], None]
+    runs: Sequence[Callable[[], float]],
+    repeats: int,
+    begin: Callable[[], None],
+    end: Callable[[], None] = lambda: None,
 ) -> list[tuple[float, ...]]:
-    """Samples of each of ``runs``, one of each in each of ``repeats`` rounds, which ``begin`` with that call.
+    """Samples of each of ``runs``, one of each in each of ``repeats`` rounds, before and after which ``begin`` and
+    ``end`` are called.
 
     Which of them is first changes from round to round, so that a steady drift of the machine favours none.
     """
@@ -58,6 +62,7 @@ def in_turns(
             k = (n + turn) % len(runs)
             time.sleep(SETTLE)
             samples[k].append(runs[k]())
+        end()
     return [tuple(found) for found in samples]
 
 
@@ -72,12 +77,12 @@ def measure(
     """``repeats`` rounds, each a sample of every system and one of the probe; the systems have run the task before."""
     bandwidth: list[float] = []
 
-    def begin() -> None:
-        advance(str(task))
+    def end() -> None:
         time.sleep(SETTLE)
         bandwidth.append(probe())
 
-    seconds = in_turns([partial(task.run, system) for system in systems], repeats, begin)
+    runs = [partial(task.run, system) for system in systems]
+    seconds = in_turns(runs, repeats, lambda: advance(str(task)), end)
     series = tuple(
         Series(system.name, samples, system.batch, task.bytes_per_step(system))
         for system, samples in zip(systems, seconds, strict=True)
