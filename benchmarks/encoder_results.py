@@ -90,8 +90,4 @@ def _rate(batch: Batch, system: str) -> str:
 
 def latest(folder: Path = stored.FOLDER) -> list[EncoderResults]:
     """The latest stored run on each device, the newest first."""
-    found: dict[str, EncoderResults] = {}
-    for _, run in sorted(stored.all_of(EncoderResults, folder), key=lambda pair: pair[1].date):
-        found.pop(run.machine["device"], None)
-        found[run.machine["device"]] = run
-    return list(reversed(found.values()))
+    return [run for _, run in stored.newest_of_each(EncoderResults, "device", folder)]

@@ -114,6 +114,8 @@ class _Run:
         points = [(rows, 0 if images else tokens) for rows, tokens in self.points]
         points = list(dict.fromkeys(points))
         callees = self._callees(source, name, precision)
+        if not callees:
+            return
         total = len(points) * (len(callees) + self.repeats)
         with Progress().step(f"Measuring {name}, {precision}", total=total) as advance:
             for rows, tokens in points:

@@ -140,8 +140,4 @@ class Results:
 
 def latest(folder: Path = stored.FOLDER) -> list[tuple[Path, Results]]:
     """The latest stored run of each processor and its file, the newest first."""
-    found: dict[str, tuple[Path, Results]] = {}
-    for file, run in sorted(stored.all_of(Results, folder), key=lambda pair: pair[1].date):
-        found.pop(run.machine["cpu"], None)
-        found[run.machine["cpu"]] = (file, run)
-    return list(reversed(found.values()))
+    return stored.newest_of_each(Results, "cpu", folder)

@@ -95,6 +95,15 @@ def all_of(cls: type[R], folder: Path) -> list[tuple[Path, R]]:
     return [(file, from_json(cls, t)) for file, t in texts.items() if json.loads(t).get("kind") == cls.KIND]
 
 
+def newest_of_each(cls: type[R], fact: str, folder: Path) -> list[tuple[Path, R]]:
+    """The latest stored run of ``cls`` and its file for each value of a fact of the machine, the newest first."""
+    found: dict[str, tuple[Path, R]] = {}
+    for file, result in sorted(all_of(cls, folder), key=lambda pair: pair[1].date):
+        found.pop(result.machine[fact], None)
+        found[result.machine[fact]] = (file, result)
+    return list(reversed(found.values()))
+
+
 def latest(cls: type[R], scale: str, folder: Path) -> list[tuple[Path, R]]:
     """The latest stored run of ``cls`` on each device at a scale, and its file, in the order of devices' names."""
     found: dict[str, tuple[Path, R]] = {}

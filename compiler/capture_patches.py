@@ -144,6 +144,13 @@ def _reroute_gpt_neo(model: PreTrainedModel, attend: Attend) -> Iterator[_Overri
 # --- bias by distance ---------------------------------------------------------------------------------------------
 
 
+def _by_distance(attention: Any, most: int, bucket: Callable[[Tensor], Tensor]) -> Tensor:
+    """The biases f32[H, R] of all distances up to ``most`` on either side, by the buckets that they are in."""
+    embedding = attention.relative_attention_bias
+    buckets = bucket(torch.arange(-most, most + 1, device=embedding.weight.device))
+    return cast(Tensor, embedding(buckets).t().float())
+
+
 def _reroute_relative(model: PreTrainedModel, attend: Attend) -> Iterator[_Override]:
     """Stacks of blocks, of which the first sorts distances into buckets, each with a bias per head; the others are
     given what it computed.
@@ -154,13 +161,13 @@ def _reroute_relative(model: PreTrainedModel, attend: Attend) -> Iterator[_Overr
 
     def table(attention: Any) -> Tensor:
         most = attention.relative_attention_max_distance
-        buckets = attention._relative_position_bucket(
-            torch.arange(-most, most + 1, device=model.device),
+        bucket = partial(
+            attention._relative_position_bucket,
             bidirectional=not attention.is_decoder,
             num_buckets=attention.relative_attention_num_buckets,
             max_distance=most,
         )
-        return cast(Tensor, attention.relative_attention_bias(buckets).t().float())
+        return _by_distance(attention, most, bucket)
 
     def given(attention: Any) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -195,8 +202,7 @@ def _reroute_relative_each(model: PreTrainedModel, attend: Attend) -> Iterator[_
         most = getattr(attention, "relative_attention_max_distance", 0)
 
         def bias(*_: object, **__: object) -> Tensor:
-            buckets = bucket(torch.arange(-most, most + 1, device=model.device))
-            return cast(Tensor, attention.relative_attention_bias(buckets).t().float())
+            return _by_distance(attention, most, bucket)
 
         def routed(*args: Any, **kwargs: Any) -> Any:
             own = attention.has_relative_attention_bias
@@ -228,8 +234,7 @@ def _reroute_mpnet(model: PreTrainedModel, attend: Attend) -> Iterator[_Override
         most = inspect.signature(bucket).parameters["max_distance"].default
 
         def bias(*_: object, **__: object) -> Tensor:
-            buckets = bucket(torch.arange(-most, most + 1, device=model.device))
-            return cast(Tensor, encoder.relative_attention_bias(buckets).t().float())
+            return _by_distance(encoder, most, bucket)
 
         return bias
 

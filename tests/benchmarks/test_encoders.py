@@ -55,6 +55,14 @@ def test_what_is_no_list_of_batches_is_refused(text: str) -> None:
     assert "1x128,8x16" in result.output
 
 
+def test_a_precision_that_no_system_runs_leaves_no_row(tmp_path: Path) -> None:
+    file = tmp_path / "e.json"
+    given = ["--models", "tiny", "--precisions", "int8", "--systems", "eager", "--batches", "1x8"]
+    result = run(*given, "--output", str(file))
+    assert result.exit_code == 0, result.output
+    assert stored.from_json(EncoderResults, file.read_text()).batches == ()
+
+
 def test_a_model_of_images_is_given_images() -> None:
     """Each number of images once, whatever the lengths of texts."""
     model = encoder_models.load("vit", "bf16")
