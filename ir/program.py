@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import sympy
 
@@ -157,6 +158,7 @@ def largest_sizes(
     return tuple(highs | dict(sizes) for sizes in together) or (highs,)
 
 
+@lru_cache(maxsize=1024)
 def physical_shape(type: TensorType, capacity: int) -> tuple[sympy.Expr, ...]:
     """The dims that a buffer is laid out with (row-major): T counts its full capacity, so that a growing context never
     moves what is there; all else is contiguous at the sizes of the call."""

@@ -6,6 +6,7 @@ import builtins
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import sympy
@@ -128,12 +129,23 @@ class Value:
 
 def concrete(shape: Iterable[sympy.Expr], dims: Mapping[str, int]) -> tuple[int, ...]:
     """Evaluate a symbolic shape at the given dim sizes. Raises VerifyError when a symbol has no size."""
-    out = []
-    for dim in shape:
-        value = dim.subs({s: dims[s.name] for s in dim.free_symbols if s.name in dims})
-        if not value.is_Integer:
-            raise VerifyError(
-                f"dim {format_expr(dim)} has no size: {sorted(s.name for s in value.free_symbols)}"
-            )
-        out.append(int(value))
-    return tuple(out)
+    return tuple(int(dim) if dim.is_Integer else _evaluated(dim, _sizes_in(dim, dims)) for dim in shape)
+
+
+def _sizes_in(dim: sympy.Expr, dims: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """The sizes of those symbols that an expression holds."""
+    return tuple((name, dims[name]) for name in _symbols_in(dim) if name in dims)
+
+
+@lru_cache(maxsize=4096)
+def _symbols_in(dim: sympy.Expr) -> tuple[str, ...]:
+    return tuple(sorted(s.name for s in dim.free_symbols))
+
+
+@lru_cache(maxsize=4096)  # programs evaluate the same few shapes at each call, and substitution takes 10 us
+def _evaluated(dim: sympy.Expr, sizes: tuple[tuple[str, int], ...]) -> int:
+    given = dict(sizes)
+    value = dim.subs({s: given[s.name] for s in dim.free_symbols if s.name in given})
+    if not value.is_Integer:
+        raise VerifyError(f"dim {format_expr(dim)} has no size: {sorted(s.name for s in value.free_symbols)}")
+    return int(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tilewright.ir.errors import VerifyError
-from tilewright.ir.loops import Reduce, free_symbols, post_order, scalarize
+from tilewright.ir.loops import Reduce, Segment, free_symbols, post_order, scalarize
 
 from .groups import COSTLY, SOURCES, Groups, is_loop
 
@@ -42,11 +42,26 @@ def _cheap_inside(groups: Groups, n: int, target: int) -> bool:
         return False
     if op.opcode not in (*COSTLY, "reduce") or groups.points([n]) >= groups.points(groups.groups[target]):
         return True
-    if op.opcode == "reduce":  # over the innermost axes: computed once per row, outside the row's loop
-        rank = op.operands[0].type.rank
-        innermost = op.attr("axes") == tuple(range(rank - len(op.attr("axes")), rank))
-        return bool(innermost and not _repeats(groups, groups.groups[target] | {n}))
+    if op.opcode == "reduce":
+        members = groups.groups[target] | {n}
+        return not _repeats(groups, members) and not _reduces_for_each(groups, members)
     return all(v.type.rank == 0 or v.shape[-1] == 1 for v in op.results)
+
+
+def _reduces_for_each(groups: Groups, members: set[int]) -> bool:
+    """True when a kernel would compute a reduction that has fewer results than the kernel in its innermost loop, not
+    around it: that loop does not run along what was reduced, as where rows are stored with their axes moved."""
+    points = groups.points(members)
+    few = [n for n in members if groups.ops[n].opcode == "reduce" and groups.points([n]) < points]
+    extents = [{groups.ops[n].operands[0].shape[a] for a in groups.ops[n].attr("axes")} for n in few]
+    return bool(few) and any(
+        isinstance(node, Reduce)
+        and {a.extent for a in node.axes} in extents
+        and segment.axes[-1].symbol in free_symbols(node)
+        for segment in _segments(groups, members)
+        if segment.axes
+        for node in segment.nodes()
+    )
 
 
 def _sums_each(groups: Groups, n: int) -> bool:
@@ -66,17 +81,21 @@ def _sums_each(groups: Groups, n: int) -> bool:
 
 def _repeats(groups: Groups, members: set[int]) -> bool:
     """True when a kernel would reduce anew at every step of another reduction, for each of that one's results."""
-    try:
-        segments = scalarize(groups.kernel(members)).segments
-    except VerifyError:  # no kernel at all
-        return False
     return any(
         isinstance(inner, Reduce) and free_symbols(inner) & {a.symbol for a in outer.axes}
-        for segment in segments
+        for segment in _segments(groups, members)
         for outer in segment.nodes()
         if isinstance(outer, Reduce)
         for inner in post_order(outer.body, set())
     )
+
+
+def _segments(groups: Groups, members: set[int]) -> tuple[Segment, ...]:
+    """The loops of a group's kernel; none where it can be no kernel."""
+    try:
+        return scalarize(groups.kernel(members)).segments
+    except VerifyError:
+        return ()
 
 
 def _merge_siblings(groups: Groups) -> None:
@@ -92,7 +111,7 @@ def _merge_siblings(groups: Groups) -> None:
         shapes = {v.shape for m in groups.escaping(joined) for v in groups.ops[m].results}
         outside = [p for m in joined for p in groups.producers(m)]
         if len(shapes) == 1 and not groups.depends(outside, joined) and groups.is_legal(joined):
-            if _repeats(groups, joined):
+            if _repeats(groups, joined) or _reduces_for_each(groups, joined):
                 continue
             for o in owners:
                 assert o is not None
