@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +10,7 @@ import sympy
 from tilewright.ir.types import Value
 
 from .aten_rules import Context, Number, Result, axis, rule
-from .aten_rules_matmul import attend, attention_scores
-from .aten_rules_reduce import log_sum_exp, normalize
+from .aten_rules_reduce import normalize
 from .aten_rules_view import from_front
 
 
@@ -105,24 +103,3 @@ def _replaced(ctx: Context, x: Value, part: Value, at: int, first: Number | None
     ]
     kept = [piece for piece in pieces if piece is not None]
     return kept[0] if len(kept) == 1 else ctx.builder.add("concat", *kept, axis=at)
-
-
-@rule("_scaled_dot_product_flash_attention_for_cpu.default")
-def _flash_attention(
-    ctx: Context,
-    q: Value,
-    k: Value,
-    v: Value,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    attn_mask: Value | None = None,
-    scale: float | None = None,
-) -> Result:
-    """q [B,H,S,D], k, v [B,G,T,D] -> out [B,H,S,D] and the log of each row's sum, f32[B,H,S] (rarely asked for)."""
-    out = attend(ctx, q, k, v, attn_mask, is_causal, scale)
-    if dropout_p or out is None:
-        return None
-    factor = 1 / math.sqrt(int(q.shape[-1])) if scale is None else scale
-    scores = attention_scores(ctx, q, k, attn_mask, factor, is_causal)
-    return out, ctx.cast(log_sum_exp(ctx, scores, [scores.type.rank - 1], False), ctx.outs[1].dtype)

@@ -28,7 +28,7 @@ IMPLEMENTATION = "tilewright"
 _LIB = torch.library.Library("tilewright", "DEF")
 _LIB.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, Tensor? slopes, "
-    "Tensor? distances, float scale, float softcap, int window, int ahead, bool causal) -> Tensor"
+    "Tensor? distances, Tensor? bias, float scale, float softcap, int window, int ahead, bool causal) -> Tensor"
 )
 _LIB.define("layer(Tensor x, Tensor[] rest, int index) -> Tensor")
 _LIB.define("causal_conv1d(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -105,25 +105,21 @@ def attention_forward(
 
     query, key, value [B, H, S, D] give [B, S, H, D]. ``s_aux`` [H] are sinks, under the name that transformers has for
     them. Only ``capture_patches`` passes ``slopes`` f32[H], those of ALiBi, a ``position_bias`` f32[H, R], which is a
-    table by distance (False: there is none), and ``distances`` of the keys that a query sees; these are else what the
-    mask says, or ``is_causal`` where nothing is noted on it. Raises CaptureError for a bias or a mask that the op
-    cannot express.
+    table by distance (False: there is none; of another rank it is an array that broadcasts to [B, H, S, T]), and
+    ``distances`` of the keys that a query sees; these are else what the mask says, or ``is_causal`` where nothing is
+    noted on it and it is no such array itself. Raises CaptureError for what the op cannot express.
     """
-    table = None if position_bias is False else position_bias
-    arrays = {"head_mask": extra.get("head_mask"), "position_bias": table}
-    for name, array in arrays.items():
-        if array is not None and array.ndim != 2:
-            raise CaptureError(
-                f"unsupported attention: {type(module).__name__} passes {name!r}, for which the attention op "
-                "has no operand; run this model with Hugging Face instead"
-            )
-    if attention_mask is not None and attention_mask.ndim != 2:
+    if extra.get("head_mask") is not None:
         raise CaptureError(
-            f"unsupported attention: {type(module).__name__} builds a {attention_mask.ndim}-D mask of its own; only "
-            "models whose mask comes from transformers.masking_utils can be compiled"
+            f"unsupported attention: {type(module).__name__} passes 'head_mask', for which the attention op has no "
+            "operand; run this model with Hugging Face instead"
         )
+    by_distance = position_bias if isinstance(position_bias, Tensor) and position_bias.ndim == 2 else None
+    bias = position_bias if isinstance(position_bias, Tensor) and by_distance is None else None
     if distances is None:
         distances = distances_in(attention_mask)
+    if distances is None and attention_mask is not None and attention_mask.ndim > 2:
+        distances = ALL  # the mask itself hides what is to be hidden
     if distances is None:  # then the module alone says
         causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
         distances = CAUSAL if causal else ALL
@@ -136,7 +132,8 @@ def attention_forward(
         attention_mask,
         s_aux,
         slopes,
-        table,
+        by_distance,
+        bias,
         float(scale),
         float(softcap or 0.0),
         bounds["window"],

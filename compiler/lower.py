@@ -27,6 +27,7 @@ from tilewright.ir.types import DType, TensorType, Value
 from tilewright.ir.verify import verify_module
 
 from . import (  # noqa: F401 (fill RULES)
+    aten_rules_attention,
     aten_rules_functional,
     aten_rules_matmul,
     aten_rules_pointwise,
@@ -173,7 +174,7 @@ class _FunctionLowering:
         context = Context(self.builder, outs, highs=self.highs)
         if node.target is ATTENTION:
             context.slot = self._slot(causal=args[-1])
-            result: Any = aten_rules_matmul.opaque_attention(context, *args)
+            result: Any = aten_rules_attention.opaque_attention(context, *args)
         elif node.target in _RECURRENT:
             opcode = _RECURRENT[node.target]
             context.slot = self._slot(part=f".{opcode}")

@@ -41,6 +41,8 @@ follow v, in the order of ``ATTENTION_EXTRAS``:
   et al., "Train Short, Test Long", 2022)
 - distances f32[H, R], R odd: ``distances[h, R // 2 + key - query]`` is added to each score, or the first or last of
   them beyond either end (T5's relative positions: Raffel et al., "Exploring the Limits of Transfer Learning", 2020)
+- bias [B or 1, H or 1, S or 1, T], of q's dtype: an array that is added to the scores, and masks where it is minus
+  infinity, or below ``MASKED`` / 2
 - reach i64[B, S], with ``causal``: the last key of the context that each query sees, in place of its own; not less than
   that, nor less than the query's before (of tokens of an image, the image's last one, in Gemma 3)
 
@@ -280,6 +282,10 @@ def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
         odd = table.type.rank == 2 and table.shape[1].is_Integer and table.shape[1] % 2 == 1
         _need(odd, op, f"distances need an odd number of columns, not {table.type}")
         types["distances"] = TensorType(DType.f32, (heads, table.shape[1]))
+    if (bias := given.get("bias")) is not None:
+        whole = (*q.shape[:3], context)
+        ranks = bias.type.rank == 4 and all(d in (1, n) for d, n in zip(bias.shape[:3], whole, strict=False))
+        types["bias"] = TensorType(q.dtype, (*bias.shape[:3], context) if ranks else whole)
     for name, value in given.items():
         _need(value.type == types[name], op, f"{name} must be {types[name]}, not {value.type}")
     _need("reach" not in given or op.attr("causal"), op, "reach is for causal attention")
@@ -288,7 +294,7 @@ def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
     return q, k, v
 
 
-ATTENTION_EXTRAS = ("mask", "sinks", "slopes", "distances", "reach")
+ATTENTION_EXTRAS = ("mask", "sinks", "slopes", "distances", "bias", "reach")
 
 
 def attention_extras(op: Op, operands: Sequence[T]) -> dict[str, T]:

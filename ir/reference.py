@@ -348,6 +348,8 @@ def _scores(op: Op, args: list[Tensor]) -> tuple[Tensor, Tensor]:
         table = extras["distances"].to(scores.dtype)
         middle = table.shape[1] // 2
         scores = scores + table[:, (key - query).clamp(-middle, middle) + middle]
+    if "bias" in extras:
+        scores = (scores + extras["bias"].to(scores.dtype)).clamp(min=MASKED)
     valid = torch.ones(1, s, t, dtype=torch.bool)
     if op.attr("causal"):
         valid = valid & (key <= (extras["reach"][:, :, None] if "reach" in extras else query))

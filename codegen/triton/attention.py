@@ -278,6 +278,18 @@ class _Attention:
             f"tl.load({address}, mask={self.rows.mask}, other=0.0).to({self.float})", "distances"
         )
 
+    def _bias(self, scope: Scope, key: str, inside: str) -> str:
+        """The array's numbers for a block of keys; ``inside``: which of them there are, "" for all."""
+        bias, share = self.extras["bias"], self.sizes.share
+        places = (BATCH, GROUP * share + Mod(ROW, share), FloorDiv(ROW, share))
+        index = tuple(
+            Integer(0) if d == 1 else place for d, place in zip(bias.shape[:3], places, strict=False)
+        )
+        address = self._address(bias, (*index, KEY), {ROW: self.rows.text, KEY: key})
+        address += f" + {self.rows.text} * 0"  # a block of rows even where all of them share one
+        mask = " & ".join(m for m in (self.rows.mask, inside) if m)
+        return scope.bind(f"tl.load({address}, mask={mask}, other=0.0).to({self.float})", "bias")
+
     def _walk(self, base: Scope, over: _Walk, step: Step) -> None:
         """Loop over blocks of keys; ``step`` takes each block's scores."""
         if over.inner:
@@ -308,6 +320,9 @@ class _Attention:
             scores = scope.bind(f"{scores} + {over.slopes} * ({row} - {query}).to({self.float})", "scores")
         if "distances" in self.extras:
             scores = scope.bind(f"{scores} + {self._by_distance(scope, row, query)}", "scores")
+        if "bias" in self.extras:
+            added = f"{scores} + {self._bias(scope, row, f'({row} < {high})' if edge else '')}"
+            scores = scope.bind(f"tl.maximum({added}, {MASKED})", "scores")
         if seen := self._condition(scope, row, over, edge):
             masked = FAR_MASKED if self.waits else MASKED
             scores = scope.bind(f"tl.where({seen}, {scores}, {masked})", "scores")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from tilewright.ir.errors import VerifyError
 from tilewright.ir.loops import Reduce, Segment, free_symbols, post_order, scalarize
+from tilewright.ir.types import concrete
 
 from .groups import COSTLY, SOURCES, Groups, is_loop
 
@@ -50,9 +53,12 @@ def _cheap_inside(groups: Groups, n: int, target: int) -> bool:
 
 def _reduces_for_each(groups: Groups, members: set[int]) -> bool:
     """True when a kernel would compute a reduction that has fewer results than the kernel in its innermost loop, not
-    around it: that loop does not run along what was reduced, as where rows are stored with their axes moved."""
-    points = groups.points(members)
-    few = [n for n in members if groups.ops[n].opcode == "reduce" and groups.points([n]) < points]
+    around it: that loop does not run along what was reduced, as where rows are stored with their axes moved. It may
+    be as long as what each element reduces for itself alone, here or in what may still join."""
+    points = groups.points(groups.escaping(members))
+    around = [n for n in members | _above(groups, members) if groups.ops[n].opcode == "reduce"]
+    own = max((_length(groups, n) for n in around if groups.points([n]) >= points), default=0)
+    few = [n for n in around if n in members and groups.points([n]) < points and _length(groups, n) > own]
     extents = [{groups.ops[n].operands[0].shape[a] for a in groups.ops[n].attr("axes")} for n in few]
     return bool(few) and any(
         isinstance(node, Reduce)
@@ -62,6 +68,24 @@ def _reduces_for_each(groups: Groups, members: set[int]) -> bool:
         if segment.axes
         for node in segment.nodes()
     )
+
+
+def _above(groups: Groups, members: set[int]) -> set[int]:
+    """Ops in no kernel yet that the members are made of."""
+    found: set[int] = set()
+    todo = [p for n in members for p in groups.producers(n)]
+    while todo:
+        n = todo.pop()
+        if n not in members | found and n not in groups.owner and is_loop(groups.ops[n]):
+            found.add(n)
+            todo += groups.producers(n)
+    return found
+
+
+def _length(groups: Groups, n: int) -> int:
+    """Elements that each result of reduction n is made of, at the largest dims."""
+    (x,) = groups.ops[n].operands
+    return math.prod(concrete((x.shape[axis] for axis in groups.ops[n].attr("axes")), groups.highs))
 
 
 def _sums_each(groups: Groups, n: int) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tilewright.ir.ops import Builder
-from tilewright.ir.types import DType, tensor_type
+from tilewright.ir.types import DType, concrete, tensor_type
 
 from .kernel_case import FLOATS, Case, case, finish, view
 
@@ -20,6 +22,7 @@ def attend(opcode: str, dtype: DType, size: int, **attrs: object) -> Case:
     types = {
         "mask": tensor_type("bool", ["B", keys]), "sinks": tensor_type(dtype, [6]), "slopes": tensor_type("f32", [6]),
         "distances": tensor_type("f32", [6, 27]), "reach": tensor_type("i64", ["B", queries]),
+        "bias": tensor_type(dtype, [*attrs.pop("bias", ("B", 6, queries)), keys]),
     }  # fmt: skip
     extras = [b.param_value(name, types[name]) for name in attrs.get("extras", ())]
     full = {"scale": size**-0.5, "causal": True, "window": 0, "softcap": 0.0, **attrs}
@@ -97,6 +100,40 @@ def attention_around(dtype: DType, window: int, ahead: int) -> Case:
     return attend("attention", dtype, 16, slot="", extras=("mask",), queries=130, keys=300, **bounds)
 
 
+@case(
+    "attention_bias",
+    *((d, q, k) for d in (DType.f32, DType.bf16, DType.f16) for q, k in (("S", 300), (1, 150))),
+    (DType.f64, "S", "T"),
+)
+def attention_bias(dtype: DType, queries: object, keys: object) -> Case:
+    """An array of biases, some of which mask: all of a row's for one row; keys that come after their query too."""
+    made = attend(
+        "attention", dtype, 16, slot="", extras=("mask", "bias"), queries=queries, keys=keys, causal=False
+    )
+    bias = torch.randn(concrete(made.module.main.params[4].shape, made.dims), dtype=torch.float64)
+    bias[0, :, :, 5:11] = -torch.inf
+    bias[1, 2, 0] = -torch.inf
+    bias[1, 3, :, 20:] = torch.finfo(dtype.torch).min
+    return replace(made, given={**made.given, "bias": bias.to(dtype.torch)})
+
+
+@case(
+    "attention_bias_shared", ("B11", "S"), ("1HS", "S"), ("11S", "S"), ("111", "S"), ("BH1", "S"), ("1H1", 1)
+)
+def attention_bias_shared(dims: str, queries: object) -> Case:
+    """Biases that batch rows, heads or queries have in common, added to capped scores."""
+    shape = [{"B": "B", "H": 6, "S": "S", "1": 1}[d] for d in dims]
+    extras = ("bias",)
+    return attend(
+        "attention", DType.f32, 16, slot="", extras=extras, queries=queries, bias=shape, softcap=2.0
+    )
+
+
+@case("attention_split_bias", *FLOATS)
+def attention_split_bias(dtype: DType) -> Case:
+    return attend("attention_split", dtype, 16, queries=1, splits=4, extras=("bias",))
+
+
 @case("attention_reach", *((d, w) for d in (DType.f32, DType.bf16, DType.f64) for w in (0, 7)))
 def attention_reach(dtype: DType, window: int) -> Case:
     """Queries that see beyond themselves; a window hides nothing that comes after its query."""
@@ -111,7 +148,7 @@ def attention_split_distances(dtype: DType) -> Case:
 
 @case("attention_all_extras", ("S",), (1,))
 def attention_all_extras(queries: object) -> Case:
-    extras = ("mask", "sinks", "slopes", "distances")
+    extras = ("mask", "sinks", "slopes", "distances", "bias")
     return attend("attention", DType.f32, 20, slot="", extras=extras, queries=queries, window=11)
 
 

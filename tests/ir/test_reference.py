@@ -278,6 +278,7 @@ def reference_attention(
             middle = len(numbers) // 2
             places = (key - query + middle).clamp(0, len(numbers) - 1)
             bias[head] += torch.tensor([[numbers[p] for p in row] for row in places.tolist()])
+    bias = bias + extras.get("bias", torch.zeros(()))
     if not softcap:
         added = bias.masked_fill(~valid, -torch.inf)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale, enable_gqa=True)
@@ -305,6 +306,10 @@ def attentions(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict[str, Tenso
         extras["slopes"] = torch.rand(g * group, generator=generator)
     if columns := draw(st.sampled_from([0, 1, 5, 13])):
         extras["distances"] = torch.randn(g * group, columns, generator=generator)
+    if draw(st.booleans()):
+        shape = [n if draw(st.booleans()) else 1 for n in (b, g * group, s)]
+        extras["bias"] = torch.randn(*shape, t, generator=generator)
+        extras["bias"][..., : t - s][torch.rand(*shape, t - s, generator=generator) < 0.2] = -torch.inf
     if causal := draw(st.booleans()):
         further = torch.arange(t - s, t) + torch.randint(0, 3, (b, s), generator=generator)
         if draw(st.booleans()):

@@ -121,6 +121,10 @@ def attention(fn: RandomFunction) -> Value | None:
     if fn.number(0, 3) == 0:
         columns = Integer(fn.pick((1, 3, 5)))
         extras["distances"] = fn.weight(TensorType(DType.f32, (q.shape[1], columns)))
+    if not slot and fn.number(0, 3) == 0:
+        keys = heads_of(heads, d)
+        bias = fn.bounded(fn.add("matmul", q, keys, spec=Spec(-64, 64, False)), 4)
+        extras["bias"] = fn.slice(bias, 1, 0, 1) if fn.number(0, 1) else bias
     causal = bool(fn.number(0, 1))
     out = fn.add(
         "attention", q, k, v, *extras.values(), extras=tuple(extras) or None, spec=Spec(-4, 4, False),

@@ -30,6 +30,9 @@ static inline void attend_row(const AttentionShape& s, long batch, long head, lo
             s.add_by_distance(head, query, j, 1, &bias);
             score += double(bias);
         }
+        if (s.bias != nullptr) {
+            score += static_cast<const double*>(s.bias)[s.bias_strides.at(batch, head, query) + j];
+        }
         const double highest = score > top ? score : top;
         const double old = std::exp(top - highest), weight = std::exp(score - highest);
         const double* value = v + s.v.at(batch, group, j);

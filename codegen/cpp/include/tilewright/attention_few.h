@@ -135,7 +135,7 @@ static inline void attend_tile(const AttentionShape& s, long batch, long group, 
     for (int r = 0; r < R; r++) {
         const long query = (row + r) / per_group, head = group * per_group + (row + r) % per_group;
         float* of_row = scores + r * LONG_TILE;
-        finish_scores(s, batch, head, query, first, count, of_row);
+        finish_scores<T>(s, batch, head, query, first, count, of_row);
         SoftmaxRow softmax{*top[r], *total[r]};
         factors[r] = softmax.update(of_row, count, VW, 1.0f, of_row);
         *top[r] = softmax.top;

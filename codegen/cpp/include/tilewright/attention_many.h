@@ -116,7 +116,7 @@ struct PromptBlock {
     void weigh(int r, float* scores, F* weights, long first, int count) {
         const bool scale_last = s.scores_are_products();
         for (int j = 0; j < count && !scale_last; j++) scores[j] *= s.scale;
-        finish_scores(s, batch, head[r], query[r], first, count, scores);
+        finish_scores<T>(s, batch, head[r], query[r], first, count, scores);
         const float factor = softmax[r].update(scores, count, Scratch::step, scale_last ? s.scale : 1.0f, weights);
         if (factor != 1.0f) {
             for (int c = 0; c < DVP; c++) buffers.acc[r * DVP + c] *= factor;

@@ -34,6 +34,8 @@ struct AttentionShape {
     const float* slopes = nullptr;  // [heads]: of the bias slope * (key - query), in positions of the context; or null
     const float* distances = nullptr;  // [heads, distance_count]: a bias by key - query, in the middle 0; or null
     long distance_count = 1;
+    const void* bias = nullptr;  // of the element type, by batch, head, query and key: added to scores; or null
+    Strides bias_strides{};
     const int64_t* reach = nullptr;  // [batch, queries]: the last key that each query sees; or null
     long prefetch_bytes = 0;  // how far ahead of their use keys and values are requested
 
@@ -45,7 +47,7 @@ struct AttentionShape {
 
     // Whether nothing but the scale, and masks, makes scores of the products of queries and keys.
     bool scores_are_products() const {
-        return scale > 0.0f && softcap == 0.0f && slopes == nullptr && distances == nullptr;
+        return scale > 0.0f && softcap == 0.0f && slopes == nullptr && distances == nullptr && bias == nullptr;
     }
     long heads_per_group() const { return heads / groups; }
     // Where a query stands in the context.
@@ -62,6 +64,16 @@ struct AttentionShape {
         for (int j = begin; j < end; j++) scores[j] += table[place + j];
         for (int j = end; j < count; j++) scores[j] += table[distance_count - 1];
     }
+    // Add to the scores of `count` keys what the array of biases has for them; none is then below a masked one.
+    template <class T>
+    void add_bias(long batch, long head, long query, long first, int count, float* scores) const {
+        const T* row = static_cast<const T*>(bias) + bias_strides.at(batch, head, query) + first;
+#pragma omp simd
+        for (int j = 0; j < count; j++) {
+            const float score = scores[j] + to_f32(row[j]);
+            scores[j] = score > MASKED ? score : MASKED;
+        }
+    }
     // The keys that causality and window leave to a query; neither end is before that of the query before.
     Range visible(long b, long query) const {
         const long at = position(query), last = reach != nullptr ? long(reach[b * queries + query]) : at;
@@ -71,7 +83,9 @@ struct AttentionShape {
     }
 };
 
-// Soft cap, bias and masks, in place, of the scores of one query row with keys [first, first + count).
+// Soft cap, biases and masks, in place, of the scores of one query row with keys [first, first + count). T: the element
+// type of queries.
+template <class T>
 static inline void finish_scores(const AttentionShape& s, long batch, long head, long query, long first, int count,
                                  float* scores) {
     if (s.softcap > 0.0f) {
@@ -87,6 +101,9 @@ static inline void finish_scores(const AttentionShape& s, long batch, long head,
     }
     if (s.distances != nullptr) {
         s.add_by_distance(head, query, first, count, scores);
+    }
+    if (s.bias != nullptr) {
+        s.add_bias<T>(batch, head, query, first, count, scores);
     }
     const Range visible = s.visible(batch, query);
     for (int j = 0; j < count && first + j < visible.begin; j++) scores[j] = MASKED;
