@@ -219,19 +219,39 @@ def _aligned(operand: Value, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
 
 def _separate_digits(node: Node, piece: Piece) -> None:
     """Raise NeedSplit where the operands of a product depend on both ``x // n`` and ``x % n`` of an axis x, as they do
-    when its result is seen with axes merged or moved: rows, columns and products of a batch are axes of their own."""
+    when its result is seen with axes merged or moved: rows, columns and products of a batch are axes of their own. Or,
+    without a product, where a reduction depends on ``x // n`` alone, so that it is computed once for all the ``x % n``.
+    """
     extents = {a.symbol: a.extent for a in piece.axes}
-    parts: dict[Expr, None] = {}
-    for dot in post_order(node, set()):
-        if isinstance(dot, Dot):
-            for load in (*post_order(dot.a, set()), *post_order(dot.b, set())):
-                if isinstance(load, Load):
-                    parts.update((e, None) for i in load.index for e in sympy.preorder_traversal(i))
-    for part in parts:
-        if isinstance(part, Mod) and part.args[0] in extents and FloorDiv(*part.args) in parts:
-            symbol, tile = part.args
-            if sympy.fraction(extents[symbol] / tile)[1] == 1:
-                raise NeedSplit(symbol, tile=tile)
+    nodes = tuple(post_order(node, set()))
+    dots = [n for n in nodes if isinstance(n, Dot)]
+    parts = {e for d in dots for side in d.children for e in _places(side)}
+    found = [p.args for p in parts if isinstance(p, Mod) and p.args[0] in extents and FloorDiv(*p.args) in parts]
+    if not dots:
+        found += [args for n in nodes if isinstance(n, Reduce) for args in _quotients(n, extents)]
+    for symbol, tile in found:
+        if sympy.fraction(extents[symbol] / tile)[1] == 1:
+            raise NeedSplit(symbol, tile=tile)
+
+
+def _places(node: Node) -> dict[Expr, None]:
+    """All parts of the indices by which a node and those below it read tensors, in order."""
+    loads = (n for n in post_order(node, set()) if isinstance(n, Load))
+    return {e: None for load in loads for i in load.index for e in sympy.preorder_traversal(i)}
+
+
+def _quotients(node: Node, extents: dict[sympy.Symbol, Expr]) -> list[tuple[Expr, Expr]]:
+    """(x, n) of each axis x that a reduction depends on by ``x // n`` alone."""
+    divided: dict[Expr, set[Expr]] = {}
+    for part in _places(node):
+        if isinstance(part, FloorDiv) and part.args[0] in extents:
+            divided.setdefault(part.args[0], set()).add(part.args[1])
+    whole = {
+        s for load in post_order(node, set()) if isinstance(load, Load | Index)
+        for e in (load.index if isinstance(load, Load) else (load.expr,))
+        for s in e.replace(lambda p: isinstance(p, FloorDiv), lambda p: Integer(0)).free_symbols
+    }  # fmt: skip
+    return [(x, *sizes) for x, sizes in divided.items() if len(sizes) == 1 and x not in whole]
 
 
 @lru_cache(maxsize=1024)

@@ -11,6 +11,9 @@ from tilewright.ir.types import concrete
 from .groups import COSTLY, SOURCES, Groups, is_loop
 
 
+_ELEMENTS_OF_A_KERNEL = 2**18  # that a reduction takes in about as long as one more kernel needs to start
+
+
 def group_loops(groups: Groups) -> None:
     """Bottom-up: an op joins the one loop that uses it, or starts another."""
     for n in range(len(groups.ops) - 1, -1, -1):
@@ -54,11 +57,13 @@ def _cheap_inside(groups: Groups, n: int, target: int) -> bool:
 def _reduces_for_each(groups: Groups, members: set[int]) -> bool:
     """True when a kernel would compute a reduction that has fewer results than the kernel in its innermost loop, not
     around it: that loop does not run along what was reduced, as where rows are stored with their axes moved. It may
-    be as long as what each element reduces for itself alone, here or in what may still join."""
-    points = groups.points(groups.escaping(members))
+    be as long as what each element reduces for itself alone, here or in what may still join, or take less time in all
+    than one more kernel."""
+    points = groups.points(groups.escaping(members) or members)
     around = [n for n in members | _above(groups, members) if groups.ops[n].opcode == "reduce"]
     own = max((_length(groups, n) for n in around if groups.points([n]) >= points), default=0)
-    few = [n for n in around if n in members and groups.points([n]) < points and _length(groups, n) > own]
+    most = max(own, _ELEMENTS_OF_A_KERNEL // points)
+    few = [n for n in around if n in members and groups.points([n]) < points and _length(groups, n) > most]
     extents = [{groups.ops[n].operands[0].shape[a] for a in groups.ops[n].attr("axes")} for n in few]
     return bool(few) and any(
         isinstance(node, Reduce)
