@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
-import torch
 from sympy import Expr, Integer
 
+from tilewright.ir.attention import ATTENTION_EXTRAS, bounded_bias
 from tilewright.ir.errors import LoweringError
 from tilewright.ir.index import FloorDiv, index_symbols, sym
-from tilewright.ir.ops import ATTENTION_EXTRAS, broadcast
+from tilewright.ir.ops import broadcast
 from tilewright.ir.types import DType, Value
 
 from .aten_rules import Context, Result, rule
@@ -19,9 +20,6 @@ from .aten_rules_reduce import log_sum_exp, safe_softmax, softmax
 
 LARGEST_HEAD = 512
 """The most numbers of a head that an attention's kernels hold side by side."""
-LEAST_BIAS = -1e29
-"""What biases are that are finite and less: keys that all have such a one share the weights of a row, as they do in
-PyTorch, where adding the least number of a type makes all scores equal. It is above what masks (``ir/ops.py``)."""
 
 
 def opaque_attention(
@@ -105,19 +103,12 @@ def extras_of(
         if array.dtype is DType.bool:
             array = ctx.apply("where", array, 0.0, -math.inf, dtype=dtype)
         else:
-            array = _bounded(ctx, ctx.cast(array, dtype))
+            array = bounded_bias(ctx.cast(array, dtype), partial(ctx.const, dtype=dtype), ctx.apply)
         total = array if total is None else ctx.apply("add", total, array)
     found = {} if total is None else {"bias": total}
     for mask in masks:
         found["mask"] = ctx.apply("and", found["mask"], mask) if "mask" in found else mask
     return found
-
-
-def _bounded(ctx: Context, bias: Value) -> Value:
-    if torch.finfo(bias.dtype.torch).min > LEAST_BIAS:
-        return bias
-    hidden = ctx.apply("eq", bias, -math.inf)
-    return ctx.apply("where", hidden, bias, ctx.apply("maximum", bias, LEAST_BIAS))
 
 
 # --- PyTorch's ----------------------------------------------------------------------------------------------------

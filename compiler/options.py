@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tilewright.errors import DeviceError, OptionError
-from tilewright.ir.ops import STORED_AS
+from tilewright.ir.attention import STORED_AS
 from tilewright.ir.types import DType
 from tilewright.passes.weight_forms import FORMS
 from tilewright.runtime.device import require_device

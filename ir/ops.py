@@ -14,7 +14,7 @@
 | matmul | a[.., M, K], b[N, K] or b[.., N, K] -> [.., M, N]; float32 accumulation | (activation_group, wide) |
 | quantize | x[N, K] -> codes, scale (and, for 4 bits, minimum: of weights only, at load) | bits, group |
 | dequantize | codes, scale (, minimum) -> float[N, K] | bits, group |
-| attention | q[B,H,S,D], k, v[B,G,S,D], extras -> [B,H,S,Dv] | scale, causal, window, softcap, slot (, ahead, extras) |
+| attention | q[B,H,S,D], k, v[B,G,S,D], extras -> [B,H,S,Dv] | scale, causal, ..., slot; see ``attention.py`` |
 | append | x[B,G,S,D] -> the slot's whole cache [B,G,T,D], ending in x | slot |
 | attention_split | q, k, v [B,G,T,D], extras -> acc f32[B,H,S,P,Dv], max, sum f32[B,H,S,P] | as attention; splits |
 | call | values -> the callee's returns | callee, scope |
@@ -27,25 +27,6 @@
 | grouped_matmul | x[R, K], order, block_expert, w[E, M, K] (, bias) -> [R * divisor, M] | see there |
 | kernel | outer values used -> body values used outside | name |
 
-``attention`` with a non-empty ``slot`` owns the append of k and v to that slot of the request's KV state;
-with slot "" it attends over exactly the given k and v, whose length may exceed q's (q is then the last S of T), and
-whose type may be narrower than q's (``STORED_AS``).
-Scores are scaled, capped, biased, then masked: keys that come after their query, if ``causal``, keys ``window`` or more
-positions before it (0: no bound), and keys ``ahead`` or more positions after it. ``extras`` names the operands that
-follow v, in the order of ``ATTENTION_EXTRAS``:
-
-- mask bool[B, T]: the keys that may be attended to
-- sinks [H], of q's dtype: a score of each head that takes its share of the softmax and has no value (Xiao et al.,
-  "Efficient Streaming Language Models with Attention Sinks", 2023, in the learned form of gpt-oss)
-- slopes f32[H]: ``slopes[h] * (key - query)``, of the positions in the context, is added to each score (ALiBi: Press
-  et al., "Train Short, Test Long", 2022)
-- distances f32[H, R], R odd: ``distances[h, R // 2 + key - query]`` is added to each score, or the first or last of
-  them beyond either end (T5's relative positions: Raffel et al., "Exploring the Limits of Transfer Learning", 2020)
-- bias [B or 1, H or 1, S or 1, T], of q's dtype: an array that is added to the scores, and masks where it is minus
-  infinity, or below ``MASKED`` / 2
-- reach i64[B, S], with ``causal``: the last key of the context that each query sees, in place of its own; not less than
-  that, nor less than the query's before (of tokens of an image, the image's last one, in Gemma 3)
-
 ``matmul`` may carry ``activation_group``: runs of that many values of a's rows, or equal parts of such runs, may then
 be rounded to int8, each with a scale of its own, so that a kernel can multiply integers. Codes and scales are those of
 ``quantization``. With ``wide`` its result is the float32 of the accumulation.
@@ -53,16 +34,23 @@ be rounded to int8, each with a scale of its own, so that a kernel can multiply 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import sympy
 
+from .attention import (
+    ATTENTION_ATTRS,
+    ATTENTION_OPTIONAL,
+    infer_append,
+    infer_attention,
+    infer_attention_split,
+)
+from .checks import arity, need
 from .errors import VerifyError
 from .experts import EXPERTS_ATTRS, infer_experts
 from .experts_grouped import GROUPED_ATTRS, ORDER_ATTRS, infer_experts_order, infer_grouped_matmul
-from .index import sym
 from .module import Attr, Loc, Module, Op, make_attrs
 from .pointwise import POINTWISE
 from .quantization import CODES
@@ -100,24 +88,11 @@ def broadcast(shapes: Iterable[tuple[sympy.Expr, ...]]) -> tuple[sympy.Expr, ...
     return tuple(out)
 
 
-def _need(condition: object, op: Op, message: str) -> None:
-    if not condition:
-        raise VerifyError(f"{op.opcode}: {message}")
-
-
-def _arity(op: Op, *counts: int) -> None:
-    _need(
-        len(op.operands) in counts,
-        op,
-        f"takes {' or '.join(map(str, counts))} operands, has {len(op.operands)}",
-    )
-
-
 def _declared(*dtypes: DType, rank: int | None = None) -> Callable[[Op, Module | None], Inferred]:
     def infer(op: Op, module: Module | None) -> Inferred:
-        _arity(op, 0)
-        _need(not dtypes or op.result.dtype in dtypes, op, f"cannot have dtype {op.result.dtype.value}")
-        _need(rank is None or op.result.type.rank == rank, op, f"result must have rank {rank}")
+        arity(op, 0)
+        need(not dtypes or op.result.dtype in dtypes, op, f"cannot have dtype {op.result.dtype.value}")
+        need(rank is None or op.result.type.rank == rank, op, f"result must have rank {rank}")
         return None
 
     return infer
@@ -125,15 +100,15 @@ def _declared(*dtypes: DType, rank: int | None = None) -> Callable[[Op, Module |
 
 def _pointwise(op: Op, module: Module | None) -> Inferred:
     row = POINTWISE[op.opcode]
-    _arity(op, row.arity)
+    arity(op, row.arity)
     shape = broadcast(v.shape for v in op.operands)
     typed = op.operands[1:] if row.rule == "select" else op.operands
     dtype = typed[0].dtype
-    _need(all(v.dtype == dtype for v in typed), op, "operands must have one dtype")
-    _need(row.rule != "select" or op.operands[0].dtype is DType.bool, op, "condition must be bool")
-    _need(op.opcode == "cast" or dtype is not DType.f8, op, "f8 is for storage: cast it to compute with it")
+    need(all(v.dtype == dtype for v in typed), op, "operands must have one dtype")
+    need(row.rule != "select" or op.operands[0].dtype is DType.bool, op, "condition must be bool")
+    need(op.opcode == "cast" or dtype is not DType.f8, op, "f8 is for storage: cast it to compute with it")
     fits = {"float": dtype.is_float, "int": not dtype.is_float, "bool": dtype is DType.bool, "any": True}
-    _need(fits[row.domain], op, f"does not take {dtype.value}")
+    need(fits[row.domain], op, f"does not take {dtype.value}")
     if row.rule == "any":
         return (TensorType(op.result.dtype, shape),)
     return (TensorType(DType.bool if row.rule == "bool" else dtype, shape),)
@@ -143,15 +118,13 @@ REDUCTIONS = ("sum", "max", "min", "prod", "any", "all")
 
 
 def _reduce(op: Op, module: Module | None) -> Inferred:
-    _arity(op, 1)
+    arity(op, 1)
     (x,) = op.operands
     axes = op.attr("axes")
-    _need(op.attr("kind") in REDUCTIONS, op, f"unknown kind {op.attr('kind')!r}")
-    _need(op.attr("kind") not in ("any", "all") or x.dtype is DType.bool, op, "any and all take bool")
-    _need(x.dtype is not DType.f8, op, "f8 is for storage: cast it to compute with it")
-    _need(
-        axes == tuple(sorted(set(axes))) and all(0 <= a < x.type.rank for a in axes), op, f"bad axes {axes}"
-    )
+    need(op.attr("kind") in REDUCTIONS, op, f"unknown kind {op.attr('kind')!r}")
+    need(op.attr("kind") not in ("any", "all") or x.dtype is DType.bool, op, "any and all take bool")
+    need(x.dtype is not DType.f8, op, "f8 is for storage: cast it to compute with it")
+    need(axes == tuple(sorted(set(axes))) and all(0 <= a < x.type.rank for a in axes), op, f"bad axes {axes}")
     if op.attr("keepdim"):
         shape = tuple(sympy.Integer(1) if n in axes else d for n, d in enumerate(x.shape))
     else:
@@ -160,50 +133,50 @@ def _reduce(op: Op, module: Module | None) -> Inferred:
 
 
 def _view(op: Op, module: Module | None) -> Inferred:
-    _arity(op, 1)
+    arity(op, 1)
     index_map = op.attr("map")
-    _need(len(index_map.exprs) == op.operands[0].type.rank, op, "map does not give one index per operand dim")
-    _need(index_map.rank == op.result.type.rank, op, "map does not take one index per result dim")
+    need(len(index_map.exprs) == op.operands[0].type.rank, op, "map does not give one index per operand dim")
+    need(index_map.rank == op.result.type.rank, op, "map does not take one index per result dim")
     return (TensorType(op.operands[0].dtype, op.result.shape),)
 
 
 def _concat(op: Op, module: Module | None) -> Inferred:
-    _need(op.operands, op, "takes at least one operand")
+    need(op.operands, op, "takes at least one operand")
     axis, first = op.attr("axis"), op.operands[0]
-    _need(0 <= axis < first.type.rank, op, f"bad axis {axis}")
+    need(0 <= axis < first.type.rank, op, f"bad axis {axis}")
     for v in op.operands:
         same = v.type.rank == first.type.rank and v.dtype == first.dtype
         same = same and all(
             a == b for n, (a, b) in enumerate(zip(v.shape, first.shape, strict=True)) if n != axis
         )
-        _need(same, op, f"operands differ outside axis {axis}: {v.type} and {first.type}")
+        need(same, op, f"operands differ outside axis {axis}: {v.type} and {first.type}")
     shape = list(first.shape)
     shape[axis] = sympy.expand(sum(v.shape[axis] for v in op.operands))
     return (TensorType(first.dtype, tuple(shape)),)
 
 
 def _gather(op: Op, module: Module | None) -> Inferred:
-    _arity(op, 2)
+    arity(op, 2)
     table, index = op.operands
     axis = op.attr("axis")
-    _need(0 <= axis < table.type.rank, op, f"bad axis {axis}")
-    _need(index.dtype.is_int, op, "index must be integer")
+    need(0 <= axis < table.type.rank, op, f"bad axis {axis}")
+    need(index.dtype.is_int, op, "index must be integer")
     return (TensorType(table.dtype, table.shape[:axis] + index.shape + table.shape[axis + 1 :]),)
 
 
 def _matmul(op: Op, module: Module | None) -> Inferred:
-    _arity(op, 2)
+    arity(op, 2)
     a, b = op.operands
-    _need(a.type.rank >= 1 and b.type.rank >= 2, op, "a needs rank 1 or more, b rank 2 or more")
-    _need(
+    need(a.type.rank >= 1 and b.type.rank >= 2, op, "a needs rank 1 or more, b rank 2 or more")
+    need(
         a.dtype.is_float and a.dtype == b.dtype and a.dtype is not DType.f8,
         op,
         f"needs one float dtype, got {a.dtype.value}, {b.dtype.value}",
     )
-    _need(a.shape[-1] == b.shape[-1], op, f"K differs: {a.type} and {b.type}")
-    _need(b.type.rank == 2 or a.shape[:-2] == b.shape[:-2], op, f"batch dims differ: {a.type} and {b.type}")
+    need(a.shape[-1] == b.shape[-1], op, f"K differs: {a.type} and {b.type}")
+    need(b.type.rank == 2 or a.shape[:-2] == b.shape[:-2], op, f"batch dims differ: {a.type} and {b.type}")
     group = op.attr("activation_group", 1)
-    _need(group >= 1 and a.shape[-1] % group == 0, op, f"K of {a.type} is no multiple of {group}")
+    need(group >= 1 and a.shape[-1] % group == 0, op, f"K of {a.type} is no multiple of {group}")
     dtype = DType.f32 if op.attr("wide") and a.dtype is not DType.f64 else a.dtype
     return (TensorType(dtype, (*a.shape[:-1], b.shape[-2])),)
 
@@ -211,125 +184,36 @@ def _matmul(op: Op, module: Module | None) -> Inferred:
 def _quantized(op: Op, rows: sympy.Expr, columns: sympy.Expr) -> tuple[TensorType, ...]:
     """The types that codes, scale and minimum of a matrix have."""
     bits, group = op.attr("bits"), op.attr("group")
-    _need(bits in CODES, op, f"has forms of {' and '.join(map(str, CODES))} bits, not {bits}")
-    _need(group >= 1 and group % CODES[bits].run == 0, op, f"bad group {group}")
-    _need(
-        rows.is_Integer and columns.is_Integer and columns % group == 0, op, "K must be a multiple of group"
-    )
+    need(bits in CODES, op, f"has forms of {' and '.join(map(str, CODES))} bits, not {bits}")
+    need(group >= 1 and group % CODES[bits].run == 0, op, f"bad group {group}")
+    need(rows.is_Integer and columns.is_Integer and columns % group == 0, op, "K must be a multiple of group")
     return CODES[bits].types(rows, columns, group)
 
 
 def _quantize(op: Op, module: Module | None) -> Inferred:
-    _arity(op, 1)
+    arity(op, 1)
     (w,) = op.operands
-    _need(w.type.rank == 2 and w.dtype.is_float, op, "takes a float matrix")
+    need(w.type.rank == 2 and w.dtype.is_float, op, "takes a float matrix")
     return _quantized(op, *w.shape)
 
 
 def _dequantize(op: Op, module: Module | None) -> Inferred:
     result = op.result.type
-    _need(result.rank == 2 and result.dtype.is_float, op, "gives a float matrix")
+    need(result.rank == 2 and result.dtype.is_float, op, "gives a float matrix")
     expected = _quantized(op, *result.shape)
-    _arity(op, len(expected))
+    arity(op, len(expected))
     found = tuple(v.type for v in op.operands)
-    _need(found == expected, op, f"takes {', '.join(map(str, expected))}, not {', '.join(map(str, found))}")
+    need(found == expected, op, f"takes {', '.join(map(str, expected))}, not {', '.join(map(str, found))}")
     return None
-
-
-STORED_AS = {
-    DType.f32: (DType.bf16, DType.f16, DType.f8), DType.bf16: (DType.f8,), DType.f16: (DType.f8,),
-}  # fmt: skip
-"""Narrower types in which k and v of an attention may be stored, by q's type."""
-
-
-def _attention_operands(op: Op) -> tuple[Value, Value, Value]:
-    extras = op.attr("extras", ())
-    _arity(op, 3 + len(extras))
-    q, k, v = op.operands[:3]
-    _need(q.type.rank == k.type.rank == v.type.rank == 4, op, "q, k and v need rank 4")
-    _need(
-        k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0], op, f"k and v do not fit: {k.type}, {v.type}"
-    )
-    _need(q.shape[3] == k.shape[3], op, "q and k differ in head size")
-    _need(
-        k.dtype == v.dtype and (k.dtype == q.dtype or k.dtype in STORED_AS.get(q.dtype, ())),
-        op,
-        f"k and v cannot be {k.dtype.value}, {v.dtype.value} for q in {q.dtype.value}",
-    )
-    heads, groups = q.shape[1], k.shape[1]
-    _need(
-        heads.is_Integer and groups.is_Integer and heads % groups == 0,
-        op,
-        "query heads must be a multiple of KV heads",
-    )
-    _need(
-        op.attr("slot", "") == "" or q.shape[2] == k.shape[2],
-        op,
-        "with a slot, k and v are the new tokens only",
-    )
-    known = tuple(name for name in ATTENTION_EXTRAS if name in extras)
-    _need(extras == known, op, f"extras are some of {', '.join(ATTENTION_EXTRAS)}, in that order")
-    _need(op.attr("extras") != (), op, "extras are left out where there are none")
-    context = sym("T") if op.attr("slot", "") else k.shape[2]
-    types = {
-        "mask": TensorType(DType.bool, (q.shape[0], context)),
-        "sinks": TensorType(q.dtype, (heads,)),
-        "slopes": TensorType(DType.f32, (heads,)),
-        "reach": TensorType(DType.i64, (q.shape[0], q.shape[2])),
-    }
-    given = attention_extras(op, op.operands)
-    if (table := given.get("distances")) is not None:
-        odd = table.type.rank == 2 and table.shape[1].is_Integer and table.shape[1] % 2 == 1
-        _need(odd, op, f"distances need an odd number of columns, not {table.type}")
-        types["distances"] = TensorType(DType.f32, (heads, table.shape[1]))
-    if (bias := given.get("bias")) is not None:
-        whole = (*q.shape[:3], context)
-        ranks = bias.type.rank == 4 and all(d in (1, n) for d, n in zip(bias.shape[:3], whole, strict=False))
-        types["bias"] = TensorType(q.dtype, (*bias.shape[:3], context) if ranks else whole)
-    for name, value in given.items():
-        _need(value.type == types[name], op, f"{name} must be {types[name]}, not {value.type}")
-    _need("reach" not in given or op.attr("causal"), op, "reach is for causal attention")
-    _need(op.attr("ahead") != 0, op, "ahead is left out where it bounds nothing")
-    _need(not (op.attr("ahead") and op.attr("causal")), op, "causal attention looks at nothing ahead")
-    return q, k, v
-
-
-ATTENTION_EXTRAS = ("mask", "sinks", "slopes", "distances", "bias", "reach")
-
-
-def attention_extras(op: Op, operands: Sequence[T]) -> dict[str, T]:
-    """What an attention has beside q, k and v, by name. ``operands``: its own, or what stands for each of them."""
-    return dict(zip(op.attr("extras", ()), operands[3:], strict=True))
-
-
-def _attention(op: Op, module: Module | None) -> Inferred:
-    q, _, v = _attention_operands(op)
-    return (TensorType(q.dtype, (*q.shape[:3], v.shape[3])),)
-
-
-def _append(op: Op, module: Module | None) -> Inferred:
-    _arity(op, 1)
-    (x,) = op.operands
-    _need(x.type.rank == 4, op, "needs rank 4: [B, G, S, D]")
-    return (TensorType(x.dtype, (x.shape[0], x.shape[1], sym("T"), x.shape[3])),)
-
-
-def _attention_split(op: Op, module: Module | None) -> Inferred:
-    q, _, v = _attention_operands(op)
-    _need(q.dtype is not DType.f64, op, "its parts are f32; f64 is not split")
-    _need("sinks" not in op.attr("extras", ()), op, "sinks belong to the merge of its parts")
-    partial = (*q.shape[:3], sympy.Integer(op.attr("splits")))
-    row = TensorType(DType.f32, partial)
-    return TensorType(DType.f32, (*partial, v.shape[3])), row, row
 
 
 def _call(op: Op, module: Module | None) -> Inferred:
     if module is None:
         return None
     names = {f.name for f in module.functions}
-    _need(op.attr("callee") in names, op, f"no function @{op.attr('callee')} in the module")
+    need(op.attr("callee") in names, op, f"no function @{op.attr('callee')} in the module")
     callee = module.function(op.attr("callee"))
-    _need(
+    need(
         [v.type for v in op.operands] == [p.type for p in callee.params],
         op,
         f"operands do not fit @{callee.name}",
@@ -346,11 +230,6 @@ def _any(op: Op, module: Module | None) -> Inferred:
     return None
 
 
-_ATTENTION = {
-    "scale": "float", "causal": "bool", "window": "int", "softcap": "float", "ahead": "int", "extras": "names",
-}  # fmt: skip
-_ATTENTION_OPTIONAL = frozenset({"ahead", "extras"})
-
 OPS: dict[str, OpSpec] = {
     "param": OpSpec({"name": "str"}, _declared()),
     "const": OpSpec({"value": "number"}, _declared(rank=0)),
@@ -366,9 +245,11 @@ OPS: dict[str, OpSpec] = {
     ),
     "quantize": OpSpec({"bits": "int", "group": "int"}, _quantize),
     "dequantize": OpSpec({"bits": "int", "group": "int"}, _dequantize),
-    "attention": OpSpec({**_ATTENTION, "slot": "str"}, _attention, _ATTENTION_OPTIONAL),
-    "append": OpSpec({"slot": "str"}, _append),
-    "attention_split": OpSpec({**_ATTENTION, "splits": "int"}, _attention_split, _ATTENTION_OPTIONAL),
+    "attention": OpSpec({**ATTENTION_ATTRS, "slot": "str"}, _alone(infer_attention), ATTENTION_OPTIONAL),
+    "append": OpSpec({"slot": "str"}, _alone(infer_append)),
+    "attention_split": OpSpec(
+        {**ATTENTION_ATTRS, "splits": "int"}, _alone(infer_attention_split), ATTENTION_OPTIONAL
+    ),
     "experts": OpSpec(EXPERTS_ATTRS, _alone(infer_experts), frozenset(EXPERTS_ATTRS) - {"activation"}),
     "experts_order": OpSpec(ORDER_ATTRS, _alone(infer_experts_order)),
     "grouped_matmul": OpSpec(

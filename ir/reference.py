@@ -16,19 +16,16 @@ import sympy
 import torch
 from torch import Tensor
 
+from .attention import MASKED, attention_extras
 from .errors import VerifyError
 from .experts import experts
 from .experts_grouped import experts_order, grouped_matmul
 from .index import IndexMap, extents_of, linear_index, simplify, sym
 from .module import Function, Module, Op
-from .ops import attention_extras
 from .pointwise import POINTWISE
 from .quantization import Quantize, dequantize, quantize, round_activations
 from .recurrent import EVALUATE, RECURRENT
 from .types import F8_LARGEST, DType, Value, concrete
-
-MASKED = -1e30
-"""Score of a masked position: finite, so that a row without any valid position gives zero rather than NaN."""
 
 
 @dataclass

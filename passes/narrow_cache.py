@@ -17,8 +17,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from tilewright.ir.attention import STORED_AS
 from tilewright.ir.module import Function, Module, Op, walk
-from tilewright.ir.ops import STORED_AS
 from tilewright.ir.types import DType, Value
 
 from .base import PassOptions, Rewriter

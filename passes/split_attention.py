@@ -16,9 +16,9 @@ position has total 0 and gives 0. The parts are float32, so float64 attention st
 
 from __future__ import annotations
 
+from tilewright.ir.attention import attention_extras
 from tilewright.ir.index import IndexMap, index_symbols
 from tilewright.ir.module import Attr, Function, Module, Op
-from tilewright.ir.ops import attention_extras
 from tilewright.ir.types import DType, TensorType, Value
 
 from .base import PassOptions, Rewriter

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sympy
 from sympy import Expr, Integer
 
+from tilewright.ir.attention import attention_extras
 from tilewright.ir.errors import VerifyError
 from tilewright.ir.index import sym
 from tilewright.ir.loops import AttentionForm
-from tilewright.ir.ops import attention_extras
 from tilewright.ir.types import DType, Value
 
 from .ctypes_of import STORAGE

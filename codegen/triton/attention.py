@@ -19,11 +19,11 @@ from typing import Protocol
 import sympy
 from sympy import Expr, Integer
 
+from tilewright.ir.attention import attention_extras
 from tilewright.ir.errors import VerifyError
 from tilewright.ir.index import FloorDiv, Mod, linear_index, sym
 from tilewright.ir.loops import AttentionForm, Node, Store
 from tilewright.ir.module import Op
-from tilewright.ir.ops import attention_extras
 from tilewright.ir.types import DType, Value
 
 from .expression import Block, Context, Operand

@@ -226,7 +226,9 @@ def _separate_digits(node: Node, piece: Piece) -> None:
     nodes = tuple(post_order(node, set()))
     dots = [n for n in nodes if isinstance(n, Dot)]
     parts = {e for d in dots for side in d.children for e in _places(side)}
-    found = [p.args for p in parts if isinstance(p, Mod) and p.args[0] in extents and FloorDiv(*p.args) in parts]
+    found = [
+        p.args for p in parts if isinstance(p, Mod) and p.args[0] in extents and FloorDiv(*p.args) in parts
+    ]
     if not dots:
         found += [args for n in nodes if isinstance(n, Reduce) for args in _quotients(n, extents)]
     for symbol, tile in found:

@@ -10,7 +10,6 @@ from tilewright.ir.types import concrete
 
 from .groups import COSTLY, SOURCES, Groups, is_loop
 
-
 _ELEMENTS_OF_A_KERNEL = 2**18  # that a reduction takes in about as long as one more kernel needs to start
 
 
