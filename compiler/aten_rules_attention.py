@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 from sympy import Expr, Integer
 
-from tilewright.ir.attention import ATTENTION_EXTRAS, bounded_bias
+from tilewright.ir.attention import ATTENTION_EXTRAS, LARGEST_HEAD
 from tilewright.ir.errors import LoweringError
 from tilewright.ir.index import FloorDiv, index_symbols, sym
 from tilewright.ir.ops import broadcast
@@ -17,9 +16,6 @@ from tilewright.ir.types import DType, Value
 from .aten_rules import Context, Result, rule
 from .aten_rules_matmul import matrix_product
 from .aten_rules_reduce import log_sum_exp, safe_softmax, softmax
-
-LARGEST_HEAD = 512
-"""The most numbers of a head that an attention's kernels hold side by side."""
 
 
 def opaque_attention(
@@ -103,7 +99,7 @@ def extras_of(
         if array.dtype is DType.bool:
             array = ctx.apply("where", array, 0.0, -math.inf, dtype=dtype)
         else:
-            array = bounded_bias(ctx.cast(array, dtype), partial(ctx.const, dtype=dtype), ctx.apply)
+            array = ctx.cast(array, dtype)
         total = array if total is None else ctx.apply("add", total, array)
     found = {} if total is None else {"bias": total}
     for mask in masks:

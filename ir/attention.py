@@ -14,20 +14,18 @@ follow v, in the order of ``ATTENTION_EXTRAS``:
   et al., "Train Short, Test Long", 2022)
 - distances f32[H, R], R odd: ``distances[h, R // 2 + key - query]`` is added to each score, or the first or last of
   them beyond either end (T5's relative positions: Raffel et al., "Exploring the Limits of Transfer Learning", 2020)
-- bias [B or 1, H or 1, S or 1, T], of q's dtype: an array that is added to the scores, and masks where it is minus
-  infinity, or below ``MASKED`` / 2
+- bias [B or 1, H or 1, S or 1, T], of q's dtype: an array that is added to the scores, which then are no less than
+  ``LEAST_BIASED``; minus infinity masks
 - reach i64[B, S], with ``causal``: the last key of the context that each query sees, in place of its own; not less than
   that, nor less than the query's before (of tokens of an image, the image's last one, in Gemma 3)
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import sympy
-import torch
 
 from .checks import arity, need
 from .index import sym
@@ -38,8 +36,12 @@ T = TypeVar("T")
 
 MASKED = -1e30
 """Score of a masked position: finite, so that a row without any valid position gives zero rather than NaN."""
-LEAST_BIAS = -1e29
-"""What finite biases are at least, which does not mask: see ``bounded_bias``."""
+LEAST_BIASED = -1e29
+"""The least score that a finite number of an array of biases leaves. (Keys that all have the least number of a type
+added share a row's weights evenly, in PyTorch too.)"""
+LARGEST_HEAD = 512
+"""The most numbers of a head, of keys or of values, for which what models spell out is made one op: kernels hold those
+of several rows side by side."""
 ATTENTION_ATTRS = {
     "scale": "float", "causal": "bool", "window": "int", "softcap": "float", "ahead": "int", "extras": "names",
 }  # fmt: skip
@@ -130,15 +132,3 @@ def infer_attention_split(op: Op) -> tuple[TensorType, ...]:
     partial = (*q.shape[:3], sympy.Integer(op.attr("splits")))
     row = TensorType(DType.f32, partial)
     return TensorType(DType.f32, (*partial, v.shape[3])), row, row
-
-
-def bounded_bias(bias: Value, const: Callable[[float], Value], apply: Callable[..., Value]) -> Value:
-    """``bias`` as PyTorch's softmax would take it: minus infinity masks, and a finite number does not, however small.
-    (Keys that all have the least number of a type added share a row's weights evenly: it makes all scores equal.)
-
-    const, apply: make a constant of the bias's type, and a pointwise op.
-    """
-    if torch.finfo(bias.dtype.torch).min > LEAST_BIAS:
-        return bias
-    hidden = apply("eq", bias, const(-math.inf))
-    return apply("where", hidden, bias, apply("maximum", bias, const(LEAST_BIAS)))

@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from .attention import MASKED, attention_extras
+from .attention import LEAST_BIASED, MASKED, attention_extras
 from .errors import VerifyError
 from .experts import experts
 from .experts_grouped import experts_order, grouped_matmul
@@ -346,7 +346,8 @@ def _scores(op: Op, args: list[Tensor]) -> tuple[Tensor, Tensor]:
         middle = table.shape[1] // 2
         scores = scores + table[:, (key - query).clamp(-middle, middle) + middle]
     if "bias" in extras:
-        scores = (scores + extras["bias"].to(scores.dtype)).clamp(min=MASKED)
+        bias = extras["bias"].to(scores.dtype)
+        scores = torch.where(bias == -torch.inf, MASKED, (scores + bias).clamp(min=LEAST_BIASED))
     valid = torch.ones(1, s, t, dtype=torch.bool)
     if op.attr("causal"):
         valid = valid & (key <= (extras["reach"][:, :, None] if "reach" in extras else query))

@@ -18,6 +18,7 @@ from .fold_constants import fold_constants
 from .fuse import fuse
 from .group_experts import group_experts
 from .last_tokens import last_tokens
+from .match_attention import match_attention
 from .merge_matmuls import merge_matmuls
 from .narrow_cache import narrow_cache
 from .quantize_weights import quantize_weights
@@ -39,6 +40,11 @@ PIPELINE: tuple[Pass, ...] = (
     Pass("specialize", specialize, "constants for dims let every later index map simplify"),
     Pass("canonicalize", canonicalize, "one shape per meaning before anything is compared"),
     Pass("cse", eliminate_common_subexpressions, "matmuls can be merged only if their inputs are one value"),
+    Pass(
+        "match_attention",
+        match_attention,
+        "equal factors and masks are one value, and no product is rewritten yet",
+    ),
     Pass("expose_append", expose_append, "the cache append has to be visible to become an epilogue"),
     Pass("narrow_cache", narrow_cache, "what is appended can be told apart, and is not fused yet"),
     Pass("merge_matmuls", merge_matmuls, "before commuting, so that a shared row factor is moved once"),

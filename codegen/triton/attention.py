@@ -19,7 +19,7 @@ from typing import Protocol
 import sympy
 from sympy import Expr, Integer
 
-from tilewright.ir.attention import attention_extras
+from tilewright.ir.attention import LEAST_BIASED, attention_extras
 from tilewright.ir.errors import VerifyError
 from tilewright.ir.index import FloorDiv, Mod, linear_index, sym
 from tilewright.ir.loops import AttentionForm, Node, Store
@@ -321,8 +321,9 @@ class _Attention:
         if "distances" in self.extras:
             scores = scope.bind(f"{scores} + {self._by_distance(scope, row, query)}", "scores")
         if "bias" in self.extras:
-            added = f"{scores} + {self._bias(scope, row, f'({row} < {high})' if edge else '')}"
-            scores = scope.bind(f"tl.maximum({added}, {MASKED})", "scores")
+            bias = self._bias(scope, row, f"({row} < {high})" if edge else "")
+            biased = f"tl.maximum({scores} + {bias}, {LEAST_BIASED!r})"
+            scores = scope.bind(f'tl.where({bias} == float("-inf"), {MASKED}, {biased})', "scores")
         if seen := self._condition(scope, row, over, edge):
             masked = FAR_MASKED if self.waits else MASKED
             scores = scope.bind(f"tl.where({seen}, {scores}, {masked})", "scores")

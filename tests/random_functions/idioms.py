@@ -59,6 +59,46 @@ def norm(fn: RandomFunction) -> Value | None:
     return fn.add("mul", y, weight, spec=fn.specs[y])
 
 
+def spelled_attention(fn: RandomFunction) -> Value | None:
+    """Two products and a softmax between, with a factor, biases and masks; heads as a dim or as more of a batch."""
+    s, b = sym("S"), sym("B")
+    x = fn.floats(lambda v: v.type.rank == 3 and v.shape[:2] == (b, s) and v.shape[2].is_Integer)
+    if x is None:
+        return None
+    heads, d = Integer(fn.number(1, 2)), Integer(fn.pick((2, 4)))
+    merged = bool(fn.number(0, 1))
+
+    def heads_of() -> Value:
+        flat = fn.reshape(fn.bounded(project(fn, x, int(heads * d)), 4), (b, s, heads, d))
+        apart = fn.permute(flat, (0, 2, 1, 3))
+        return fn.reshape(apart, (b * heads, s, d)) if merged else apart
+
+    q, k, v = heads_of(), heads_of(), heads_of()
+    spec = Spec(-64, 64, False)
+    scores = fn.add("matmul", q, k, spec=spec)
+    for _ in range(fn.number(0, 2)):
+        other = fn.reshape(fn.bounded(fn.add("matmul", k, q, spec=spec), 4), scores.shape)
+        match fn.number(0, 3):
+            case 0:
+                scores = fn.add("mul", scores, fn.const(fn.pick((0.5, 0.25)), scores.dtype), spec=spec)
+            case 1:
+                scores = fn.add(fn.pick(("add", "sub")), scores, other, spec=Spec(-72, 72, False))
+            case 2 if merged:
+                scores, merged = fn.reshape(scores, (b, heads, s, s)), False
+            case _:
+                hidden = fn.add("gt", other, fn.const(1.0, other.dtype), spec=Spec(0, 1))
+                low = fn.const(-1e4, scores.dtype)
+                scores = fn.add("where", hidden, low, scores, spec=Spec(-1e4, 72, False))
+    wide = fn.cast(scores, DType.f32) if scores.dtype in (DType.f16, DType.bf16) else scores
+    axes = (wide.type.rank - 1,)
+    top = fn.reduced(wide, "max", axes, keepdim=True)
+    e = fn.add("exp", fn.add("sub", wide, top, spec=Spec(-2e4, 0, False)), spec=Spec(0, 1, False))
+    weights = fn.add("div", e, fn.reduced(e, "sum", axes, keepdim=True), spec=Spec(0, 1, False))
+    weights = fn.reshape(fn.cast(weights, v.dtype), (*v.shape[:-2], s, s))
+    columns = fn.permute(v, (*range(v.type.rank - 2), v.type.rank - 1, v.type.rank - 2))
+    return fn.add("matmul", weights, columns, spec=Spec(-4, 4, False))
+
+
 def rotary(fn: RandomFunction) -> Value | None:
     """x * cos + rotate_half(x) * sin, the angles from positions."""
     x = fn.floats(lambda v: v.type.rank >= 2 and v.shape[-1].is_Integer and v.shape[-1] % 2 == 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .draft import Move
-from .idioms import attention, gated, norm, rotary, row_scale, softmax, torch
+from .idioms import attention, gated, norm, rotary, row_scale, softmax, spelled_attention, torch
 from .movement import concat, gather, view
 from .pointwise import binary, cast, compare, integer, select, unary
 from .products import batched_matmul, linear, reduce
@@ -19,7 +19,7 @@ def moves(has_attention: bool, is_stateful: bool, torch_calls: bool) -> dict[Mov
     """Each move with its weight; attention, what remembers and PyTorch's own ops only where a test can take them."""
     chosen = dict(_ALWAYS)
     if has_attention:
-        chosen[attention] = 2
+        chosen |= {attention: 2, spelled_attention: 1}
     if is_stateful:
         chosen[recurrent] = 1
     return chosen | ({torch: 1} if torch_calls else {})

@@ -31,7 +31,9 @@ static inline void attend_row(const AttentionShape& s, long batch, long head, lo
             score += double(bias);
         }
         if (s.bias != nullptr) {
-            score += static_cast<const double*>(s.bias)[s.bias_strides.at(batch, head, query) + j];
+            const double added = static_cast<const double*>(s.bias)[s.bias_strides.at(batch, head, query) + j];
+            if (added == -INFINITY) continue;
+            score = score + added > LEAST_BIASED ? score + added : LEAST_BIASED;
         }
         const double highest = score > top ? score : top;
         const double old = std::exp(top - highest), weight = std::exp(score - highest);

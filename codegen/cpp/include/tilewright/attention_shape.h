@@ -6,6 +6,8 @@
 // This header holds what the forms for many and for few queries share.
 #pragma once
 
+#include <cmath>
+
 #include "parallel.h"
 #include "softmax.h"
 
@@ -64,14 +66,14 @@ struct AttentionShape {
         for (int j = begin; j < end; j++) scores[j] += table[place + j];
         for (int j = end; j < count; j++) scores[j] += table[distance_count - 1];
     }
-    // Add to the scores of `count` keys what the array of biases has for them; none is then below a masked one.
+    // Add to the scores of `count` keys what the array of biases has for them, of which minus infinity masks.
     template <class T>
     void add_bias(long batch, long head, long query, long first, int count, float* scores) const {
         const T* row = static_cast<const T*>(bias) + bias_strides.at(batch, head, query) + first;
 #pragma omp simd
         for (int j = 0; j < count; j++) {
-            const float score = scores[j] + to_f32(row[j]);
-            scores[j] = score > MASKED ? score : MASKED;
+            const float added = to_f32(row[j]), score = scores[j] + added;
+            scores[j] = added == -INFINITY ? MASKED : score > LEAST_BIASED ? score : LEAST_BIASED;
         }
     }
     // The keys that causality and window leave to a query; neither end is before that of the query before.

@@ -7,6 +7,7 @@
 namespace tw {
 
 constexpr float MASKED = -1e30f;  // finite, so that differences of masked scores are no NaN
+constexpr float LEAST_BIASED = -1e29f;  // what finite biases leave of a score at least: more than a masked one
 
 // exp(x) of x <= 0, for sums that hold a 1: what is below 2^-125 is 0.
 TW_INLINE vf vexp_negative(vf x) {

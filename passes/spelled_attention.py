@@ -1,0 +1,155 @@
+"""Finds attention that a function spells out: a product, what is done to its scores, a softmax, and another product."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from sympy import Expr
+
+from tilewright.ir.index import reshape_map
+from tilewright.ir.module import Function, Op
+from tilewright.ir.types import Value
+
+Lead = tuple[Expr, ...]
+"""The dims of a tensor before its last two."""
+_HIDES = -1e3
+"""A score in place of others that leaves a key no weight beside any that is seen."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is done to scores whose dims before the last two are ``lead``: they are multiplied by ``factor``, ``term``
+    is added or taken off, or they are hidden where the condition ``term`` is ``hides``."""
+
+    lead: Lead
+    factor: float = 1.0
+    term: Value | None = None
+    negative: bool = False
+    hides: bool | None = None
+
+
+@dataclass(frozen=True)
+class SpelledAttention:
+    """An attention: the product of scores, the steps after it, in order, and the dims before the last two of what the
+    softmax is taken of; the product with values."""
+
+    scores: Op
+    steps: tuple[Step, ...]
+    lead: Lead
+    values: Op
+
+
+class Finder:
+    """Follows values of a function upwards, through ops whose results nothing else uses."""
+
+    def __init__(self, function: Function) -> None:
+        self.made = function.definitions()
+        self.uses = Counter(v for op in function.ops for v in op.operands)
+        self.uses.update(function.returns)
+
+    def attention(self, values: Op) -> SpelledAttention | None:
+        """The attention whose product with values this is."""
+        weights = self._plain(values.operands[0])
+        division = self.made.get(weights)
+        if self.uses[weights] != 1:
+            return None
+        if values.operands[1].type.rank < 3 or division is None or division.opcode != "div":
+            return None
+        scores = self._softmax(division)
+        chain = self._chain(scores, uses=2) if scores is not None else None
+        if scores is None or chain is None:
+            return None
+        product, steps = chain
+        return SpelledAttention(product, steps, scores.shape[:-2], values)
+
+    def _plain(self, value: Value) -> Value:
+        """What a value is, but for casts of floats and merged or split dims."""
+        op = self.made.get(value)
+        while op is not None and self.uses[value] == 1 and _is_same(op):
+            value = op.operands[0]
+            op = self.made.get(value)
+        return value
+
+    def _softmax(self, division: Op) -> Value | None:
+        """What a division is the softmax of, along the last dim."""
+        weights, total = (self.made.get(v) for v in division.operands)
+        if weights is None or weights.opcode != "exp" or self.uses[weights.result] != 2:
+            return None
+        if total is not None and total.opcode == "where":  # a row without any weight is divided by one
+            total = self.made.get(total.operands[2])
+        less = self.made.get(weights.operands[0])
+        if total is None or less is None or less.opcode != "sub" or self.uses[less.result] != 1:
+            return None
+        top = self.made.get(less.operands[1])
+        if top is not None and top.opcode == "maximum":
+            top = next((o for v in top.operands if (o := self.made.get(v)) and o.opcode == "reduce"), None)
+        ends = ((total, "sum", weights.result), (top, "max", less.operands[0]))
+        if all(op is not None and _is_row(op, kind, x) for op, kind, x in ends):
+            return less.operands[0]
+        return None
+
+    def _chain(self, value: Value, uses: int = 1) -> tuple[Op, tuple[Step, ...]] | None:
+        """The product that a value is made of, and the steps from it to the value."""
+        op = self.made.get(value)
+        if op is None or self.uses[value] != uses:
+            return None
+        if op.opcode == "matmul" and not op.attr("activation_group"):
+            return (op, ()) if op.operands[1].type.rank == op.operands[0].type.rank > 2 else None
+        if _is_same(op):
+            return self._chain(op.operands[0])
+        for n, step in self._steps(op):
+            if op.operands[n].shape == value.shape and (rest := self._chain(op.operands[n])) is not None:
+                return rest[0], (*rest[1], step)
+        return None
+
+    def _steps(self, op: Op) -> list[tuple[int, Step]]:
+        """Each operand of an op that may be the scores, and what the op then does to them."""
+        step = Step(op.result.shape[:-2])
+        numbers = [self._number(v) for v in op.operands]
+        match op.opcode:
+            case "mul":
+                return [
+                    (n, replace(step, factor=f))
+                    for n, f in ((0, numbers[1]), (1, numbers[0]))
+                    if f is not None
+                ]
+            case "div" if numbers[1]:
+                return [(0, replace(step, factor=1 / numbers[1]))]
+            case "add":
+                return [(n, replace(step, term=op.operands[1 - n])) for n in (0, 1)]
+            case "sub":
+                return [(0, replace(step, term=op.operands[1], negative=True))]
+            case "where":
+                hides = ((2, numbers[1], True), (1, numbers[2], False))
+                return [
+                    (n, replace(step, term=op.operands[0], hides=when))
+                    for n, number, when in hides
+                    if number is not None and number <= _HIDES
+                ]
+        return []
+
+    def _number(self, value: Value) -> float | None:
+        """What a value is that is one number, known now."""
+        op = self.made.get(value)
+        while op is not None and op.opcode == "cast":
+            op = self.made.get(op.operands[0])
+        return float(op.attr("value")) if op is not None and op.opcode == "const" else None
+
+
+def _is_same(op: Op) -> bool:
+    """Whether an op gives the same numbers as floats of another type, or with other dims before the last two."""
+    if op.opcode == "cast":
+        return op.operands[0].dtype.is_float and op.result.dtype.is_float
+    if op.opcode != "view" or op.operands[0].type.rank < 2:
+        return False
+    old, new = op.operands[0].shape, op.result.shape
+    return old[-2:] == new[-2:] and op.attr("map") == reshape_map(old, new)
+
+
+def _is_row(op: Op, kind: str, x: Value) -> bool:
+    """Whether an op reduces each row of x to one number."""
+    last = (x.type.rank - 1,)
+    return (
+        op.opcode == "reduce" and op.attr("kind") == kind and op.operands[0] == x and op.attr("axes") == last
+    )
