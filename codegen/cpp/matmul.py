@@ -81,8 +81,10 @@ class _Printer:
             needed.append(f"tw::few_tiles_bytes<{weight}, {rows}>({depth})")
         panels = ""
         if not self.few:
-            dots = max(len(f.dots) for f in self.group.forms)
-            panels = f"tw::bytes<float>(tw::gemm_floats<{weight}>({depth}, {dots}))"
+            # More weights per column may leave room for so many fewer columns that they take less.
+            counts = sorted({len(f.dots) for f in self.group.forms})
+            sizes = [f"tw::bytes<float>(tw::gemm_floats<{weight}>({depth}, {dots}))" for dots in counts]
+            panels = sizes[0] if len(sizes) == 1 else f"std::max({{{', '.join(sizes)}}})"
         if self.alone:
             space.private.append(" + ".join([*needed, panels] if panels else needed))
         else:
