@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tilewright.ir.program import KernelBuildError
 
+from .openmp import torch_openmp
+
 PointerTable = ctypes.Array[ctypes.c_void_p]
 """The address of every buffer of a program, in the order of ``Program.buffers``."""
 
@@ -48,8 +50,8 @@ class NativeLibrary:
         dims = ctypes.POINTER(ctypes.c_long)
         self._workspace.argtypes, self._workspace.restype = (dims, ctypes.c_int), ctypes.c_long
         self._run.argtypes = (
-            ctypes.POINTER(ctypes.c_void_p), dims, ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_long,
-            ctypes.c_long,
+            ctypes.POINTER(ctypes.c_void_p), dims, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_long,
+            ctypes.c_long, ctypes.c_long,
         )  # fmt: skip
         self._run.restype = None
 
@@ -75,4 +77,4 @@ class NativeLibrary:
 
         workspace: address of scratch memory that no concurrent run uses.
         """
-        self._run(buffers, dims, workspace, threads, prefetch_bytes, first, last)
+        self._run(buffers, dims, workspace, torch_openmp(), threads, prefetch_bytes, first, last)

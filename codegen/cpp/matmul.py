@@ -112,8 +112,8 @@ class _Printer:
         if not batch:
             yield
             return
-        writer.line("tw::Team one(1, worker.team.prefetch_bytes);")
-        writer.line("const tw::Worker single{one, 0};")
+        writer.line("tw::Team one(worker.team.prefetch_bytes);")
+        writer.line("const tw::Worker single{one, 0, 1};")
         writer.line(
             f"const tw::Range items = tw::split(worker, {print_index(product([a.extent for a in batch]))});"
         )

@@ -1,10 +1,11 @@
 """A whole program as one C++ source: its kernels, tables of calls and slots, and the entry points.
 
     long tw_workspace(const long* dims, int threads)      bytes of scratch that a run needs
-    void tw_run(void* const* buffers, const long* dims, void* workspace, int threads, long prefetch_bytes,
-                long first, long last)
+    void tw_run(void* const* buffers, const long* dims, void* workspace, const tw::OpenMP* openmp, int threads,
+                long prefetch_bytes, long first, long last)
 
 ``buffers`` holds the address of every buffer of the program, ``dims`` the size of each of its symbols, in order.
+``openmp`` names whose threads do the work (``parallel.h``; null: the library's own).
 ``threads`` and ``prefetch_bytes`` (how far ahead weights are requested) are free to choose at each run. ``tw_run`` runs
 the steps with numbers ``first <= n < last`` in execution order; PyTorch calls are steps too, which the
 executor runs itself between two ranges.
@@ -105,12 +106,12 @@ def _print_workspace(writer: Writer, kernels: list[PrintedKernel], dims: tuple[s
 def _print_run(writer: Writer, program: Program, kernels: list[PrintedKernel]) -> None:
     slots = max((len(c.buffers) for c in program.calls), default=0) or 1
     writer.line(
-        f"""extern "C" void tw_run(void* const* buffers, const long* dims, void* workspace, int threads,
-                       long prefetch_bytes, long first, long last) {{
+        f"""extern "C" void tw_run(void* const* buffers, const long* dims, void* workspace, const tw::OpenMP* openmp,
+                       int threads, long prefetch_bytes, long first, long last) {{
     char* const shared = static_cast<char*>(workspace);
     const long private_size = private_bytes(dims, threads);
     char* const privates = shared + shared_bytes(dims, threads);
-    tw::run_team(threads, prefetch_bytes, [&](const tw::Worker& worker) {{
+    tw::run_team(openmp, threads, prefetch_bytes, [&](const tw::Worker& worker) {{
         void* slot[{slots}];
         long number = 0;
         for (const Call& call : calls) {{

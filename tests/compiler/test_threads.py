@@ -173,23 +173,77 @@ if child == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert torch.equal(answer(fast), before)
 """
+GROWN = """
+for threads in (1, 3, 2):
+    torch.set_num_threads(threads)
+    assert torch.equal(answer(fast), before), threads
+"""
+ONE_SET = """
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(3)
+torch.randn(1000, 1000).sin()
+alone = threads()
+assert torch.equal(answer(fast), before)
+assert threads() == alone, (threads(), alone)
+"""
+NESTED = """
+import ctypes
+from tilewright.runtime import openmp
+CALLED = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+found = []
+once = CALLED(lambda data: found.append(answer(fast)))
+libgomp = ctypes.CDLL(None)
+libgomp.GOMP_parallel(once, None, ctypes.c_uint(2), ctypes.c_uint(0))
+assert len(found) == 2 and all(torch.equal(f, before) for f in found)
+"""
 PINNED = """
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 assert torch.equal(answer(fast), before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks and affinity masks as Linux has them")
-@pytest.mark.parametrize("body", [FORK, PINNED], ids=["fork", "pinned"])
-def test_processes(body: str) -> None:
-    """A child that waits for threads which only its parent has; two threads that share one processor."""
-    script = SCRIPT.replace("{body}", body)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="forks and affinity masks as Linux has them")
+
+
+def run_alone(body: str, **environment: str) -> None:
+    """Run a script whose OpenMP threads spin, unless ``environment`` says otherwise; then ours are the same."""
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     result = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", SCRIPT.replace("{body}", body)],
         cwd=ROOT,
-        env=dict(os.environ),
+        env={**inherited, **environment},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
+
+
+@linux
+@pytest.mark.parametrize("policy", ["active", "passive"])
+@pytest.mark.parametrize("body", [FORK, PINNED, GROWN], ids=["fork", "pinned", "grown"])
+def test_processes(body: str, policy: str) -> None:
+    """A child that waits for threads which only its parent has; two threads that share one processor; PyTorch's number
+    of threads changed. On PyTorch's threads, and on the library's own, as those of PyTorch sleep."""
+    run_alone(body, OMP_WAIT_POLICY=policy)
+
+
+needs_openmp = pytest.mark.skipif(
+    sys.platform != "linux" or not torch.backends.openmp.is_available(), reason="PyTorch without OpenMP"
+)
+
+
+@needs_openmp
+@pytest.mark.parametrize("body", [ONE_SET, NESTED], ids=["one set", "nested"])
+def test_pytorchs_threads(body: str) -> None:
+    """Threads beside those that PyTorch has; callers that are members of a region, where a team has one thread."""
+    run_alone(body)
+
+
+@needs_openmp
+@pytest.mark.parametrize("limit", ["1", "2"])
+def test_a_team_smaller_than_asked(limit: str) -> None:
+    """A barrier that counts threads which the OpenMP library did not give."""
+    run_alone("torch.set_num_threads(4)\nassert torch.equal(answer(fast), before)", OMP_THREAD_LIMIT=limit)

@@ -214,8 +214,8 @@ static inline void experts(const Worker& worker, const ExpertsShape& s, const W*
                            char* shared, char* own, const Gate& gate) {
     const ExpertsScratch<W> scratch(s, shared);
     const long lda = padded<W>(s.depth), ldh = padded<W>(s.inner), pairs = s.tokens * s.chosen;
-    Team solo(1, s.prefetch_bytes);
-    const Worker alone{solo, 0};
+    Team solo(s.prefetch_bytes);
+    const Worker alone{solo, 0, 1};
     const Range hidden_columns = split(worker, s.inner, 16), columns = split(worker, s.depth, 16);
     float* panel = reinterpret_cast<float*>(own);
     if (worker.id == 0) sort_pairs(s, ids, scratch.order, scratch.start);
