@@ -10,8 +10,6 @@ from pathlib import Path
 
 from tilewright.ir.program import KernelBuildError
 
-from .openmp import torch_openmp
-
 PointerTable = ctypes.Array[ctypes.c_void_p]
 """The address of every buffer of a program, in the order of ``Program.buffers``."""
 
@@ -72,9 +70,11 @@ class NativeLibrary:
         prefetch_bytes: int = Tuning.prefetch_bytes,
         first: int = 0,
         last: int = 2**31,
+        openmp: int | None = None,
     ) -> None:
         """Run the steps ``first <= n < last`` of the program, counted in execution order over all calls.
 
-        workspace: address of scratch memory that no concurrent run uses.
+        workspace: address of scratch memory that no concurrent run uses. openmp: whose threads do the work
+        (``openmp.torch_openmp``), or None for the library's own.
         """
-        self._run(buffers, dims, workspace, torch_openmp(), threads, prefetch_bytes, first, last)
+        self._run(buffers, dims, workspace, openmp, threads, prefetch_bytes, first, last)

@@ -16,6 +16,7 @@ from tilewright.ir.program import BufferKind, KernelBuildError, Program, Step
 from .kv_state import RequestState
 from .memory import Memory
 from .native import NativeLibrary, PointerTable, Tuning, pointer_table
+from .openmp import torch_openmp
 
 _EMPTY_RUNS = 20  # the least of so many is what a call costs
 
@@ -63,6 +64,9 @@ class NativeExecutor:
             if buffer.name not in weights or not weights[buffer.name].is_contiguous():
                 raise KernelBuildError(f"weight {buffer.name} is missing or not contiguous")
         self._ranges = _ranges(program)
+        # Where PyTorch computes in between, a convolution or the choice of a token, its threads go on spinning. Else
+        # the library's own are better: on a busy machine they make way for others while they wait.
+        self._takes_turns = program.phase == "decode" or len(self._ranges) > 1
         self._symbols = tuple(name for name, _, _ in program.symbols)
         self._varying = tuple(
             (n, b) for n, b in enumerate(program.buffers) if b.kind in (BufferKind.input, BufferKind.output)
@@ -128,7 +132,10 @@ class NativeExecutor:
         scratch = bound.workspace.data_ptr()
 
         def kernels(first: int, last: int) -> None:
-            self.library.run(bound.table, sizes, scratch, threads, tuning.prefetch_bytes, first, last)
+            self.library.run(
+                bound.table, sizes, scratch, threads, tuning.prefetch_bytes, first, last,
+                torch_openmp() if self._takes_turns else None,
+            )  # fmt: skip
 
         return _Steps(memory, kernels)
 

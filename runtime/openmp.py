@@ -1,4 +1,4 @@
-"""The OpenMP library of PyTorch, whose threads the C++ kernels run on too.
+"""The OpenMP library of PyTorch, on whose threads C++ kernels run where the two take turns.
 
 Its threads go on spinning for some 10 ms after each of PyTorch's operations, and would take the cores from threads of
 our own. It is looked up in the process and never loaded: a second OpenMP library would bring a second set of threads.
