@@ -16,7 +16,7 @@ from tests.strategies import Case as Random
 from tests.strategies import examples, modules
 from tilewright.codegen.cpp import build
 from tilewright.codegen.cpp.expression import OPS
-from tilewright.codegen.cpp.kernel import candidates
+from tilewright.codegen.cpp.kernel import candidates, print_kernel
 from tilewright.codegen.cpp.program import print_program
 from tilewright.codegen.tunables import Changes, Tunables
 from tilewright.ir.module import Loc, Module, Op
@@ -24,7 +24,7 @@ from tilewright.ir.pointwise import POINTWISE
 from tilewright.ir.reference import evaluate
 
 from .cpp_run import ALL, case_of, executor_of, program_of_cases, run_case
-from .kernel_case import Case, comparable, known
+from .kernel_case import CAPACITY, Case, comparable, known
 from .random_programs import check_random, worst_excess
 from .triton_cases import CASES
 
@@ -217,3 +217,20 @@ def test_source_is_deterministic() -> None:
 def test_random_program_keeps_its_meaning(case: Random, folder: Path) -> None:
     """A random module through the whole pipeline and C++ equals the reference evaluator."""
     check_random(case, lambda program, weights: executor_of(program, weights, folder))
+
+
+def test_scratch_is_reserved_for_every_product() -> None:
+    """A kernel whose products have one weight per column here and two there, with scratch for one of them alone: as more
+    weights share fewer columns, either may take more."""
+    several = False
+    for name in ALL:
+        program = program_of_cases({name: CASES[name]()})
+        if any(op.opcode in ("experts_order", "grouped_matmul") for op in program.kernels()[0].op.body):
+            continue  # of a GPU alone
+        symbols = tuple(symbol for symbol, _, _ in program.symbols)
+        kernel = print_kernel(program.kernels()[0], CAPACITY, symbols)
+        used = set(re.findall(r"tw::gemm<W, (\d+)", kernel.text))
+        reserved = set(re.findall(r"gemm_floats<[^>]*>\(\w+, (\d+)\)", " ".join(kernel.workspace.private)))
+        assert used <= reserved, name
+        several = several or len(used) > 1
+    assert several
