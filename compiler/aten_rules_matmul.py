@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import sympy
-from sympy import Expr
-
 from tilewright.ir.experts import Gate
 from tilewright.ir.ops import broadcast
 from tilewright.ir.types import Value
@@ -62,53 +57,6 @@ def _addmm(ctx: Context, bias: Value, a: Value, b: Value, beta: Number = 1, alph
     if beta == 0:
         return product
     return ctx.apply("add", product, bias if beta == 1 else ctx.apply("mul", bias, beta))
-
-
-# --- convolutions -------------------------------------------------------------------------------------------------
-
-
-@rule(
-    "conv1d.default", "conv2d.default", "conv3d.default", "conv1d.padding", "conv2d.padding", "conv3d.padding"
-)
-def _patches_product(
-    ctx: Context,
-    x: Value,
-    weight: Value,
-    bias: Value | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Result:
-    """x[B, C, *sizes], weight[O, C, *kernel] -> [B, O, *counts], where the kernel steps by its own size.
-
-    Then every element belongs to one patch at most, and the convolution is a product of patches,
-    [B, *counts, C * kernel], with the weight's rows. Others are left to PyTorch, as is an input without a batch dim.
-    """
-    kernel = weight.shape[2:]
-    dims = len(kernel)
-    apart = _per_dim(stride, dims) == kernel
-    padded = padding != "valid" if isinstance(padding, str) else any(_per_dim(padding, dims))
-    plain = not padded and groups == 1 and all(d == 1 for d in _per_dim(dilation, dims))
-    if x.type.rank != dims + 2 or not apart or not plain or not x.dtype.is_float:
-        return None
-    counts = ctx.out.shape[2:]
-    for n, (count, size) in enumerate(zip(counts, kernel, strict=True)):
-        x = ctx.narrow(x, 2 + n, 0, sympy.expand(count * size))  # what fills no patch is left out
-    split = [d for pair in zip(counts, kernel, strict=True) for d in pair]
-    x = ctx.reshape(x, (*x.shape[:2], *split))
-    # [B, C, count, size, ...] -> [B, count, ..., C, size, ...]
-    x = ctx.permute(x, (0, *range(2, x.type.rank, 2), 1, *range(3, x.type.rank, 2)))
-    depth = sympy.prod(weight.shape[1:])
-    patches = ctx.reshape(x, (x.shape[0], sympy.prod(counts), depth))
-    product = _plus(ctx, matrix_product(ctx, patches, ctx.reshape(weight, (weight.shape[0], depth))), bias)
-    return ctx.reshape(ctx.transposed(product), ctx.out.shape)
-
-
-def _per_dim(sizes: int | Sequence[int], dims: int) -> tuple[Expr, ...]:
-    """A convolution's argument as one number per dim: a lone number counts for all of them."""
-    given = [sizes] if isinstance(sizes, int) else list(sizes)
-    return tuple(map(sympy.Integer, given * dims if len(given) == 1 else given))
 
 
 # --- experts ------------------------------------------------------------------------------------------------------

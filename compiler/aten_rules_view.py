@@ -16,6 +16,7 @@ from .aten_rules import Context, Number, Result, axis, rule
 
 @rule(
     "view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int", "view_as.default",
+    "reshape_as.default",
 )  # fmt: skip
 def _reshaped(ctx: Context, x: Value, *_: Any) -> Result:
     return ctx.reshape(x, ctx.out.shape)
@@ -227,11 +228,12 @@ def _pad(
         low, high = (sympy.sympify(a) for a in amounts)
         if not (low.is_nonnegative and high.is_nonnegative):
             return None
-        x = _padded(ctx, x, at, low, high, value or 0)
+        x = padded(ctx, x, at, low, high, value or 0)
     return x
 
 
-def _padded(ctx: Context, x: Value, at: int, low: Expr, high: Expr, value: Number) -> Value:
+def padded(ctx: Context, x: Value, at: int, low: Expr, high: Expr, value: Number) -> Value:
+    """x with so many elements of one value before and after those of dim ``at``."""
     fill = ctx.const(value, x.dtype)
     parts = [x]
     for amount, where in ((low, 0), (high, 1)):

@@ -28,6 +28,7 @@ from tilewright.ir.verify import verify_module
 
 from . import (  # noqa: F401 (fill RULES)
     aten_rules_attention,
+    aten_rules_conv,
     aten_rules_functional,
     aten_rules_matmul,
     aten_rules_pointwise,

@@ -12,8 +12,9 @@
 
 A function ``f.weights`` computes the prepared weights of ``f``; each value that it returns is named after the ``param``
 that stands for it. The compiler runs it once per call scope. Views and casts of weights are not prepared (a kernel
-reads through them for free), except the operand that a matmul streams, whose memory layout decides its speed, and what
-a primitive such as attention reads, which has to lie in memory as it is.
+reads through them for free), except the operand that a matmul streams, whose memory layout decides its speed, what
+arithmetic reads along another axis than the weight's last (a loop would jump through it), and what a primitive such as
+attention reads, which has to lie in memory as it is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from tilewright.ir.index import index_symbols
 from tilewright.ir.loops import PRIMITIVES
 from tilewright.ir.module import Function, Module, Names, Op, make_attrs
 from tilewright.ir.pointwise import POINTWISE
@@ -103,7 +105,9 @@ def _hoist(function: Function, earlier: Function | None) -> tuple[Function, Func
         sources = [o for o in _slice(value, made) if o.opcode == "param"]
         if not sources or _size(value) > sum(_size(o.result) for o in sources):
             return False
-        return op.opcode not in ("view", "cast") or streams(value)
+        if op.opcode not in ("view", "cast") or streams(value):
+            return True
+        return _is_transposed(op) and any(u.opcode in POINTWISE for u in users.get(value, ()))
 
     roots = [v for op in function.ops for v in op.results if worth(v)]
     roots = [
@@ -125,6 +129,15 @@ def _hoist(function: Function, earlier: Function | None) -> tuple[Function, Func
         for op in function.ops
     ]
     return function.with_ops(kept), prepared
+
+
+def _is_transposed(op: Op) -> bool:
+    """Whether a view's last axis is another axis of what it is of than the last."""
+    if op.opcode != "view" or op.result.type.rank < 2:
+        return False
+    *others, last = op.attr("map").exprs
+    inner = index_symbols(op.result.type.rank)[-1]
+    return inner not in last.free_symbols and any(inner in e.free_symbols for e in others)
 
 
 def _slice(value: Value, made: dict[Value, Op]) -> list[Op]:

@@ -33,15 +33,14 @@ def column_reductions(segment: Segment, kernel: KernelContext) -> list[Reduce | 
 
 
 def _along_axis(node: Reduce | Dot, inner: Axis, kernel: KernelContext, segment: Segment) -> bool:
-    """Whether a tensor is contiguous along the reduced axis, but not across columns."""
+    """Whether a tensor is contiguous along the reduced axis, but not across columns, and none the other way round."""
     axes, _, bodies = parts(node)
     ranges = {a.symbol: a.extent for a in (*segment.axes, *axes)}
-    for load in (n for b in bodies for n in _loads(b)):
-        offset = kernel.offset(load.value, load.index, ranges)
-        along, across = coefficient(offset, axes[-1].symbol), coefficient(offset, inner.symbol)
-        if along == 1 and across not in (0, 1):
-            return True
-    return False
+    offsets = [kernel.offset(load.value, load.index, ranges) for b in bodies for load in _loads(b)]
+    both = [(coefficient(o, axes[-1].symbol), coefficient(o, inner.symbol)) for o in offsets]
+    return any(along == 1 and across not in (0, 1) for along, across in both) and not any(
+        across == 1 and along not in (0, 1) for along, across in both
+    )
 
 
 def _loads(node: Node) -> list[Load]:

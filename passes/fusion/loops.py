@@ -45,11 +45,11 @@ def _cheap_inside(groups: Groups, n: int, target: int) -> bool:
     op = groups.ops[n]
     if any(groups.ops[m].opcode == "quantize" and _sums_each(groups, m) for m in groups.groups[target]):
         return False
-    if op.opcode not in (*COSTLY, "reduce") or groups.points([n]) >= groups.points(groups.groups[target]):
-        return True
     if op.opcode == "reduce":
         members = groups.groups[target] | {n}
         return not _repeats(groups, members) and not _reduces_for_each(groups, members)
+    if op.opcode not in COSTLY or groups.points([n]) >= groups.points(groups.groups[target]):
+        return True
     return all(v.type.rank == 0 or v.shape[-1] == 1 for v in op.results)
 
 

@@ -220,8 +220,8 @@ def test_random_program_keeps_its_meaning(case: Random, folder: Path) -> None:
 
 
 def test_scratch_is_reserved_for_every_product() -> None:
-    """A kernel whose products have one weight per column here and two there, with scratch for one of them alone: as more
-    weights share fewer columns, either may take more."""
+    """A kernel whose products have one weight per column here and two there, with scratch for one of them alone: more
+    weights share fewer columns, so either may take more."""
     several = False
     for name in ALL:
         program = program_of_cases({name: CASES[name]()})

@@ -243,6 +243,7 @@ VIEW = [
     case("view.default", lambda n: (f(n, 6), [-1])),
     case("reshape.default", lambda n: (f(n, 4, 3), [-1, 2, 6])),
     case("_unsafe_view.default", lambda n: (f(n, 4), [-1, 2, 2])),
+    case("reshape_as.default", lambda n: (f(n, 6), f(n, 2, 3))),
     case("view_as.default", lambda n: (f(n, 4), f(n, 2, 2))),
     case("flatten.using_ints", lambda n: (f(n, 4, 3), 0, 1)),
     case("unflatten.int", lambda n: (f(n, 6), 1, [2, 3])),
@@ -355,6 +356,23 @@ MATMUL = [
     case("conv2d.padding", lambda n: (f(n, 3, 5, 8), f(6, 3, 2, 4), None, [2, 4], "valid")),
     case("conv3d.padding", lambda n: (f(n, 2, 4, 2, 5), f(6, 2, 2, 1, 2), f(6), [2, 1, 2], "valid")),
     case("conv3d.default", lambda n: (f(n, 2, 4, 2, 5), f(6, 2, 2, 1, 2), f(6), [2, 1, 2])),
+    case("conv1d.default", lambda n: (f(n, 3, 7), f(3, 1, 3), f(3), [1], [1], [1], 3)),
+    case("conv1d.default", lambda n: (f(2, 3, n), f(3, 1, 3), None, [1], [2], [2], 3)),
+    case("conv2d.default", lambda n: (f(n, 4, 7, 6), f(4, 1, 3, 2), f(4), [2, 1], [1, 0], [1, 2], 4)),
+    case("conv2d.default", lambda n: (f(n, 4, 7, 6), f(4, 1, 3, 3), f(4), [1, 1], [1, 1], [1, 1], 4)),
+    case("conv1d.padding", lambda n: (f(n, 2, 7), f(2, 1, 4), f(2), [1], "same", [1], 2)),
+    case("conv2d.padding", lambda n: (f(n, 2, 5, 8), f(2, 1, 2, 3), None, [1, 1], "same", [2, 1], 2)),
+    case(
+        "conv3d.default",
+        lambda n: (f(n, 2, 4, 3, 5), f(2, 1, 2, 1, 2), f(2), [1, 1, 2], [1, 0, 1], [1, 1, 1], 2),
+    ),
+    case("adaptive_avg_pool1d.default", lambda n: (f(n, 3, 7), [1])),
+    case("adaptive_avg_pool2d.default", lambda n: (f(n, 3, 4, 5), [1, 1])),
+    case("adaptive_avg_pool2d.default", lambda n: (f(n, 3, 5), [1, 1])),
+    case("adaptive_avg_pool3d.default", lambda n: (f(n, 2, 3, 2, 3), [1, 1, 1])),
+    case("avg_pool1d.default", lambda n: (f(n, 3, 7), [3], [2])),
+    case("avg_pool2d.default", lambda n: (f(n, 3, 7, 6), [3, 2])),
+    case("avg_pool2d.default", lambda n: (f(n, 3, 7, 6), [3, 2], [1, 2])),
     *(
         case("scaled_dot_product_attention.default", args)
         for args in (
