@@ -77,6 +77,8 @@ class _Builder:
         for step in self.found.steps:
             scale *= step.factor
             bias = self._after(step, bias, dtype)
+            if step.kind in ("mul", "div"):
+                q = self._by_rows(step, q)
         if bias is not None:
             bias = self._expanded(bias, (*bias.shape[:3], k.shape[2]))
         out = self._add(
@@ -88,7 +90,7 @@ class _Builder:
     def _dtype(self, q: Value, k: Value, v: Value) -> DType | None:
         """The type to compute in: a half type that q, k, v and all biases had at first, or that of the scores; None
         where a bias would have to be rounded for it."""
-        terms = [s.term for s in self.found.steps if s.term is not None and s.hides is None]
+        terms = [s.term for s in self.found.steps if s.term is not None and s.kind in ("add", "sub")]
         first = {self._origin(x).dtype for x in (q, k, v, *terms)}
         if len(first) == 1 and first <= set(_HALF):
             return first.pop()
@@ -104,18 +106,28 @@ class _Builder:
 
     def _after(self, step: Step, bias: Value | None, dtype: DType) -> Value | None:
         """What is to be added to scores after one more step."""
-        if step.factor != 1.0 and bias is not None:
-            bias = self._add("mul", bias, self._const(step.factor, dtype))
         if step.term is None:
-            return bias
-        if step.hides is not None:
+            if bias is None or step.factor == 1.0:
+                return bias
+            return self._add("mul", bias, self._const(step.factor, dtype))
+        if step.kind in ("hide", "keep"):
             least = self._const(torch.finfo(dtype.torch).min, dtype)
             other = self._const(0.0, dtype) if bias is None else bias
             term = self._placed(step.term, step.lead)
-            return self._add("where", term, *((least, other) if step.hides else (other, least)))
+            return self._add("where", term, *((least, other) if step.kind == "hide" else (other, least)))
+        if step.kind in ("mul", "div"):
+            return None if bias is None else self._by_rows(step, bias)
         term = self._placed(self._as(step.term, dtype), step.lead)
-        term = self._add("neg", term) if step.negative else term
-        return term if bias is None else self._add("add", bias, term)
+        if bias is None:
+            return term if step.kind == "add" else self._add("neg", term)
+        return self._add(step.kind, bias, term)
+
+    def _by_rows(self, step: Step, x: Value) -> Value:
+        """x [B, H, S, ..] with its rows multiplied or divided by a step's term, in the wider type of both."""
+        assert step.term is not None
+        term = self._placed(step.term, step.lead)
+        wide = max(term.dtype, x.dtype, key=lambda dtype: dtype.itemsize)
+        return self._as(self._add(step.kind, self._as(x, wide), self._as(term, wide)), x.dtype)
 
     def _placed(self, term: Value, lead: Lead) -> Value:
         """What is added to scores with the dims ``lead`` before the last two, of rank 4, for those of the op."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sympy import Expr
 
@@ -19,14 +19,16 @@ _HIDES = -1e3
 
 @dataclass(frozen=True)
 class Step:
-    """What is done to scores whose dims before the last two are ``lead``: they are multiplied by ``factor``, ``term``
-    is added or taken off, or they are hidden where the condition ``term`` is ``hides``."""
+    """What is done to scores whose dims before the last two are ``lead``.
+
+    kind: ``scale`` by the number ``factor``; ``mul`` or ``div`` each row by ``term`` [.., 1]; ``add`` or ``sub`` what
+    ``term`` has for each score; or hide the scores where the condition ``term`` is true (``hide``) or false (``keep``).
+    """
 
     lead: Lead
-    factor: float = 1.0
+    kind: str
     term: Value | None = None
-    negative: bool = False
-    hides: bool | None = None
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -105,29 +107,26 @@ class Finder:
 
     def _steps(self, op: Op) -> list[tuple[int, Step]]:
         """Each operand of an op that may be the scores, and what the op then does to them."""
-        step = Step(op.result.shape[:-2])
         numbers = [self._number(v) for v in op.operands]
+        found: list[tuple[int, str, int]] = []  # which operand, what is done to it, by which other one
         match op.opcode:
-            case "mul":
-                return [
-                    (n, replace(step, factor=f))
-                    for n, f in ((0, numbers[1]), (1, numbers[0]))
-                    if f is not None
-                ]
-            case "div" if numbers[1]:
-                return [(0, replace(step, factor=1 / numbers[1]))]
-            case "add":
-                return [(n, replace(step, term=op.operands[1 - n])) for n in (0, 1)]
-            case "sub":
-                return [(0, replace(step, term=op.operands[1], negative=True))]
+            case "mul" | "add":
+                found = [(0, op.opcode, 1), (1, op.opcode, 0)]
+            case "div" | "sub":
+                found = [(0, op.opcode, 1)]
             case "where":
-                hides = ((2, numbers[1], True), (1, numbers[2], False))
-                return [
-                    (n, replace(step, term=op.operands[0], hides=when))
-                    for n, number, when in hides
-                    if number is not None and number <= _HIDES
-                ]
-        return []
+                low = [n is not None and n <= _HIDES for n in numbers]
+                found = [(2, "hide", 0)] * low[1] + [(1, "keep", 0)] * low[2]
+        steps: list[tuple[int, Step]] = []
+        for scores, kind, other in found:
+            term, number, lead = op.operands[other], numbers[other], op.result.shape[:-2]
+            if kind not in ("mul", "div"):
+                steps.append((scores, Step(lead, kind, term)))
+            elif number:
+                steps.append((scores, Step(lead, "scale", factor=number if kind == "mul" else 1 / number)))
+            elif number is None and (term.type.rank == 0 or term.shape[-1] == 1):
+                steps.append((scores, Step(lead, kind, term)))
+        return steps
 
     def _number(self, value: Value) -> float | None:
         """What a value is that is one number, known now."""

@@ -78,9 +78,13 @@ def spelled_attention(fn: RandomFunction) -> Value | None:
     scores = fn.add("matmul", q, k, spec=spec)
     for _ in range(fn.number(0, 2)):
         other = fn.reshape(fn.bounded(fn.add("matmul", k, q, spec=spec), 4), scores.shape)
-        match fn.number(0, 3):
+        match fn.number(0, 4):
             case 0:
                 scores = fn.add("mul", scores, fn.const(fn.pick((0.5, 0.25)), scores.dtype), spec=spec)
+            case 4:
+                each = (Integer(1) if merged else heads, Integer(1), Integer(1))
+                temperature = fn.weight(TensorType(scores.dtype, each))
+                scores = fn.add("mul", scores, temperature, spec=Spec(-72, 72, False))
             case 1:
                 scores = fn.add(fn.pick(("add", "sub")), scores, other, spec=Spec(-72, 72, False))
             case 2 if merged:
