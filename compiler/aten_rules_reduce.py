@@ -264,6 +264,35 @@ def normalize(
     return ctx.cast(_scale_and_shift(ctx, normal, weight, bias), ctx.out.dtype), mean, factor
 
 
+@rule("batch_norm.default")
+def _batch_norm(
+    ctx: Context,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    mean: Value | None,
+    variance: Value | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Result:
+    """x [B, C, ..] by the statistics of training: a factor and a summand for each channel, both known from weights."""
+    if training or mean is None or variance is None:
+        return None
+    wide = ctx.wide(x.dtype)
+    mean, variance = ctx.cast(mean, wide), ctx.cast(variance, wide)
+    factor = ctx.apply("rsqrt", ctx.apply("add", variance, eps))
+    if weight is not None:
+        factor = ctx.apply("mul", factor, ctx.cast(weight, wide))
+    summand = ctx.apply("neg", ctx.apply("mul", mean, factor))
+    if bias is not None:
+        summand = ctx.apply("add", summand, ctx.cast(bias, wide))
+    shape = (mean.shape[0], *(1,) * (x.type.rank - 2))
+    factor, summand = (ctx.reshape(v, shape) for v in (factor, summand))
+    return ctx.cast(ctx.apply("add", ctx.apply("mul", ctx.cast(x, wide), factor), summand), x.dtype)
+
+
 @rule("rms_norm.default")
 def _rms_norm(
     ctx: Context,

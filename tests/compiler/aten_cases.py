@@ -395,6 +395,11 @@ MATMUL = [
 FUNCTIONAL = [
     case("prims.convert_element_type.default", lambda n: (f(n, 4), torch.int64)),
     case("copy.default", lambda n: (f(n, 4), i(1, 4))),
+    case(
+        "batch_norm.default",
+        lambda n: (f(n, 3, 4, 2), f(3), f(3), f(3), positive(3), False, 0.1, 1e-3, False),
+    ),
+    case("batch_norm.default", lambda n: (f(n, 3), None, None, f(3), positive(3), False, 0.1, 1e-5, False)),
     case("native_layer_norm.default", lambda n: (f(n, 3, 4), [4], positive(4), f(4), 1e-5)),
     case("native_layer_norm.default", lambda n: (f(n, 3, 4), [3, 4], None, None, 1e-5)),
     case(
