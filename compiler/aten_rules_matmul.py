@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from sympy import Expr, prod
+
 from tilewright.ir.experts import Gate
 from tilewright.ir.ops import broadcast
 from tilewright.ir.types import Value
@@ -57,6 +62,46 @@ def _addmm(ctx: Context, bias: Value, a: Value, b: Value, beta: Number = 1, alph
     if beta == 0:
         return product
     return ctx.apply("add", product, bias if beta == 1 else ctx.apply("mul", bias, beta))
+
+
+@rule("einsum.default")
+def _einsum(ctx: Context, equation: str, tensors: Sequence[Value], path: Any = None) -> Result:
+    """Of two tensors, each of whose dims has a letter of its own: those that both have and the result lacks are
+    multiplied out, after each tensor's own ones that the result lacks are summed."""
+    inputs, _, kept = equation.replace(" ", "").partition("->")
+    letters = inputs.split(",")
+    if "->" not in equation or "." in equation or len(letters) != 2 or not tensors[0].dtype.is_float:
+        return None
+    sizes: dict[str, Expr] = {}
+    for named, x in zip(letters, tensors, strict=True):
+        same = all(sizes.setdefault(name, d) == d for name, d in zip(named, x.shape, strict=True))
+        if not same or len(set(named)) != len(named):
+            return None
+    (a, names_a), (b, names_b) = (
+        _summed(ctx, x, mine, kept + other)
+        for x, mine, other in zip(tensors, letters, reversed(letters), strict=True)
+    )
+    batch = [n for n in names_a if n in names_b and n in kept]
+    depth = [n for n in names_a if n in names_b and n not in kept]
+    rows, columns = ([n for n in names if n not in (*batch, *depth)] for names in (names_a, names_b))
+
+    def matrices(x: Value, names: str, across: list[str]) -> Value:
+        x = ctx.permute(x, [names.index(n) for n in (*batch, *across, *depth)])
+        return ctx.reshape(
+            x, [sizes[n] for n in batch] + [prod(sizes[n] for n in part) for part in (across, depth)]
+        )
+
+    product = matrix_product(ctx, matrices(a, names_a, rows), matrices(b, names_b, columns))
+    order = [*batch, *rows, *columns]
+    return ctx.permute(ctx.reshape(product, [sizes[n] for n in order]), [order.index(n) for n in kept])
+
+
+def _summed(ctx: Context, x: Value, names: str, needed: str) -> tuple[Value, str]:
+    """A tensor without the dims that nothing else has, and the letters of the others."""
+    alone = [n for n, name in enumerate(names) if name not in needed]
+    if alone:
+        x = ctx.cast(ctx.reduce("sum", ctx.cast(x, ctx.wide(x.dtype)), alone, False), x.dtype)
+    return x, "".join(n for n in names if n in needed)
 
 
 # --- experts ------------------------------------------------------------------------------------------------------

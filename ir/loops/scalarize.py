@@ -218,17 +218,21 @@ def _aligned(operand: Value, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
 
 
 def _separate_digits(node: Node, piece: Piece) -> None:
-    """Raise NeedSplit where the operands of a product depend on both ``x // n`` and ``x % n`` of an axis x, as they do
-    when its result is seen with axes merged or moved: rows, columns and products of a batch are axes of their own. Or,
-    without a product, where a reduction depends on ``x // n`` alone, so that it is computed once for all the ``x % n``.
-    """
+    """Raise NeedSplit where rows, columns and products of a batch are no axes of their own, as when a product's result
+    is seen with axes merged or moved: its operands depend on both ``x // n`` and ``x % n`` of an axis x, or one on
+    ``x // n`` alone and the other on more of x. Or, without a product, where a reduction depends on ``x // n`` alone,
+    so that it is computed once for all the ``x % n``."""
     extents = {a.symbol: a.extent for a in piece.axes}
     nodes = tuple(post_order(node, set()))
     dots = [n for n in nodes if isinstance(n, Dot)]
-    parts = {e for d in dots for side in d.children for e in _places(side)}
+    parts = dict.fromkeys(e for d in dots for side in d.children for e in _places(side))
     found = [
         p.args for p in parts if isinstance(p, Mod) and p.args[0] in extents and FloorDiv(*p.args) in parts
     ]
+    for dot in dots:
+        for side, other in ((dot.a, dot.b), (dot.b, dot.a)):
+            known, symbols = _quotients(other, extents), {s for e in _places(other) for s in e.free_symbols}
+            found += [(x, n) for x, n in _quotients(side, extents) if (x, n) not in known and x in symbols]
     if not dots:
         found += [args for n in nodes if isinstance(n, Reduce) for args in _quotients(n, extents)]
     for symbol, tile in found:

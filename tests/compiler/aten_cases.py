@@ -348,6 +348,18 @@ MATMUL = [
     case("addmm.default", lambda n: (f(5), f(n, 4), f(4, 5)), beta=0),
     case("addmv.default", lambda n: (f(n), f(n, 4), f(4))),
     case("baddbmm.default", lambda n: (f(n, 3, 5), f(n, 3, 4), f(n, 4, 5))),
+    *(
+        case("einsum.default", lambda n, text=text, a=a, b=b: (text, [f(n, *a), f(*(d or n for d in b))]))
+        for text, a, b in (
+            ("bhwc,hkc->bhwk", (7, 4, 9), (7, 6, 9)),
+            ("ij,kj->ik", (4,), (7, 4)),
+            ("bid,bjd->bij", (7, 4), (0, 9, 4)),
+            ("bhid,bhjd->bihj", (2, 7, 4), (0, 2, 9, 4)),
+            ("bi,bi->b", (4,), (0, 4)),
+            ("bi,j->jbi", (4,), (7,)),
+            ("bic,cj -> bj", (7, 4), (4, 2)),
+        )
+    ),
     case("conv1d.default", lambda n: (f(n, 2, 7), f(5, 2, 3), f(5), [3])),
     case("conv2d.default", lambda n: (f(n, 3, 5, 8), f(6, 3, 2, 4), f(6), [2, 4])),
     case("conv2d.default", lambda n: (f(n, 3, 4, 4), f(5, 3, 2, 2), None, [2, 2], [0, 0], [1, 1], 1)),
