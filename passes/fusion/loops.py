@@ -47,7 +47,11 @@ def _cheap_inside(groups: Groups, n: int, target: int) -> bool:
         return False
     if op.opcode == "reduce":
         members = groups.groups[target] | {n}
-        return not _repeats(groups, members) and not _reduces_for_each(groups, members)
+        if _reduces_for_each(groups, members):
+            return False
+        few = groups.points([n]) < groups.points(groups.groups[target])
+        short = groups.points([n]) * _length(groups, n) <= _ELEMENTS_OF_A_KERNEL
+        return (short and not few) or not _repeats(groups, members)
     if op.opcode not in COSTLY or groups.points([n]) >= groups.points(groups.groups[target]):
         return True
     return all(v.type.rank == 0 or v.shape[-1] == 1 for v in op.results)
