@@ -23,6 +23,10 @@ _SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "
 _VISION = {**_SHAPE, "image_size": 32, "patch_size": 8}
 _TEXT = {**_SHAPE, "vocab_size": 128, "max_position_embeddings": 40, "bos_token_id": 1, "eos_token_id": 7}
 
+_WINDOWS = {
+    "image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4,
+}  # fmt: skip
+
 MODELS: dict[str, tuple[Any, hf.PretrainedConfig]] = {
     "vit": (hf.ViTModel, hf.ViTConfig(**_VISION)),
     "vit_classes": (hf.ViTForImageClassification, hf.ViTConfig(**_VISION, num_labels=5)),
@@ -38,6 +42,12 @@ MODELS: dict[str, tuple[Any, hf.PretrainedConfig]] = {
     "beit": (hf.BeitModel, hf.BeitConfig(**_VISION)),
     "dinov2": (hf.Dinov2Model, hf.Dinov2Config(**_VISION)),
     "siglip_vision": (hf.SiglipVisionModel, hf.SiglipVisionConfig(**_VISION)),
+    "swin": (hf.SwinModel, hf.SwinConfig(**_WINDOWS)),
+    "swinv2": (hf.Swinv2Model, hf.Swinv2Config(**_WINDOWS)),
+    "convnext": (
+        hf.ConvNextModel,
+        hf.ConvNextConfig(image_size=32, num_stages=2, hidden_sizes=[16, 32], depths=[1, 2]),
+    ),
 }
 PAIRS: dict[str, tuple[Any, hf.PretrainedConfig]] = {
     "clip": (hf.CLIPModel, hf.CLIPConfig(text_config=_TEXT, vision_config=_VISION, projection_dim=48)),
@@ -94,7 +104,9 @@ def test_an_encoder_says_what_hugging_face_says(name: str, record_architecture: 
     record_architecture(name, kind, fast.report(), tensors(found), tensors(expected))
 
 
-@pytest.mark.parametrize("name", ["vit", "vit_oblong", "clip_vision", "clip_text", "siglip_vision"])
+@pytest.mark.parametrize(
+    "name", ["vit", "vit_oblong", "clip_vision", "clip_text", "siglip_vision", "swin", "convnext"]
+)
 def test_and_so_do_generated_kernels(name: str) -> None:
     check_encoder(name, "cpp")
 
