@@ -39,7 +39,7 @@ MASKED = -1e30
 LEAST_BIASED = -1e29
 """The least score that a finite number of an array of biases leaves. (Keys that all have the least number of a type
 added share a row's weights evenly, in PyTorch too.)"""
-LARGEST_HEAD = 512
+LARGEST_HEAD = 256
 """The most numbers of a head, of keys or of values, for which what models spell out is made one op: kernels hold those
 of several rows side by side."""
 ATTENTION_ATTRS = {

@@ -79,7 +79,9 @@ class Finder:
         if weights is None or weights.opcode != "exp" or self.uses[weights.result] != 2:
             return None
         if total is not None and total.opcode == "where":  # a row without any weight is divided by one
-            total = self.made.get(total.operands[2])
+            none = self.made.get(total.operands[0])
+            of_total = none is not None and none.opcode == "eq" and total.operands[2] in none.operands
+            total = self.made.get(total.operands[2]) if of_total else None
         less = self.made.get(weights.operands[0])
         if total is None or less is None or less.opcode != "sub" or self.uses[less.result] != 1:
             return None

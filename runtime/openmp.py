@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 
 import torch
 
@@ -31,7 +32,7 @@ def find() -> OpenMP | None:
     Also None where its threads were told to sleep between operations (``OMP_WAIT_POLICY``): these are in nobody's way,
     and waking them takes 50 microseconds each time.
     """
-    if not torch.backends.openmp.is_available() or _sleeping():
+    if sys.platform == "win32" or not torch.backends.openmp.is_available() or _sleeping():
         return None
     # The scope that PyTorch's own references were resolved in: it loads its dependencies for all to see.
     everything = ctypes.CDLL(None)

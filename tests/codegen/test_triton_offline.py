@@ -19,7 +19,7 @@ from .triton_run import source_of
 # Single pointwise ops compile alike, and so does what differs in its numbers; the reference tests run all of them.
 REPEATED = (
     "unary", "binary", "integers", "predicate", "reduce", "embedding", "attention_hostile", "attention_around",
-    "attention_reach", "rounded_nan",
+    "attention_reach", "attention_bias_shared", "rounded_nan",
 )  # fmt: skip
 EXTRA = [
     "unary-tanh",
