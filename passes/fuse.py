@@ -13,7 +13,7 @@ Four steps, none of which knows a model:
    cheap ones, or those with one value per row; with ``plain_rows`` only what makes the weights, views, and rows of
    codes, and with ``plain_weights`` no codes of weights.
 3. *Loops*: what is left, bottom-up: an op joins the kernel of its consumers when they are one kernel, and does not
-   then compute a reduction anew inside another one, nor, of what is rounded, one of each element.
+   then compute a reduction anew for each element or inside another one, nor, of what is rounded, one of each element.
 
 Before that, views, casts, constants and quantised weights as floats, which cost little inside a kernel and much in
 memory, are copied so that each has one user.

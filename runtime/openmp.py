@@ -61,4 +61,5 @@ def _forget() -> None:
 
 
 # The child of a fork has none of its parent's threads. libgomp waits for them for ever; our own threads start anew.
-os.register_at_fork(after_in_child=_forget)
+if _address is not None:
+    os.register_at_fork(after_in_child=_forget)

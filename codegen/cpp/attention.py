@@ -37,7 +37,7 @@ def print_attention(kernel: KernelContext, form: AttentionForm) -> None:
     for name, value in extras.items():
         writer.line(f"shape.{name} = {kernel.names[value]};")
     if (bias := extras.get("bias")) is not None:
-        index = tuple(Integer(0) if d == 1 else sym(n) for d, n in zip(bias.shape[:3], "bhs", strict=False))
+        index = tuple(Integer(0) if d == 1 else sym(n) for d, n in zip(bias.shape[:3], "bhs", strict=True))
         writer.line(f"shape.bias_strides = {_strides(kernel, bias, (*index, sym('d')), 'bias')};")
     if "distances" in extras:
         writer.line(f"shape.distance_count = {print_index(extras['distances'].shape[1])};")

@@ -283,7 +283,7 @@ class _Attention:
         bias, share = self.extras["bias"], self.sizes.share
         places = (BATCH, GROUP * share + Mod(ROW, share), FloorDiv(ROW, share))
         index = tuple(
-            Integer(0) if d == 1 else place for d, place in zip(bias.shape[:3], places, strict=False)
+            Integer(0) if d == 1 else place for d, place in zip(bias.shape[:3], places, strict=True)
         )
         address = self._address(bias, (*index, KEY), {ROW: self.rows.text, KEY: key})
         address += f" + {self.rows.text} * 0"  # a block of rows even where all of them share one

@@ -247,7 +247,7 @@ def _places(node: Node) -> dict[Expr, None]:
 
 
 def _quotients(node: Node, extents: dict[sympy.Symbol, Expr]) -> list[tuple[Expr, Expr]]:
-    """(x, n) of each axis x that a reduction depends on by ``x // n`` alone."""
+    """(x, n) of each axis x that a node depends on by ``x // n`` alone."""
     divided: dict[Expr, set[Expr]] = {}
     for part in _places(node):
         if isinstance(part, FloorDiv) and part.args[0] in extents:
