@@ -23,10 +23,12 @@ from tilewright.runtime.engine import Engine, require_mask, require_tensor
 from tilewright.runtime.executor import EngineSpec
 from tilewright.runtime.generate import generate
 from tilewright.runtime.kv_state import RequestState
+from tilewright.runtime.sampling import GenerateOptions
 
 from .adapters import MergedAdapters
 from .cache import EngineCache, by_own_name, cache_name, with_cache
 from .capture_layers import flat_names
+from .generate_batch import ContinuousBatchingMixin
 from .generate_options import plain_options
 from .report import Report
 from .shown_outputs import ShownOutputs
@@ -209,7 +211,19 @@ class Prompt:
     counts_on: bool = False
 
 
-class DecoderMixin(CompiledMixin):
+@dataclass(frozen=True)
+class Given:
+    """A prompt that generate() is to continue: ``ids`` i64[B, S], of which the cache has the first ``held``, the mask
+    over all that there will have been, positions, and the ``logits`` [B, 1, V] of its end where it has been run."""
+
+    ids: Tensor
+    mask: Tensor | None
+    positions: Tensor | None
+    held: int
+    logits: Tensor | None
+
+
+class DecoderMixin(ContinuousBatchingMixin, CompiledMixin):
     """A model with KV state: forward as a Hugging Face causal model, and generate."""
 
     _cache_name: str  # the argument of the original's forward that holds the cache
@@ -330,7 +344,7 @@ class DecoderMixin(CompiledMixin):
         """Greedy search and sampling: our own loop when nothing else is asked for, else that of transformers."""
         own = self._own_arguments(model_kwargs)
         cache = own.pop(self._cache_name, None)
-        options = plain_options(logits_processor, stopping_criteria, generation_config, own)
+        options = self._options(input_ids, cache, logits_processor, stopping_criteria, generation_config, own)
         # A model may want to begin anew once a sequence outgrows its first table, which is for its own methods to say.
         outgrows = (
             options is not None and input_ids.shape[1] <= self._tilewright.switch_length < options.max_length
@@ -350,16 +364,34 @@ class DecoderMixin(CompiledMixin):
         # A mask as long as the ids says that they repeat what the cache holds; otherwise they are all new.
         held = cache.get_seq_length() if covered == input_ids.shape[1] else 0
         logits = self._first_logits(input_ids[:, held:], model_kwargs)
+        given = Given(input_ids, mask, None if logits is not None else own.get("position_ids"), held, logits)
+        return self._decode(cache, given, options, streamer, model_kwargs)
+
+    def _options(
+        self, ids: Tensor, cache: Any, processors: Any, criteria: Any, config: Any, own: dict[str, Any]
+    ) -> GenerateOptions | None:
+        """Options of our own loop for a call, or None where it lacks something."""
+        return plain_options(processors, criteria, config, own)
+
+    def _decode(
+        self,
+        cache: EngineCache,
+        given: Given,
+        options: GenerateOptions,
+        streamer: Any,
+        model_kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Continue what is given by our own loop. Returns i64[B, n], prompt included."""
         return generate(
             cache.engine,
-            self._state(cache, input_ids.shape[0], model_kwargs),
-            input_ids,
+            self._state(cache, given.ids.shape[0], model_kwargs),
+            given.ids,
             options,
-            attention_mask=mask,
-            position_ids=None if logits is not None else own.get("position_ids"),
+            attention_mask=given.mask,
+            position_ids=given.positions,
             streamer=streamer,
-            held=held,
-            logits=logits,
+            held=given.held,
+            logits=given.logits,
         )
 
     def _own_arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -14,12 +14,13 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from tilewright.runtime.sampling import GenerateOptions, Sampling
+from tilewright.runtime.sampling import CustomOptions, GenerateOptions, Sampling
 
 # In the order in which transformers applies them, and our loop too.
 _MINIMUM = [MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor]
 _WARPERS = [TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper]
-KNOWN_KWARGS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+# A tokenizer is for stop strings, which have a criterion of their own.
+KNOWN_KWARGS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "tokenizer"}
 
 
 def plain_options(
@@ -31,9 +32,7 @@ def plain_options(
     transformers has made of the user's arguments, so that every default and precedence is theirs; an object of any
     other class, a subclass included, is left to their loop.
     """
-    if config.return_dict_in_generate or config.is_assistant or config.prefill_chunk_size is not None:
-        return None
-    if any(value is not None for name, value in model_kwargs.items() if name not in KNOWN_KWARGS):
+    if not _gives_tokens(config, model_kwargs):
         return None
     stops = {type(c): c for c in criteria}
     if len(stops) != len(criteria) or not {MaxLengthCriteria} <= set(stops) <= {
@@ -59,6 +58,28 @@ def plain_options(
         min_length=_min_length(steps),
         sampling=_sampling(steps) if config.do_sample else None,
     )
+
+
+def custom_options(
+    processors: Any, criteria: Any, config: Any, model_kwargs: Mapping[str, Any], longest: int
+) -> CustomOptions | None:
+    """As :func:`plain_options`, for a call with one sequence, whatever processors and criteria (``LogitsProcessorList``
+    and ``StoppingCriteriaList``) it has: they are called for each token. ``longest`` is where it ends at the latest."""
+    if not _gives_tokens(config, model_kwargs):
+        return None
+    return CustomOptions(
+        max_length=min(longest, criteria.max_length or longest),
+        sampling=Sampling() if config.do_sample else None,
+        process=processors,
+        stops=lambda ids, scores: bool(criteria(ids, scores).all()),
+    )
+
+
+def _gives_tokens(config: Any, model_kwargs: Mapping[str, Any]) -> bool:
+    """False for a call whose result is more than tokens, or whose model is to be called in another way."""
+    if config.return_dict_in_generate or config.is_assistant or config.prefill_chunk_size is not None:
+        return False
+    return all(value is None for name, value in model_kwargs.items() if name not in KNOWN_KWARGS)
 
 
 def _min_length(steps: Mapping[type, Any]) -> int:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from importlib import import_module
+from queue import SimpleQueue
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -21,6 +24,8 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import BaseGenerateManager, GenerateManager, GenerationState
 
 from tilewright.errors import InputError
+
+from .joined import JoinedModel, can_join
 
 _HANDLERS = {
     "chat_handler": "chat_completion.ChatCompletionHandler",
@@ -54,27 +59,64 @@ class CompiledModel(ModelManager):
 
 
 class FittingRequests(GenerateManager):
-    """Runs requests one after the other in a thread, as its base does, none beyond the room that it has.
+    """Runs requests at once where the model can, else one after the other; none beyond the room that it has.
 
     Where the client says nothing, the server would ask for 1024 new tokens, beyond what most prompts within
     ``max_length`` leave room for. What is cut ends with ``finish_reason="length"``. A prompt that leaves no room at all
     is refused, streamed or not, before an answer begins.
     """
 
+    def __init__(self, model: Any) -> None:
+        self._joined = JoinedModel(model) if can_join(model) else None
+        # What the base asks to run something: its own thread, or several that prepare requests and wait for them. One
+        # more than there are rows has the next prompt ready.
+        self._thread = Workers(1 if self._joined is None else model._tilewright.engine.max_batch + 1)
+
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **options: Any
     ) -> Any:
         _fit(model, inputs, gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, *args, **options)
+        return super().generate_streaming(self._own(model), processor, inputs, gen_config, *args, **options)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **options: Any
     ) -> Any:
         _fit(model, inputs, gen_config)
-        return await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **options)
+        return await super().generate_non_streaming(
+            self._own(model), processor, inputs, gen_config, *args, **options
+        )
+
+    def _own(self, model: Any) -> Any:
+        """The model as one request is to call it. Called where a request's seed has just been set."""
+        return model if self._joined is None else self._joined.for_request()
+
+
+class Workers:
+    """Daemon threads that run what is submitted, in its order; as transformers' InferenceThread, but several."""
+
+    def __init__(self, count: int) -> None:
+        self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        for n in range(count):
+            threading.Thread(target=self._run, name=f"tilewright-request-{n}", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            future, run = self._queue.get()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(run())
+                except BaseException as error:  # noqa: BLE001 - whatever it is, who waits is told
+                    future.set_exception(error)
+            del future, run  # before it waits again
+
+    def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+        """Have a function called. Gives a future to wait for."""
+        future: Future[Any] = Future()
+        self._queue.put((future, partial(fn, *args, **kwargs)))
+        return future
 
     def async_submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
-        """As in the base, but the thread outlives a result that comes after the server has stopped."""
+        """Have a function called. Gives a future to await; it may outlive the event loop that awaits it."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
 
@@ -105,9 +147,9 @@ def _fit(model: Any, inputs: Any, config: Any) -> None:
 class OneModel(GenerationState):
     """What the handlers share: who runs the one model's requests."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self._requests = FittingRequests()
+        self._requests = FittingRequests(model)
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
         return self._requests
@@ -115,7 +157,7 @@ class OneModel(GenerationState):
 
 def build_app(name: str, model: Any, tokenizer: Any, enable_cors: bool = False) -> FastAPI:
     """Transformers' application around a compiled decoder and its tokenizer, which requests call ``name``."""
-    manager, state = CompiledModel(name, model, tokenizer), OneModel()
+    manager, state = CompiledModel(name, model, tokenizer), OneModel(model)
     # Releases differ in their endpoints; what this one has are the parameters of build_server.
     handlers = {key: _HANDLERS[key] for key in inspect.signature(build_server).parameters if key in _HANDLERS}
     app = build_server(

@@ -17,7 +17,7 @@ from .cuda_graph import Recorder, alone
 from .device_step import DeviceStep, Way
 from .engine import Engine
 from .kv_state import RequestState
-from .sampling import GenerateOptions
+from .sampling import GenerateOptions, default_generator
 
 
 class DeviceSteps:
@@ -101,10 +101,7 @@ class _Draws:
     """The states of the default generator after the last draws. What other threads draw meanwhile is not kept apart."""
 
     def __init__(self, device: torch.device, most: int) -> None:
-        self.generator = torch.default_generator
-        if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-            self.generator = torch.cuda.default_generators[index]
+        self.generator = default_generator(device)
         self.after: deque[Tensor] = deque(maxlen=most + 1)
 
     def note(self) -> None:

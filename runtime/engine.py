@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from .idle_states import IdleStates
 from .kv_state import RequestState
 from .prompts import completed, pieces
 
+Pieces = Generator[None, None, Tensor]
+"""A step that stops after each piece of a prompt and gives the logits at its end."""
+
 
 class Engine:
     """Runs a compiled model. Safe to use from several threads, each with its own request states.
@@ -24,7 +29,10 @@ class Engine:
     ``decode`` holds one executor per batch bucket (S = 1); ``prefill`` takes any B and S, and is the only program of
     an encoder or a plain module. ``per_request`` is that of a decoder that attends to an encoder. ``embed`` makes
     vectors f[B, S, d] of token ids, where the prefill program takes those. ``greedy`` chooses tokens on the device.
+    ``turns`` is what a step waits for and holds while it runs; by default nothing.
     """
+
+    turns: AbstractContextManager[object] = nullcontext()
 
     def __init__(
         self,
@@ -142,21 +150,49 @@ class Engine:
         than the model's own, and the last keys i64[B, S] that they see, of the context. Returns logits[B, keep, V], a
         fresh tensor. Raises InputError for inputs that do not fit, and leaves the state as it was.
         """
+        ids, positions, given = self._checked(state, input_ids, attention_mask, position_ids, given)
+        with self.turns:
+            try:
+                return self._append(state, ids, attention_mask, positions, keep, given)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or not self.idle.make_room():
+                    raise
+            return self._append(state, ids, attention_mask, positions, keep, given)
+
+    def prompt(self, state: RequestState, input_ids: Tensor, position_ids: Tensor | None = None) -> Pieces:
+        """As :meth:`step` for its last position, [B, 1, V], a piece at a time: it yields after each, and other requests
+        may be served meanwhile. One that is closed before its end leaves the state as it was."""
+        ids, positions, _ = self._checked(state, input_ids, None, position_ids, None)
+        return self._appended(state, ids, None, positions, 1, {})
+
+    def _checked(
+        self,
+        state: RequestState,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        given: Mapping[str, Tensor] | None,
+    ) -> tuple[Tensor, Tensor | None, Mapping[str, Tensor]]:
+        """What a step is to run, on the model's device. Raises InputError for what does not fit."""
         if self.spec.per_request is not None and not state.held.ready:
             raise InputError("the cache is empty, and there are no states of an encoder to attend to")
         ids = self._check_ids(state, input_ids)
         self._check_mask(state, ids, attention_mask)
         if position_ids is not None:
             position_ids = self._check_positions(ids, position_ids)
-        given = self._check_given(ids, given or {})
-        try:
-            return self._append(state, ids, attention_mask, position_ids, keep, given)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or not self.idle.make_room():
-                raise
-        return self._append(state, ids, attention_mask, position_ids, keep, given)
+        return ids, position_ids, self._check_given(ids, given or {})
 
-    def _append(
+    def _append(self, state: RequestState, *arguments: Any) -> Tensor:
+        """As :meth:`step`, on arguments that have been checked."""
+        pieces = self._appended(state, *arguments)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                logits: Tensor = end.value
+                return logits
+
+    def _appended(
         self,
         state: RequestState,
         ids: Tensor,
@@ -164,14 +200,14 @@ class Engine:
         position_ids: Tensor | None,
         keep: int,
         given: Mapping[str, Tensor],
-    ) -> Tensor:
-        """As :meth:`step`, on arguments that have been checked."""
+    ) -> Pieces:
+        """Append checked tokens, a piece at a time."""
         with state.undone_on_failure():
             self._write_mask(state, attention_mask, state.length + ids.shape[1])
             positions = self._positions(state, ids) if position_ids is None else position_ids
             keep = ids.shape[1] if keep == 0 else min(keep, ids.shape[1])
             if ids.shape[1] > 1 or given or positions.ndim > 2:
-                return self._prefill(state, ids, positions, keep, given)
+                return (yield from self._prefill(state, ids, positions, keep, given))
             state.ids[: state.batch] = ids
             state.positions.zero_()  # also of rows beyond the batch, which count on with the others
             state.positions[: state.batch] = positions
@@ -201,7 +237,7 @@ class Engine:
         positions: Tensor,
         keep: int,
         given: Mapping[str, Tensor],
-    ) -> Tensor:
+    ) -> Pieces:
         """Run the prompt in chunks, so that the arena does not grow with it. Returns logits[B, keep, V]."""
         spec, batch, total = self.spec, state.batch, ids.shape[1]
         tokens = completed(spec, ids, state.length, given, self.embed)
@@ -230,6 +266,8 @@ class Engine:
             state.length += stop - start
             if stop > first_kept:
                 parts.append(logits)
+            if stop < total:
+                yield
         # The last position, whatever rule produced it, is what decoding counts on from.
         state.positions.zero_()
         state.positions[:batch] = last

@@ -58,18 +58,9 @@ def generate(
     """
     ids = engine.check_prompt(input_ids)
     batch, prompt = ids.shape
-    if options.max_length <= prompt:
-        raise InputError(
-            f"the prompt has {prompt} tokens already, but max_length={options.max_length}; raise it"
-        )
     fed = ids[:, held:]
     begun = state.length - held if logits is None else state.length - prompt
-    engine.check_length(begun + options.max_length)
-    if position_ids is not None:
-        require_tensor("position_ids", position_ids)
-        position_ids = position_ids[..., -fed.shape[1] :]
-        # Each new token but the last is run at the position after the one before it.
-        engine.check_length(int(position_ids.max()) + options.max_length - prompt)
+    position_ids = check_room(engine, ids, options, begun, position_ids, held)
     if logits is None:
         logits = engine.step(state, fed, attention_mask, position_ids, keep=1)
     copy(state.logits[:batch], logits)
@@ -101,6 +92,32 @@ def generate(
         state.crop(state.length - in_vain)
         length -= in_vain
     return steps.sequences[:, :length].clone()
+
+
+def check_room(
+    engine: Engine,
+    ids: Tensor,
+    options: GenerateOptions,
+    begun: int = 0,
+    position_ids: Tensor | None = None,
+    held: int = 0,
+) -> Tensor | None:
+    """Raise InputError where a prompt i64[B, S], after ``begun`` tokens before it, and what is to come do not fit.
+
+    Returns the positions of those tokens of the prompt that are to be run, all but the first ``held``.
+    """
+    prompt = ids.shape[1]
+    if options.max_length <= prompt:
+        raise InputError(
+            f"the prompt has {prompt} tokens already, but max_length={options.max_length}; raise it"
+        )
+    engine.check_length(begun + options.max_length)
+    if position_ids is not None:
+        require_tensor("position_ids", position_ids)
+        position_ids = position_ids[..., held - prompt :]
+        # Each new token but the last is run at the position after the one before it.
+        engine.check_length(int(position_ids.max()) + options.max_length - prompt)
+    return position_ids
 
 
 _record_step = partial(record, otherwise="decode steps go through the host")

@@ -8,7 +8,7 @@ next steps' kernels need. (Measured on two cores: the next three steps took twic
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,11 @@ from torch import Tensor
 def quick(tensor: Tensor) -> Any:
     """On a CPU, the tensor as an array over the same memory; elsewhere the tensor itself. Not for bfloat16."""
     return tensor.numpy() if tensor.device.type == "cpu" else tensor
+
+
+def write(to: Any, values: Sequence[int]) -> None:
+    """Fill what :func:`quick` gave of a vector with numbers."""
+    to[:] = torch.tensor(values) if isinstance(to, Tensor) else values
 
 
 def copy(to: Tensor, source: Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from .engine import Engine
 from .host import one_torch_thread, quick
 from .kv_state import RequestState
+from .row_chooser import widener
 from .sampling import GenerateOptions, sample
 
 
@@ -68,7 +68,7 @@ def _chooser(state: RequestState, options: GenerateOptions) -> Callable[[bool], 
     batch = state.batch
     logits, ids = state.logits[:batch, 0], state.ids[:batch]
     exact = logits if logits.dtype == torch.float32 else torch.empty(logits.shape)
-    widen = _widener(logits, exact)
+    widen = widener(logits, exact)
     scores, tokens, eos = quick(exact), quick(ids), list(options.eos_ids)
 
     def choose(forbid_eos: bool) -> None:
@@ -83,14 +83,3 @@ def _chooser(state: RequestState, options: GenerateOptions) -> Callable[[bool], 
             np.argmax(scores, axis=-1, out=tokens[:, 0])
 
     return choose
-
-
-def _widener(logits: Tensor, exact: Tensor) -> Callable[[], object]:
-    """A function that copies logits into float32, where they are not."""
-    if exact is logits:
-        return lambda: None
-    if logits.dtype == torch.bfloat16:
-        # NumPy has no bfloat16, but that is the upper half of a float32.
-        bits, wide = logits.view(torch.uint16).numpy(), exact.view(torch.uint32).numpy()
-        return partial(np.left_shift, bits, 16, out=wide, dtype=np.uint32)
-    return partial(exact.numpy().__setitem__, slice(None), logits.numpy())

@@ -113,6 +113,19 @@ class RequestState:
         twin._bind()
         return twin
 
+    def first_rows(self, rows: int) -> RequestState:
+        """The first ``rows`` rows as a state of their own over the same memory, for the program of another bucket.
+
+        Valid until the state is laid out anew. Lengths are each one's own; only steps may be run in it.
+        """
+        part = copy.copy(self)
+        part.rows, part.batch, part.version, part.scratch = rows, rows, 0, {}
+        part.buffers = {name: buffer[:rows] for name, buffer in self.buffers.items()}
+        part.mask, part.ids, part.positions = self.mask[:rows], self.ids[:rows], self.positions[:rows]
+        part.shift, part.logits = self.shift[:rows], self.logits[:rows]
+        part._bind()
+        return part
+
     def count_on(self) -> None:
         """Have the next position come after the last one, however many tokens there are."""
         self.shift[: self.batch] = self.positions[: self.batch] + 1 - self.length

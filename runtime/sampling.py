@@ -6,6 +6,7 @@ here only avoids work whose result is known: after top-k, top-p needs to sort k 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,18 +49,51 @@ class GenerateOptions:
         return self.pad_id
 
 
-def sample(scores: Tensor, how: Sampling) -> Tensor:
-    """Draw one token per row from f32[B, V] logits, which may be overwritten. Returns i64[B, 1]."""
+@dataclass(frozen=True)
+class CustomOptions(GenerateOptions):
+    """Of a sequence that has a row for itself, of which others say more than the fields above can.
+
+    ``process`` changes scores f32[1, V] in view of the tokens i64[1, n] so far, before one is chosen; ``stops`` says, by
+    tokens and scores, whether the last token was the last one.
+    """
+
+    process: Callable[[Tensor, Tensor], Tensor] = lambda ids, scores: scores
+    stops: Callable[[Tensor, Tensor], bool] = lambda ids, scores: False
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The one that PyTorch draws from on a device unless it is told otherwise."""
+    if device.type != "cuda":
+        return torch.default_generator
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[index]
+
+
+def own_generator(device: torch.device) -> torch.Generator:
+    """A generator that draws what PyTorch's own would draw from here on, which itself goes on from elsewhere.
+
+    So a request that is alone after ``torch.manual_seed`` has the tokens of that seed, and two have different ones.
+    """
+    default = default_generator(device)
+    own = torch.Generator(device)
+    own.set_state(default.get_state())
+    default.manual_seed(int(torch.randint(2**62, (1,), device=device, generator=default)))
+    return own
+
+
+def sample(scores: Tensor, how: Sampling, generator: torch.Generator | None = None) -> Tensor:
+    """Draw one token per row from f32[B, V] logits, which may be overwritten. Returns i64[B, 1]. generator: what
+    draws, by default PyTorch's own."""
     if how.temperature != 1.0:
         scores = scores.div_(how.temperature)
     if how.top_k:
         scores = _top_k_p(scores, min(how.top_k, scores.shape[-1]), how.top_p)
     elif how.top_p < 1.0:
         scores = _top_p(scores, how.top_p)
-    return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
+    return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1, generator=generator)
 
 
-def sample_on_device(scores: Tensor, how: Sampling) -> Tensor:
+def sample_on_device(scores: Tensor, how: Sampling, generator: torch.Generator | None = None) -> Tensor:
     """As :func:`sample`, with the same draws from the same random state, without a value that the host has to wait for.
 
     So a GPU can go on, and a CUDA graph hold it. It costs a sort of the vocabulary where top-k and top-p come together,
@@ -74,7 +108,9 @@ def sample_on_device(scores: Tensor, how: Sampling) -> Tensor:
         scores = _top_p(scores, how.top_p)
     # multinomial draws one of several like this, after checks of the probabilities for which the host waits.
     shares = torch.softmax(scores, dim=-1)
-    return shares.div_(torch.empty_like(shares).exponential_(1)).argmax(dim=-1, keepdim=True)
+    return shares.div_(torch.empty_like(shares).exponential_(1, generator=generator)).argmax(
+        dim=-1, keepdim=True
+    )
 
 
 def _top_k_p(scores: Tensor, k: int, top_p: float) -> Tensor:

@@ -1,0 +1,95 @@
+"""A compiled decoder whose ``generate`` decodes what several threads ask for at once in one batch."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tilewright.runtime.continuous import ContinuousBatch, Sequence
+from tilewright.runtime.sampling import GenerateOptions, own_generator
+
+from .cache import EngineCache
+from .generate_options import custom_options
+
+if TYPE_CHECKING:
+    from .api_mixin import Given
+
+
+def can_join(model: Any) -> bool:
+    """Whether requests of a compiled model can share steps: those of a decoder that attends to nothing but its past."""
+    spec = model._tilewright.engine.spec
+    return spec.kind == "decoder" and spec.per_request is None
+
+
+class JoinedModel:
+    """Hands out the model as requests call it, each in a thread of its own; see ``runtime.continuous``.
+
+    The compiled model itself goes on as before.
+    """
+
+    def __init__(self, model: Any) -> None:
+        compiled = model._tilewright
+        engine = copy.copy(compiled.engine)  # whose steps wait for turns, as those of the model's own do not
+        self.batch = ContinuousBatch(engine)
+        self._model = copy.copy(model)
+        self._model.__dict__["_tilewright"] = replace(compiled, engine=engine)
+        self._model.__dict__["_tilewright_batch"] = self.batch
+        cls = type(model)
+        members = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        self._model.__class__ = type(cls.__name__, (_Joining, cls), members)
+
+    def for_request(self) -> Any:
+        """The model for one call of ``generate``, which draws as if it were alone from here on."""
+        own = copy.copy(self._model)
+        own.__dict__["_tilewright_generator"] = own_generator(self.batch.engine.spec.device)
+        return own
+
+    def close(self) -> None:
+        """Let the batch's memory go; what still runs fails."""
+        self.batch.close()
+
+
+class _Joining:
+    """In front of a compiled decoder's class: requests of one new sequence join the batch."""
+
+    _tilewright_batch: ContinuousBatch
+    _tilewright_generator: torch.Generator
+
+    def _options(
+        self, ids: Tensor, cache: Any, processors: Any, criteria: Any, config: Any, own: dict[str, Any]
+    ) -> GenerateOptions | None:
+        plain: GenerateOptions | None = super()._options(ids, cache, processors, criteria, config, own)  # type: ignore[misc]
+        if plain is not None or not _joins(ids, own.get("attention_mask"), cache):
+            return plain
+        longest = self._tilewright_batch.engine.spec.max_length
+        return custom_options(processors, criteria, config, own, longest)
+
+    def _decode(
+        self, cache: EngineCache, given: Given, options: GenerateOptions, streamer: Any, model_kwargs: Any
+    ) -> Tensor:
+        ready = given.logits is not None
+        if not (ready and len(given.ids) == 1) and not _joins(given.ids, given.mask, cache):
+            with cache.engine.turns:
+                result: Tensor = super()._decode(cache, given, options, streamer, model_kwargs)  # type: ignore[misc]
+                return result
+        sequence = Sequence(
+            cache.engine.check_prompt(given.ids),
+            options,
+            given.positions,
+            streamer,
+            state=cache.state if ready else None,
+            logits=given.logits,
+            moved=cache.reset if ready else lambda: None,
+            generator=self._tilewright_generator,
+        )
+        return self._tilewright_batch.submit(sequence).result()
+
+
+def _joins(ids: Tensor, mask: Tensor | None, cache: Any) -> bool:
+    """Whether it is one sequence, without padding, from its beginning on."""
+    begun = not isinstance(cache, EngineCache) or cache.get_seq_length() > 0
+    return len(ids) == 1 and not begun and (mask is None or bool(mask.all()))

@@ -1,0 +1,246 @@
+"""Continuous batching: requests that come at any time take their decode steps together.
+
+A decode step reads every weight, for one sequence or for eight, so steps that are shared cost little more than one. One
+thread computes: between two steps it runs a piece of the prompt of a request that waits, which joins the others once
+its prompt is done; a sequence that ends leaves at once. (Yu et al., "Orca: A Distributed Serving System for
+Transformer-Based Generative Models", 2022; pieces of prompts between steps: Agrawal et al., "SARATHI", 2023.)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .engine import Engine, Pieces
+from .generate import Streamer, check_room
+from .joined_rows import JoinedRows
+from .kv_state import RequestState
+from .row_chooser import Choice, RowChooser
+from .sampling import CustomOptions, GenerateOptions, own_generator
+from .turns import Turns
+
+
+@dataclass
+class Sequence:
+    """One request: its prompt ``ids`` i64[1, S], the tokens chosen so far, and whom to tell of them.
+
+    Of a prompt that has been run already there are the ``state`` that it left and the ``logits`` [1, 1, V] of its end;
+    ``moved`` is called when the state is needed no more.
+    """
+
+    ids: Tensor
+    options: GenerateOptions
+    position_ids: Tensor | None = None
+    streamer: Streamer | None = None
+    state: RequestState | None = None
+    logits: Tensor | None = None
+    moved: Callable[[], None] = lambda: None
+    generator: torch.Generator | None = None
+    tokens: list[int] = field(default_factory=list)
+    done: Future[Tensor] = field(default_factory=Future)
+
+    @property
+    def choice(self) -> Choice:
+        """How its next token is chosen."""
+        early = self.length < self.options.min_length
+        return Choice(self.options, early, self.generator, self._so_far())
+
+    @property
+    def length(self) -> int:
+        """Number of tokens, prompt and new ones."""
+        return self.ids.shape[1] + len(self.tokens)
+
+    def _so_far(self) -> Tensor | None:
+        """The tokens i64[1, n], where the options ask for them."""
+        return self.all_tokens() if isinstance(self.options, CustomOptions) else None
+
+    def all_tokens(self) -> Tensor:
+        """Prompt and new tokens, i64[1, n]."""
+        return torch.cat([self.ids, self.ids.new_tensor([self.tokens])], dim=1)
+
+    def take(self, token: int | Exception, scores: Tensor) -> bool:
+        """Note the next token, chosen by scores f32[1, V]. True when it is the last one. Raises what kept it from being
+        chosen."""
+        if isinstance(token, Exception):
+            raise token
+        self.tokens.append(token)
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor([token]))
+        if isinstance(self.options, CustomOptions) and self.options.stops(self.all_tokens(), scores):
+            return True
+        return self.length == self.options.max_length or token in self.options.eos_ids
+
+    def finish(self) -> None:
+        """Tell those who wait."""
+        if self.streamer is not None:
+            self.streamer.end()
+        self.done.set_result(self.all_tokens())
+
+
+class ContinuousBatch:
+    """Decodes the sequences that are handed to :meth:`submit` from any thread, in a thread of its own.
+
+    At most ``engine.max_batch`` at a time; others wait. Sets ``engine.turns``, so that whatever else runs steps of this
+    engine does so between two of its. threads: how many of PyTorch's the thread uses.
+    """
+
+    def __init__(self, engine: Engine, threads: int | None = None) -> None:
+        self.engine = engine
+        self.engine.turns = self._turns = Turns()
+        self._rows = JoinedRows(engine)
+        self._running: list[Sequence] = []  # by row
+        self._choosers: dict[int, RowChooser] = {}
+        self._prompt: tuple[Sequence, Pieces] | None = None
+        self._waiting: deque[Sequence] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._threads = threads or torch.get_num_threads()
+        self._thread = threading.Thread(target=self._work, name="tilewright-batch", daemon=True)
+        self._thread.start()
+
+    def submit(self, sequence: Sequence) -> Future[Tensor]:
+        """Have a sequence decoded. The result is i64[1, n], prompt included.
+
+        Raises InputError where prompt and what is to come do not fit. An exception of its streamer ends it and is that
+        of the future.
+        """
+        begun = 0 if sequence.state is None else sequence.state.length - sequence.ids.shape[1]
+        sequence.position_ids = check_room(
+            self.engine, sequence.ids, sequence.options, begun, sequence.position_ids
+        )
+        if sequence.options.sampling is not None and sequence.generator is None:
+            sequence.generator = own_generator(sequence.ids.device)
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("this batch is closed")
+            self._waiting.append(sequence)
+            self._changed.notify()
+        return sequence.done
+
+    def close(self) -> None:
+        """End: what has not come to its end by itself fails. The engine's steps wait for nothing any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+        self.engine.turns = nullcontext()
+
+    # In the thread
+
+    def _work(self) -> None:
+        torch.set_num_threads(self._threads)
+        with torch.no_grad():
+            while self._wait():
+                with self._turns:
+                    self._round()
+        self._end()
+
+    def _wait(self) -> bool:
+        """Wait for something to do. False when the batch is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._waiting or self._running or self._prompt)
+            return not self._closed
+
+    def _round(self) -> None:
+        """A piece of a prompt, where there is room for its sequence, and a step of those that run."""
+        if self._prompt is None and self._waiting and len(self._running) < self.engine.max_batch:
+            self._begin(self._waiting.popleft())
+        if self._prompt is not None:
+            self._go_on(*self._prompt)
+        if self._running:
+            with _failing(*self._running):
+                self._step()
+            if any(sequence.done.done() for sequence in self._running):  # the step failed
+                self._running = []
+                self._rows.clear()
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Make a sequence the one whose prompt is run, if it can be."""
+        if not sequence.done.set_running_or_notify_cancel():
+            sequence.moved()
+            return
+        with _failing(sequence):
+            if sequence.logits is None:
+                sequence.state = state = self.engine.new_state(1)
+                sequence.moved = partial(self.engine.give_back, state)
+                pieces = self.engine.prompt(state, sequence.ids, sequence.position_ids)
+            else:
+                pieces = _done(sequence.logits)
+            self._prompt = sequence, pieces
+
+    def _go_on(self, sequence: Sequence, pieces: Pieces) -> None:
+        """Run a piece of a prompt; at its end choose the first token and join the others."""
+        with _failing(sequence):
+            try:
+                next(pieces)
+                return
+            except StopIteration as end:
+                logits = end.value
+            chooser = RowChooser(logits)
+            (token,) = chooser.choose([sequence.choice])
+            if sequence.take(token, chooser.scores(0)):
+                sequence.finish()
+            else:
+                assert sequence.state is not None
+                self._rows.join(sequence.state)
+                self._running.append(sequence)
+        self._prompt = None
+        sequence.moved()
+
+    def _step(self) -> None:
+        logits = self._rows.step([sequence.tokens[-1] for sequence in self._running])
+        chooser = self._chooser(logits)
+        tokens = chooser.choose([sequence.choice for sequence in self._running])
+        # From the last one on: the last row, which takes the place of one that leaves, has been told then.
+        for row in reversed(range(len(tokens))):
+            sequence = self._running[row]
+            with _failing(sequence):
+                if sequence.take(tokens[row], chooser.scores(row)):
+                    sequence.finish()
+            if sequence.done.done():
+                self._rows.leave(row)
+                self._running[row] = self._running[-1]
+                self._running.pop()
+
+    def _chooser(self, logits: Tensor) -> RowChooser:
+        found = self._choosers.get(len(logits))
+        if found is None or found.logits is not logits:
+            found = self._choosers[len(logits)] = RowChooser(logits)
+        return found
+
+    def _end(self) -> None:
+        """Fail whatever has not come to its end, and let go of the memory."""
+        prompted = [] if self._prompt is None else [self._prompt[0]]
+        for sequence in (*self._running, *prompted, *self._waiting):
+            with _failing(sequence):
+                raise RuntimeError("the batch was closed")
+        for sequence in prompted:
+            sequence.moved()
+        self._running, self._prompt = [], None
+        self._choosers.clear()
+        self._rows.clear()
+
+
+@contextmanager
+def _failing(*sequences: Sequence) -> Iterator[None]:
+    """Any exception in the block is one of these sequences, which are over then, and of no others."""
+    try:
+        yield
+    except BaseException as error:  # noqa: BLE001 - whatever it is, those who wait are told
+        for sequence in sequences:
+            if not sequence.done.done():
+                sequence.done.set_exception(error)
+
+
+def _done(logits: Tensor) -> Pieces:
+    """The pieces that are left of a prompt that has been run: none."""
+    yield from ()
+    return logits
