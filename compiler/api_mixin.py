@@ -80,6 +80,7 @@ def attach(model: nn.Module, compiled: Compiled, mixin: type[CompiledMixin]) -> 
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
         "_tilewright_signature": inspect.signature(cls.forward),
+        "_tilewright_class": cls,
     }
     if issubclass(mixin, DecoderMixin):
         members |= {"forward": _forward_like(cls.forward), "_cache_name": cache_name(cls.forward) or "cache"}
@@ -109,6 +110,7 @@ class CompiledMixin:
     _tilewright: Compiled
     _tilewright_forward: Callable[..., Any]
     _tilewright_signature: inspect.Signature
+    _tilewright_class: type[nn.Module]  # the original's
     _tilewright_home: tuple[torch.device, torch.dtype] | None
 
     def ir(self, stage: str | None = None) -> str:

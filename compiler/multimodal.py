@@ -54,7 +54,7 @@ class MultimodalMixin(DecoderMixin):
         """The original, to be run up to its decoder; with what it had noted at the end of the request in a cache."""
         state = None if cache is None or not cache.get_seq_length() else cache.state
         deltas = None if state is None else state.shift[: state.batch].clone()
-        return front_of(self, self._decoder_path, type(self).__bases__[1], {"rope_deltas": deltas})  # type: ignore[arg-type]
+        return front_of(self, self._decoder_path, self._tilewright_class, {"rope_deltas": deltas})  # type: ignore[arg-type]
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
