@@ -25,7 +25,7 @@ from tilewright.options import cache_form, weights_form
 from tilewright.passes.base import PassOptions
 from tilewright.passes.pipeline import PIPELINE, find_passes, run_passes
 from tilewright.progress import Progress
-from tilewright.serve import check_log_level, listen, make_server, require_packages, url_of
+from tilewright.serve import SERVED_BATCHES, check_log_level, listen, make_server, require_packages, url_of
 from tilewright.serve import run as run_server
 from tilewright.timing import TimedStreamer
 
@@ -186,7 +186,13 @@ def serve(
     log_level: Annotated[
         str, typer.Option(help="What is told on stderr: debug, info, warning, error or critical.")
     ] = "warning",
-    batch: BatchOption = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Numbers of requests to build decode steps for; repeatable. The largest, by default 8, is how many "
+            "run at once; others wait."
+        ),
+    ] = None,
     dtype: DtypeOption = Dtype.f32,
     weights: WeightsOption = None,
     kv_cache: CacheOption = None,
@@ -199,7 +205,7 @@ def serve(
 ) -> None:
     """Serve a model with transformers' own server, by OpenAI's protocol: chat completions, completions, responses.
 
-    Needs the packages of the extra 'serve'. Requests run one after the other. Ctrl-C stops.
+    Needs the packages of the extra 'serve'. Requests that come at once share their steps. Ctrl-C stops.
     """
     require_packages()
     check_log_level(log_level)
@@ -209,7 +215,7 @@ def serve(
             source,
             threads,
             device,
-            batch,
+            batch or list(SERVED_BATCHES),
             max_length=max_length,
             weights=weights,
             kv_cache=kv_cache,

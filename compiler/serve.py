@@ -1,7 +1,8 @@
 """``tilewright serve``: a compiled model behind transformers' own server, which speaks OpenAI's protocol.
 
-Endpoints, chat templates and streaming are those of ``transformers serve``; what differs is in ``serve_model.py``. This
-file looks after the process: the packages, the port, the log and the end.
+Endpoints, chat templates and streaming are those of ``transformers serve``; what differs is in ``serve_model.py``:
+above all, requests that come at once share their decode steps. This file looks after the process: the packages, the
+port, the log and the end.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 from tilewright.errors import MissingPackageError, OptionError
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+SERVED_BATCHES = (1, 2, 4, 8)
+"""Batch sizes that a model is compiled for unless it is said otherwise."""
 GRACE = 5
 """Seconds that running requests have to end once the server was told to stop."""
 
@@ -65,7 +68,7 @@ def make_server(
 ) -> Any:
     """A ``uvicorn.Server`` for a compiled decoder, which requests call ``name``; ``run(sockets=[...])`` starts it.
 
-    enable_cors: let pages of any origin ask. log_level: of what the server and transformers write to stderr. Raises
+    As many requests as the largest of the model's ``batch_sizes`` run at once; others wait. enable_cors: let pages of any origin ask. log_level: of what the server and transformers write to stderr. Raises
     MissingPackageError, OptionError.
     """
     require_packages()

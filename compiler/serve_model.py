@@ -37,10 +37,14 @@ _HANDLERS = {
 
 
 class CompiledModel(ModelManager):
-    """Hands out one compiled model, under one name; a request for another is refused with status 400."""
+    """Hands out one compiled model, under one name; a request for another is refused with status 400.
 
-    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
+    ``stop`` is called when the server ends.
+    """
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, stop: Callable[[], None]) -> None:
         self._compiled, self._tokenizer, self._since = model, tokenizer, int(time.time())
+        self._stop = stop
         super().__init__(force_model=name)
 
     def _load_processor(self, name: str, *args: Any, **options: Any) -> Any:
@@ -54,6 +58,11 @@ class CompiledModel(ModelManager):
     def list_models(self, *args: Any) -> list[dict[str, Any]]:
         """The list of models as OpenAI's protocol has it; transformers would look through the hub cache."""
         return [{"id": self.force_model, "object": "model", "created": self._since, "owned_by": "tilewright"}]
+
+    def shutdown(self) -> None:
+        """Called by the server at its end."""
+        self._stop()
+        super().shutdown()
 
     get_gen_models = list_models  # what the server calls until Transformers 5.23
 
@@ -86,6 +95,12 @@ class FittingRequests(GenerateManager):
             self._own(model), processor, inputs, gen_config, *args, **options
         )
 
+    def stop(self) -> None:
+        """Fail what still runs."""
+        if self._joined is not None:
+            self._joined.close()
+        self._thread.close()
+
     def _own(self, model: Any) -> Any:
         """The model as one request is to call it. Called where a request's seed has just been set."""
         return model if self._joined is None else self._joined.for_request()
@@ -95,19 +110,25 @@ class Workers:
     """Daemon threads that run what is submitted, in its order; as transformers' InferenceThread, but several."""
 
     def __init__(self, count: int) -> None:
-        self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._count = count
         for n in range(count):
             threading.Thread(target=self._run, name=f"tilewright-request-{n}", daemon=True).start()
 
+    def close(self) -> None:
+        """Have the threads end once all that was submitted has been run."""
+        for _ in range(self._count):
+            self._queue.put(None)
+
     def _run(self) -> None:
-        while True:
-            future, run = self._queue.get()
+        while (task := self._queue.get()) is not None:
+            future, run = task
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(run())
                 except BaseException as error:  # noqa: BLE001 - whatever it is, who waits is told
                     future.set_exception(error)
-            del future, run  # before it waits again
+            del task, future, run  # before it waits again
 
     def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
         """Have a function called. Gives a future to wait for."""
@@ -154,10 +175,15 @@ class OneModel(GenerationState):
     def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
         return self._requests
 
+    def shutdown(self) -> None:
+        """Stop what runs requests."""
+        self._requests.stop()
+
 
 def build_app(name: str, model: Any, tokenizer: Any, enable_cors: bool = False) -> FastAPI:
     """Transformers' application around a compiled decoder and its tokenizer, which requests call ``name``."""
-    manager, state = CompiledModel(name, model, tokenizer), OneModel(model)
+    state = OneModel(model)
+    manager = CompiledModel(name, model, tokenizer, state.shutdown)
     # Releases differ in their endpoints; what this one has are the parameters of build_server.
     handlers = {key: _HANDLERS[key] for key in inspect.signature(build_server).parameters if key in _HANDLERS}
     app = build_server(

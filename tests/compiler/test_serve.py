@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 import tilewright as tw
 from tilewright import pretrained, serve
+from tilewright.runtime.joined_rows import JoinedRows
 
 from .test_cli import run, word_tokenizer
 
@@ -29,12 +30,18 @@ NAME = "smollm2"
 LENGTH = 256
 TOKENS = 12
 GRAVITY = "What is gravity?"
+DRAWING = {"generation_config": '{"do_sample": true, "max_new_tokens": 12}'}
 Written = tuple[PreTrainedModel, Any]
+
+
+def own_threads() -> int:
+    return sum(thread.name.startswith("tilewright") for thread in threading.enumerate())
 
 
 @contextmanager
 def running(model: Any, tokenizer: Any) -> Iterator[tuple[openai.OpenAI, Any]]:
     """A client of a server that runs in a thread, and the server."""
+    before = own_threads()
     with serve.listen("localhost", 0) as sock:
         server = serve.make_server(NAME, model, tokenizer, log_level="error")
         thread = threading.Thread(target=serve.run, args=(server, sock))
@@ -46,11 +53,18 @@ def running(model: Any, tokenizer: Any) -> Iterator[tuple[openai.OpenAI, Any]]:
         finally:
             server.should_exit = True
             thread.join()
+        for _ in range(
+            100
+        ):  # those that run requests wait for the batch's end, and one may be told of it just now
+            if own_threads() <= before:
+                break
+            time.sleep(0.05)
+        assert own_threads() <= before
 
 
 @pytest.fixture(scope="module")
 def fast(smollm2: Written) -> Any:
-    return tw.compile(smollm2[0], max_length=LENGTH, backend="cpp", autotune="off")
+    return tw.compile(smollm2[0], max_length=LENGTH, batch_sizes=(1, 4), backend="cpp", autotune="off")
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +112,35 @@ def test_chat_gives_the_text_of_hugging_face(
     assert answer(client, GRAVITY, stream) == theirs[GRAVITY]
 
 
-def test_requests_that_come_at_once_do_not_mix(client: openai.OpenAI, theirs: dict[str, str]) -> None:
-    asked = [(question, stream) for question in theirs for stream in (False, True)]
+def test_requests_that_come_at_once_share_steps_and_do_not_mix(
+    client: openai.OpenAI, theirs: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, step = [], JoinedRows.step
+
+    def noted(self: JoinedRows, tokens: Sequence[int]) -> torch.Tensor:
+        rows.append(len(tokens))
+        return step(self, tokens)
+
+    monkeypatch.setattr(JoinedRows, "step", noted)
+    asked = [(question, stream) for question in theirs for stream in (False, True)] * 2
     with ThreadPoolExecutor(len(asked)) as pool:
         answers = list(pool.map(lambda one: answer(client, *one), asked))
     assert answers == [theirs[question] for question, _ in asked]
+    assert max(rows) == 4
+    assert len(rows) < sum(rows) / 2
+
+
+def test_an_answer_to_a_seed_is_the_same_in_any_company(client: openai.OpenAI) -> None:
+    def drawn(seed: int) -> str:
+        result = client.completions.create(
+            model=NAME, prompt="the", max_tokens=TOKENS, seed=seed, extra_body=DRAWING
+        )
+        return result.choices[0].text
+
+    alone = [drawn(seed) for seed in (1, 2, 1, 3)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(drawn, (1, 2, 1, 3))) == alone
+    assert alone[0] == alone[2] != alone[1]
 
 
 def test_completions_continue_the_text_as_it_is(client: openai.OpenAI, smollm2: Written) -> None:
@@ -159,8 +197,8 @@ def test_the_one_model_is_listed_and_others_are_refused(client: openai.OpenAI) -
 
 
 def test_a_batch_beyond_the_largest_is_refused(client: openai.OpenAI) -> None:
-    beams = {"generation_config": '{"num_beams": 2, "max_new_tokens": 4}'}
-    with pytest.raises(openai.BadRequestError, match="batch of 2"):
+    beams = {"generation_config": '{"num_beams": 5, "max_new_tokens": 4}'}
+    with pytest.raises(openai.BadRequestError, match="batch of 5"):
         client.completions.create(model=NAME, prompt="hello", extra_body=beams)
 
 
