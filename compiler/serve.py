@@ -68,8 +68,9 @@ def make_server(
 ) -> Any:
     """A ``uvicorn.Server`` for a compiled decoder, which requests call ``name``; ``run(sockets=[...])`` starts it.
 
-    As many requests as the largest of the model's ``batch_sizes`` run at once; others wait. enable_cors: let pages of any origin ask. log_level: of what the server and transformers write to stderr. Raises
-    MissingPackageError, OptionError.
+    As many requests as the largest of the model's ``batch_sizes`` run at once; others wait. enable_cors: let pages of
+    any origin ask. log_level: of what the server and transformers write to stderr. Raises MissingPackageError,
+    OptionError.
     """
     require_packages()
     check_log_level(log_level)

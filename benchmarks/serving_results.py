@@ -1,0 +1,110 @@
+"""What one run of the benchmark of servers measured, and its table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from benchmarks import stored
+from benchmarks.results import OURS
+from benchmarks.rows import NOTHING, Rows, quartiles, times
+from benchmarks.samples import Spread, pair_ratios
+from benchmarks.stored import records
+
+EAGER, PAGED = "transformers serve", "transformers serve --continuous-batching"
+SYSTEMS = (OURS, EAGER, PAGED)
+"""Servers, in the order of tables."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """Samples of one server. Of each: seconds from the first question to the last answer's end, ``tokens`` of all
+    answers, and the median over the requests of the seconds until ``first`` text came."""
+
+    system: str
+    seconds: tuple[float, ...]
+    tokens: tuple[int, ...]
+    first: tuple[float, ...]
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Tokens per second of each sample."""
+        return tuple(n / s for n, s in zip(self.tokens, self.seconds, strict=True))
+
+
+@dataclass(frozen=True)
+class Load:
+    """``clients`` that ask one question after the other, of all servers in turns."""
+
+    precision: str
+    clients: int
+    servers: tuple[Served, ...]
+
+    def of(self, system: str) -> Served | None:
+        """The samples of a server, if it was measured."""
+        return next((s for s in self.servers if s.system == system), None)
+
+
+@dataclass(frozen=True)
+class ServingResults:
+    """One run."""
+
+    KIND: ClassVar[str] = "serving"
+    SCHEMA: ClassVar[int] = 1
+    COMMAND: ClassVar[str] = "python -m benchmarks.serving"
+
+    date: str
+    command: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    loads: tuple[Load, ...]
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> ServingResults:
+        """The run that plain data describes. Raises KeyError or TypeError where something is missing."""
+        loads = [
+            row
+            | {
+                "servers": tuple(
+                    Served(**{k: v if k == "system" else tuple(v) for k, v in server.items()})
+                    for server in row["servers"]
+                )
+            }
+            for row in data["loads"]
+        ]
+        return cls(**data | {"loads": records(Load, loads)})
+
+
+def table(found: ServingResults) -> Rows:
+    """All servers, per number of clients; each of the others with how many times as fast ours is."""
+    columns = [name for name in SYSTEMS if any(load.of(name) for load in found.loads)]
+    rows = tuple(
+        (f"{_clients(load.clients)}, {load.precision}", *(_cell(load, name) for name in columns))
+        for load in found.loads
+    )
+    title = (
+        "Tokens per second of all answers together, medians with quartiles in parentheses, and until the first text of "
+        "an answer; below those of the other servers, how many times as fast tilewright is"
+    )
+    return Rows(title, ("", *columns), rows)
+
+
+def _clients(count: int) -> str:
+    return "1 client" if count == 1 else f"{count} clients"
+
+
+def _cell(load: Load, system: str) -> str:
+    served, ours = load.of(system), load.of(OURS)
+    if served is None:
+        return NOTHING
+    text = f"{quartiles(Spread.of(served.rates))}\nfirst {Spread.of(served.first).median * 1e3:.0f} ms"
+    if ours is None or system == OURS:
+        return text
+    return f"{text}\n{times(Spread.of(pair_ratios(ours.rates, served.rates)))}"
+
+
+def latest(folder: Path = stored.FOLDER) -> list[ServingResults]:
+    """The latest stored run on each device, the newest first."""
+    return [run for _, run in stored.newest_of_each(ServingResults, "device", folder)]
