@@ -3,7 +3,7 @@
 Machines differ from hour to hour, so each figure is first set against something measured beside it in the same run:
 decoding against the time that its bytes take at the probe's bandwidth, a kernel against the time that its bytes or
 FLOPs take at the measured peaks, everything else against Hugging Face eager. What is compared is how that ratio of ours
-changed. Files are of four kinds: speed (``benchmarks.cpu``), encoders, chart, and the check of a GPU.
+changed. Files are of five kinds: speed (``benchmarks.cpu``), encoders, serving, chart, and the check of a GPU.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import stored
+from benchmarks import serving_results, stored
 from benchmarks.chart_results import Chart
 from benchmarks.encoder_results import EncoderResults
 from benchmarks.gpu_results import GpuCheck
 from benchmarks.results import EAGER, OURS, Measure, Results
-from benchmarks.samples import Spread
+from benchmarks.samples import Spread, pair_ratios
+from benchmarks.serving_results import ServingResults
 from tilewright.cli import readable_errors
 from tilewright.errors import OptionError
 
@@ -70,12 +71,14 @@ def standings(file: Path) -> dict[tuple[str, str], Standing]:
             found = _of_chart(stored.from_json(Chart, text))
         elif kind == EncoderResults.KIND:
             found = list(_of_encoders(stored.from_json(EncoderResults, text)))
+        elif kind == ServingResults.KIND:
+            found = list(_of_servers(stored.from_json(ServingResults, text)))
         elif kind == GpuCheck.KIND:
             check = stored.from_json(GpuCheck, text)
             found = [*_of_kernels(check), *(_of_chart(check.found.chart) if check.found.chart else ())]
         else:
             raise OptionError(
-                f"{file} holds a result of kind {kind}; compare speed, encoders, chart or gpu-check results"
+                f"{file} holds a result of kind {kind}; compare speed, encoders, serving, chart or gpu-check results"
             )
     except OptionError:
         raise
@@ -99,6 +102,14 @@ def _of_kernels(check: GpuCheck) -> Iterator[Standing]:
         if (floor := check.floor(kernel)) and all(kernel.seconds):
             what = f"kernel {kernel.program}{', tuned' if kernel.tuned else ''}: {kernel.kernel}"
             yield Standing(what, OURS, "floor", Spread.of([floor / s for s in kernel.seconds]))
+
+
+def _of_servers(run: ServingResults) -> Iterator[Standing]:
+    for load in run.loads:
+        ours, other = load.of(OURS), load.of(serving_results.EAGER)
+        if ours is not None and other is not None:
+            ratio = Spread.of(pair_ratios(ours.rates, other.rates))
+            yield Standing(load.what, OURS, serving_results.EAGER, ratio)
 
 
 def _of_encoders(run: EncoderResults) -> Iterator[Standing]:

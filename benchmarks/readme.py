@@ -15,6 +15,7 @@ from benchmarks import (
     gpu_results,
     quality_results,
     results,
+    serving_results,
     stored,
     tables,
     targets,
@@ -24,6 +25,7 @@ from benchmarks.encoder_results import EncoderResults
 from benchmarks.gpu_results import GpuCheck
 from benchmarks.quality_results import QualityResults
 from benchmarks.results import DECODE, LLAMA_CPP, OURS, Results
+from benchmarks.serving_results import ServingResults
 
 README = Path(__file__).parent.parent / "README.md"
 PAGE = stored.FOLDER / "README.md"
@@ -39,6 +41,7 @@ def summary(folder: Path = stored.FOLDER) -> str:
     parts = [
         speed(run, file.with_suffix(".svg"), README, rates=True) for file, run in results.latest(folder)[:1]
     ]
+    parts += [serving(run) for run in serving_results.latest(folder)[:1]]
     for file, chart in chart_results.latest("paper", folder):
         parts += [_picture(CHART, file.with_suffix(".svg"), README), chart_tables.tables(chart)[0].markdown()]
         parts.append(_made_with(chart, chart.days))
@@ -50,6 +53,7 @@ def current(folder: Path = stored.FOLDER) -> str:
     parts = []
     for n, (file, run) in enumerate(results.latest(folder)):
         parts.append(speed(run, file.with_suffix(".svg"), PAGE, rates=n > 0))
+    parts += [serving(run) for run in serving_results.latest(folder)]
     parts += [encoders(run) for run in encoder_results.latest(folder)]
     if quality := quality_results.newest(folder):
         parts.append(closeness(quality[1]))
@@ -89,11 +93,27 @@ def speed(found: Results, picture: Path, page: Path, rates: bool = False) -> str
     return "\n\n".join(part for part in parts if part)
 
 
+def serving(found: ServingResults) -> str:
+    """Servers of one device under several clients."""
+    said, versions = found.settings, found.versions
+    note = (
+        f"{said['model']}, answers of {said['tokens']} tokens, streamed, {said['each']} questions of each client one "
+        f"after the other; {_where(found)}; PyTorch {versions['torch']}, Transformers {versions['transformers']}; "
+        f"{found.date[:10]}; `{found.command}`."
+    )
+    return f"{serving_results.table(found).markdown()}\n\n{note}"
+
+
+def _where(found: EncoderResults | ServingResults) -> str:
+    """The processor with the threads that were used, or the GPU."""
+    if found.machine["device"] != found.machine["cpu"]:
+        return str(found.machine["device"])
+    return f"{found.settings['threads']} threads of {_machine(found)}"
+
+
 def encoders(found: EncoderResults) -> str:
     """Encoders of one device over batches."""
-    where = f"{found.settings['threads']} threads of {_machine(found)}"
-    if found.machine["device"] != found.machine["cpu"]:
-        where = found.machine["device"]
+    where = _where(found)
     versions = f"PyTorch {found.versions['torch']}, Transformers {found.versions['transformers']}"
     note = (
         f"{where}; MiniLM with its real weights, the others of the size called base with random ones; {versions}; "
@@ -145,7 +165,7 @@ def _made_with(found: Chart | GpuCheck, days: str) -> str:
     return f"{found.machine['device']}; random weights; {versions}; {days}; `{found.command}`."
 
 
-def _machine(found: Results | QualityResults | EncoderResults) -> str:
+def _machine(found: Results | QualityResults | EncoderResults | ServingResults) -> str:
     machine = found.machine
     return f"{machine['cpu']} ({', '.join(machine['extensions'])}), load before the run {machine['load']}"
 

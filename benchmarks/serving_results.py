@@ -45,6 +45,11 @@ class Load:
         """The samples of a server, if it was measured."""
         return next((s for s in self.servers if s.system == system), None)
 
+    @property
+    def what(self) -> str:
+        """``4 clients, bf16``."""
+        return f"{self.clients} {'client' if self.clients == 1 else 'clients'}, {self.precision}"
+
 
 @dataclass(frozen=True)
 class ServingResults:
@@ -80,19 +85,12 @@ class ServingResults:
 def table(found: ServingResults) -> Rows:
     """All servers, per number of clients; each of the others with how many times as fast ours is."""
     columns = [name for name in SYSTEMS if any(load.of(name) for load in found.loads)]
-    rows = tuple(
-        (f"{_clients(load.clients)}, {load.precision}", *(_cell(load, name) for name in columns))
-        for load in found.loads
-    )
+    rows = tuple((load.what, *(_cell(load, name) for name in columns)) for load in found.loads)
     title = (
         "Tokens per second of all answers together, medians with quartiles in parentheses, and until the first text of "
         "an answer; below those of the other servers, how many times as fast tilewright is"
     )
     return Rows(title, ("", *columns), rows)
-
-
-def _clients(count: int) -> str:
-    return "1 client" if count == 1 else f"{count} clients"
 
 
 def _cell(load: Load, system: str) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tilewright.ir.program import InputError
 
+from .cuda_graph import alone
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -74,10 +76,10 @@ def own_generator(device: torch.device) -> torch.Generator:
 
     So a request that is alone after ``torch.manual_seed`` has the tokens of that seed, and two have different ones.
     """
-    default = default_generator(device)
-    own = torch.Generator(device)
-    own.set_state(default.get_state())
-    default.manual_seed(int(torch.randint(2**62, (1,), device=device, generator=default)))
+    default, own = default_generator(device), torch.Generator(device)
+    with alone:
+        own.set_state(default.get_state())
+        default.manual_seed(int(torch.randint(2**62, (1,), device=device, generator=default)))
     return own
 
 

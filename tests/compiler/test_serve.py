@@ -157,9 +157,7 @@ def test_responses_and_their_events(client: openai.OpenAI, theirs: dict[str, str
     assert events[-1].type == "response.completed"
 
 
-def test_what_our_own_loop_lacks_is_left_to_that_of_transformers(
-    client: openai.OpenAI, theirs: dict[str, str]
-) -> None:
+def test_an_answer_ends_at_a_stop_string(client: openai.OpenAI, theirs: dict[str, str]) -> None:
     word = theirs[GRAVITY].split()[3]
     result = client.chat.completions.create(
         model=NAME,
