@@ -24,11 +24,10 @@ from .test_architectures import DECODERS
 BUCKETS = (1, 2, 4)
 LENGTHS = (9, 1, 30, 4, 17, 2, 22)
 KINDS = {
-    "llama": "cpp", "opt": "reference", "gpt2": "reference", "gemma2": "cpp", "bloom": "reference",
-    "qwen3_5": "cpp", "mamba": "reference", "deepseek_v3": "reference",
+    "llama": "cpp", "opt": "reference", "gemma2": "cpp", "bloom": "reference", "qwen3_5": "cpp", "mamba": "reference",
 }  # fmt: skip
-"""Rotations; positions that count the mask, and learned ones; windows and soft caps; a bias by distance; states of the
-delta rule beside keys, by generated kernels, and of a scan alone; latent attention and experts."""
+"""Rotations; learned positions, which count the mask; windows and soft caps; a bias by distance; states of the delta rule
+beside keys, by generated kernels, and of a scan alone."""
 
 
 def prompts(seed: int = 0) -> list[Tensor]:

@@ -76,7 +76,7 @@ def test_a_busy_machine_records_nothing(folder: Path, monkeypatch: pytest.Monkey
 def test_measuring_leaves_the_tuning_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real steps, for a batch of two, and real kernels."""
     monkeypatch.setattr(api, "is_busy", lambda: False)
-    fast = tw.compile(tiny("opt"), backend="cpp", max_length=64, batch_sizes=(2,), autotune="full")
+    fast = tw.compile(tiny("opt"), backend="cpp", max_length=64, batch_sizes=(2,), autotune="off")
     (executor,) = decode_executors(fast)
     before = executor.tuning
     tried = candidates(2)
