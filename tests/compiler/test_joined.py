@@ -26,8 +26,8 @@ LENGTHS = (9, 1, 30, 4, 17, 2, 22)
 KINDS = {
     "llama": "cpp", "opt": "reference", "gemma2": "cpp", "bloom": "reference", "qwen3_5": "cpp", "mamba": "reference",
 }  # fmt: skip
-"""Rotations; learned positions, which count the mask; windows and soft caps; a bias by distance; states of the delta rule
-beside keys, by generated kernels, and of a scan alone."""
+"""Rotations; learned positions, which count the mask; windows and soft caps; a bias by distance; states of the delta
+rule beside keys, by generated kernels, and of a scan alone."""
 
 
 def prompts(seed: int = 0) -> list[Tensor]:
