@@ -373,7 +373,12 @@ class DecoderMixin(ContinuousBatchingMixin, CompiledMixin):
         self, ids: Tensor, cache: Any, processors: Any, criteria: Any, config: Any, own: dict[str, Any]
     ) -> GenerateOptions | None:
         """Options of our own loop for a call, or None where it lacks something."""
-        return plain_options(processors, criteria, config, own)
+        options = plain_options(processors, criteria, config, own)
+        if options is None:
+            return None
+        # An end that is no token of the vocabulary never comes; kernels and NumPy would take it for another's index.
+        (*_, vocabulary) = self._tilewright.engine.spec.outputs[0].type.shape
+        return replace(options, eos_ids=tuple(n for n in options.eos_ids if 0 <= n < int(vocabulary)))
 
     def _decode(
         self,

@@ -17,8 +17,9 @@ from tilewright.ir.errors import InputError
 from .joined import JoinedModel, can_join
 from .progress import SILENT, Progress
 
-_OURS = {"continuous_batching_config", "persistent_manager", "warmup"}
-"""Arguments about the batch itself, which is ours: what they ask for (blocks of a cache, recordings) there is not."""
+_OURS = {"persistent_manager", "warmup"}
+"""Arguments about the batch itself, which is ours: what they and ``continuous_batching_config`` ask for (blocks of a
+cache, recordings) there is not."""
 
 
 class ContinuousBatchingMixin:
@@ -28,7 +29,7 @@ class ContinuousBatchingMixin:
         self,
         inputs: list[list[int]],
         generation_config: Any = None,
-        *,
+        continuous_batching_config: Any = None,
         record_timestamps: bool = False,
         progress_bar: bool = False,
         **kwargs: Any,
@@ -37,13 +38,19 @@ class ContinuousBatchingMixin:
 
         At most the largest of ``batch_sizes`` run at a time. ``kwargs`` are what ``generate`` takes. Gives the outputs
         by request, in the order of the prompts, with ``num_return_sequences`` as Transformers names them; a request
-        that failed has its ``error``, and a warning. Raises InputError for a model whose requests cannot share steps.
+        that failed has its ``error``, and a warning. An answer ends where that of ``generate`` does. Raises InputError
+        for a model whose requests cannot share steps, and for several answers of beams.
         """
         if not can_join(self):
             raise InputError("requests of this model cannot share steps; call generate for each of them")
         config = copy.deepcopy(generation_config or self.generation_config)  # type: ignore[attr-defined]
         options = config.update(**{n: v for n, v in kwargs.items() if n not in _OURS})
         copies, config.num_return_sequences = config.num_return_sequences or 1, 1
+        config.return_dict_in_generate = False
+        if copies > 1 and (config.num_beams or 1) > 1:
+            raise InputError(
+                "several answers of beams are not requests of their own; call generate for each prompt"
+            )
         options["generation_config"] = config
         asked = [
             _Request(name, prompt, record_timestamps)
@@ -77,6 +84,7 @@ class _Request:
 
     def __init__(self, name: str, prompt: list[int], timed: bool) -> None:
         self.name, self.prompt, self.timed = name, prompt, timed
+        self.ids: list[int] = []
         self.created = time.perf_counter()
         self.began = self.ended = -1.0
         self.times: list[float] = []
@@ -91,7 +99,8 @@ class _Request:
     def answer(self, model: Any, options: dict[str, Any]) -> Tensor:
         """The tokens by which ``model`` continues it, i64[n]."""
         self.began = time.perf_counter()
-        ids = torch.tensor([list(self.prompt)], dtype=torch.int64, device=model.device)
+        self.ids = [int(token) for token in self.prompt]
+        ids = torch.tensor([self.ids], dtype=torch.int64, device=model.device)
         streamer = {"streamer": self} if self.timed else {}
         tokens: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **streamer, **options)
         self.ended = time.perf_counter()
@@ -99,7 +108,7 @@ class _Request:
 
     def output(self) -> GenerationOutput:
         """What became of it, as Transformers says it."""
-        output = GenerationOutput(self.name, prompt_ids=list(self.prompt), created_time=self.created)
+        output = GenerationOutput(self.name, prompt_ids=self.ids, created_time=self.created)
         if (error := self.result.exception()) is not None:
             output.error, output.status = str(error), RequestStatus.FAILED
         else:
@@ -112,11 +121,17 @@ class _Request:
 def _run_all(asked: list[_Request], joined: JoinedModel, options: dict[str, Any], progress: Progress) -> None:
     """Have all requests answered. Threads prepare them and wait: one more than run at a time has the next one ready."""
     with (
-        ThreadPoolExecutor(joined.batch.engine.max_batch + 1) as threads,
+        ThreadPoolExecutor(
+            joined.batch.engine.max_batch + 1,
+            # A thread that calls PyTorch for the first time may else find it limited to one, for as long as it lives.
+            initializer=torch.set_num_threads,
+            initargs=(torch.get_num_threads(),),
+        ) as threads,
         progress.step(f"Answering {len(asked)} prompts", total=len(asked)) as advance,
     ):
         for request in asked:
-            request.result = threads.submit(request.answer, joined.for_request(), options)
+            own = joined.for_request(options["generation_config"])
+            request.result = threads.submit(request.answer, own, options)
         try:
             for _ in as_completed([request.result for request in asked]):
                 advance("")

@@ -71,7 +71,7 @@ def custom_options(
         max_length=min(longest, criteria.max_length or longest),
         sampling=Sampling() if config.do_sample else None,
         process=processors,
-        stops=lambda ids, scores: bool(criteria(ids, scores).all()),
+        stops=lambda ids: bool(criteria(ids, None).all()),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +43,16 @@ class JoinedModel:
         members = {"__module__": cls.__module__, "__doc__": cls.__doc__}
         self._model.__class__ = type(cls.__name__, (_Joining, cls), members)
 
-    def for_request(self) -> Any:
-        """The model for one call of ``generate``, which draws as if it were alone from here on."""
+    def for_request(self, config: Any = None) -> Any:
+        """The model for one call of ``generate`` with that ``GenerationConfig``, or any.
+
+        Where it draws, it does as if it were alone from here on.
+        """
         own = copy.copy(self._model)
-        own.__dict__["_tilewright_generator"] = own_generator(self.batch.engine.spec.device)
+        asked = True if config is None else config.do_sample
+        draws = self._model.generation_config.do_sample if asked is None else asked
+        device = self.batch.engine.spec.device
+        own.__dict__["_tilewright_generator"] = own_generator(device) if draws else None
         return own
 
     def close(self) -> None:
@@ -54,28 +61,34 @@ class JoinedModel:
 
 
 class _Joining:
-    """In front of a compiled decoder's class: requests of one new sequence join the batch."""
+    """In front of a compiled decoder's class: requests of one new sequence join the batch.
 
+    All others are left to transformers' loop, whose steps wait for their turns.
+    """
+
+    _tilewright: Any  # Compiled; transformers evaluates the annotations of a model's classes
     _tilewright_batch: ContinuousBatch
-    _tilewright_generator: torch.Generator
+    _tilewright_generator: torch.Generator | None
 
     def _options(
         self, ids: Tensor, cache: Any, processors: Any, criteria: Any, config: Any, own: dict[str, Any]
     ) -> GenerateOptions | None:
-        plain: GenerateOptions | None = super()._options(ids, cache, processors, criteria, config, own)  # type: ignore[misc]
-        if plain is not None or not _joins(ids, own.get("attention_mask"), cache):
-            return plain
-        longest = self._tilewright_batch.engine.spec.max_length
-        return custom_options(processors, criteria, config, own, longest)
+        mask = own.get("attention_mask")
+        empty = isinstance(cache, EngineCache) and cache.get_seq_length() == 0
+        if len(ids) > 1 or not empty or not (mask is None or bool(mask.all())):
+            return None
+        options: GenerateOptions | None = super()._options(ids, cache, processors, criteria, config, own)  # type: ignore[misc]
+        if options is None:
+            longest = self._tilewright_batch.engine.spec.max_length
+            options = custom_options(processors, criteria, config, own, longest)
+        # A step has one table of rotary frequencies for all of its rows: the one of short sequences.
+        short = self._tilewright.switch_length or math.inf
+        return options if options is not None and options.max_length <= short else None
 
     def _decode(
         self, cache: EngineCache, given: Given, options: GenerateOptions, streamer: Any, model_kwargs: Any
     ) -> Tensor:
         ready = given.logits is not None
-        if not (ready and len(given.ids) == 1) and not _joins(given.ids, given.mask, cache):
-            with cache.engine.turns:
-                result: Tensor = super()._decode(cache, given, options, streamer, model_kwargs)  # type: ignore[misc]
-                return result
         sequence = Sequence(
             cache.engine.check_prompt(given.ids),
             options,
@@ -87,9 +100,3 @@ class _Joining:
             generator=self._tilewright_generator,
         )
         return self._tilewright_batch.submit(sequence).result()
-
-
-def _joins(ids: Tensor, mask: Tensor | None, cache: Any) -> bool:
-    """Whether it is one sequence, without padding, from its beginning on."""
-    begun = not isinstance(cache, EngineCache) or cache.get_seq_length() > 0
-    return len(ids) == 1 and not begun and (mask is None or bool(mask.all()))

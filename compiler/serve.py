@@ -13,6 +13,7 @@ import copy
 import json
 import os
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from tilewright.errors import MissingPackageError, OptionError
@@ -85,7 +86,7 @@ def make_server(
     log["handlers"]["access"]["stream"] = "ext://sys.stderr"
     return uvicorn.Server(
         uvicorn.Config(
-            _until_stopped(build_app(name, model, tokenizer, enable_cors)),
+            _until_stopped(*build_app(name, model, tokenizer, enable_cors)),
             log_level=log_level,
             log_config=log,
             timeout_graceful_shutdown=GRACE,
@@ -99,9 +100,11 @@ def run(server: Any, sock: socket.socket) -> None:
         server.run(sockets=[sock])
 
 
-def _until_stopped(app: Any) -> Any:
-    """The ASGI application, whose requests say so when the server stops under them: a status 503, or where the answer
-    has begun, a last event that is an error. Without it each would leave a traceback, and its client without a word.
+def _until_stopped(app: Any, stop: Callable[[], None]) -> Any:
+    """The ASGI application, at whose end ``stop`` is called.
+
+    Its requests say so when the server stops under them: a status 503, or where the answer has begun, a last event that
+    is an error. Without it each would leave a traceback, and its client without a word.
     """
     error = {
         "error": {"message": "the server was stopped", "type": "server_error", "param": None, "code": None}
@@ -117,6 +120,8 @@ def _until_stopped(app: Any) -> Any:
 
         try:
             await app(scope, receive, note)
+            if scope["type"] == "lifespan":
+                stop()
         except asyncio.CancelledError:
             if scope["type"] != "http":
                 raise

@@ -17,6 +17,7 @@ from importlib import import_module
 from queue import SimpleQueue
 from typing import Any
 
+import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from transformers.cli.serving.model_manager import ModelManager
@@ -37,14 +38,10 @@ _HANDLERS = {
 
 
 class CompiledModel(ModelManager):
-    """Hands out one compiled model, under one name; a request for another is refused with status 400.
+    """Hands out one compiled model, under one name; a request for another is refused with status 400."""
 
-    ``stop`` is called when the server ends.
-    """
-
-    def __init__(self, name: str, model: Any, tokenizer: Any, stop: Callable[[], None]) -> None:
+    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
         self._compiled, self._tokenizer, self._since = model, tokenizer, int(time.time())
-        self._stop = stop
         super().__init__(force_model=name)
 
     def _load_processor(self, name: str, *args: Any, **options: Any) -> Any:
@@ -58,11 +55,6 @@ class CompiledModel(ModelManager):
     def list_models(self, *args: Any) -> list[dict[str, Any]]:
         """The list of models as OpenAI's protocol has it; transformers would look through the hub cache."""
         return [{"id": self.force_model, "object": "model", "created": self._since, "owned_by": "tilewright"}]
-
-    def shutdown(self) -> None:
-        """Called by the server at its end."""
-        self._stop()
-        super().shutdown()
 
     get_gen_models = list_models  # what the server calls until Transformers 5.23
 
@@ -85,14 +77,16 @@ class FittingRequests(GenerateManager):
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **options: Any
     ) -> Any:
         _fit(model, inputs, gen_config)
-        return super().generate_streaming(self._own(model), processor, inputs, gen_config, *args, **options)
+        return super().generate_streaming(
+            self._own(model, gen_config), processor, inputs, gen_config, *args, **options
+        )
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **options: Any
     ) -> Any:
         _fit(model, inputs, gen_config)
         return await super().generate_non_streaming(
-            self._own(model), processor, inputs, gen_config, *args, **options
+            self._own(model, gen_config), processor, inputs, gen_config, *args, **options
         )
 
     def stop(self) -> None:
@@ -101,9 +95,9 @@ class FittingRequests(GenerateManager):
             self._joined.close()
         self._thread.close()
 
-    def _own(self, model: Any) -> Any:
+    def _own(self, model: Any, config: Any) -> Any:
         """The model as one request is to call it. Called where a request's seed has just been set."""
-        return model if self._joined is None else self._joined.for_request()
+        return model if self._joined is None else self._joined.for_request(config)
 
 
 class Workers:
@@ -111,16 +105,20 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        self._count = count
+        self._count, self._threads = count, torch.get_num_threads()
+        self._closed = False
         for n in range(count):
             threading.Thread(target=self._run, name=f"tilewright-request-{n}", daemon=True).start()
 
     def close(self) -> None:
-        """Have the threads end once all that was submitted has been run."""
+        """Have the threads end once all that was submitted has been run. Nothing more is taken."""
+        self._closed = True
         for _ in range(self._count):
             self._queue.put(None)
 
     def _run(self) -> None:
+        # A thread that calls PyTorch for the first time may else find it limited to one, for as long as it lives.
+        torch.set_num_threads(self._threads)
         while (task := self._queue.get()) is not None:
             future, run = task
             if future.set_running_or_notify_cancel():
@@ -131,7 +129,9 @@ class Workers:
             del task, future, run  # before it waits again
 
     def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
-        """Have a function called. Gives a future to wait for."""
+        """Have a function called. Gives a future to wait for. Raises RuntimeError once these are closed."""
+        if self._closed:
+            raise RuntimeError("the server was stopped")
         future: Future[Any] = Future()
         self._queue.put((future, partial(fn, *args, **kwargs)))
         return future
@@ -180,10 +180,12 @@ class OneModel(GenerationState):
         self._requests.stop()
 
 
-def build_app(name: str, model: Any, tokenizer: Any, enable_cors: bool = False) -> FastAPI:
-    """Transformers' application around a compiled decoder and its tokenizer, which requests call ``name``."""
-    state = OneModel(model)
-    manager = CompiledModel(name, model, tokenizer, state.shutdown)
+def build_app(
+    name: str, model: Any, tokenizer: Any, enable_cors: bool = False
+) -> tuple[FastAPI, Callable[[], None]]:
+    """Transformers' application around a compiled decoder and its tokenizer, which requests call ``name``, and what to
+    call at its end."""
+    manager, state = CompiledModel(name, model, tokenizer), OneModel(model)
     # Releases differ in their endpoints; what this one has are the parameters of build_server.
     handlers = {key: _HANDLERS[key] for key in inspect.signature(build_server).parameters if key in _HANDLERS}
     app = build_server(
@@ -195,7 +197,7 @@ def build_app(name: str, model: Any, tokenizer: Any, enable_cors: bool = False) 
     # Transformers raises ValueError for options that cannot work; without this the client would be told to try again.
     app.add_exception_handler(ValueError, _refused)
     app.add_exception_handler(HTTPException, _refused)
-    return app
+    return app, state.shutdown
 
 
 def _handler(path: str) -> Any:

@@ -66,15 +66,14 @@ class Sequence:
         """Prompt and new tokens, i64[1, n]."""
         return torch.cat([self.ids, self.ids.new_tensor([self.tokens])], dim=1)
 
-    def take(self, token: int | Exception, scores: Tensor) -> bool:
-        """Note the next token, chosen by scores f32[1, V]. True when it is the last one. Raises what kept it from being
-        chosen."""
+    def take(self, token: int | Exception) -> bool:
+        """Note the next token. True when it is the last one. Raises what kept it from being chosen."""
         if isinstance(token, Exception):
             raise token
         self.tokens.append(token)
         if self.streamer is not None:
             self.streamer.put(torch.tensor([token]))
-        if isinstance(self.options, CustomOptions) and self.options.stops(self.all_tokens(), scores):
+        if isinstance(self.options, CustomOptions) and self.options.stops(self.all_tokens()):
             return True
         return self.length == self.options.max_length or token in self.options.eos_ids
 
@@ -184,9 +183,8 @@ class ContinuousBatch:
                 return
             except StopIteration as end:
                 logits = end.value
-            chooser = RowChooser(logits)
-            (token,) = chooser.choose([sequence.choice])
-            if sequence.take(token, chooser.scores(0)):
+            (token,) = RowChooser(logits).choose([sequence.choice])
+            if sequence.take(token):
                 sequence.finish()
             else:
                 assert sequence.state is not None
@@ -197,13 +195,12 @@ class ContinuousBatch:
 
     def _step(self) -> None:
         logits = self._rows.step([sequence.tokens[-1] for sequence in self._running])
-        chooser = self._chooser(logits)
-        tokens = chooser.choose([sequence.choice for sequence in self._running])
+        tokens = self._chooser(logits).choose([sequence.choice for sequence in self._running])
         # From the last one on: the last row, which takes the place of one that leaves, has been told then.
         for row in reversed(range(len(tokens))):
             sequence = self._running[row]
             with _failing(sequence):
-                if sequence.take(tokens[row], chooser.scores(row)):
+                if sequence.take(tokens[row]):
                     sequence.finish()
             if sequence.done.done():
                 self._rows.leave(row)
@@ -222,7 +219,9 @@ class ContinuousBatch:
         for sequence in (*self._running, *prompted, *self._waiting):
             with _failing(sequence):
                 raise RuntimeError("the batch was closed")
-        for sequence in prompted:
+        if self._prompt is not None:
+            sequence, pieces = self._prompt
+            pieces.close()  # which leaves the state as it was, before another request may have it
             sequence.moved()
         self._running, self._prompt = [], None
         self._choosers.clear()

@@ -59,13 +59,9 @@ class RowChooser:
                     failed[row] = error
         return [failed.get(row, token) for row, token in enumerate(best.tolist())]
 
-    def scores(self, row: int) -> Tensor:
-        """A row's scores f32[1, V]."""
-        return self._scores[row : row + 1]
-
     def _token(self, row: int, choice: Choice) -> Any:
         """A token by the scores of a row; on a GPU it stays there."""
-        scores, options = self.scores(row), choice.options
+        scores, options = self._scores[row : row + 1], choice.options
         if isinstance(options, CustomOptions):
             assert choice.ids is not None
             scores = options.process(choice.ids, scores.clone())

@@ -55,12 +55,12 @@ class GenerateOptions:
 class CustomOptions(GenerateOptions):
     """Of a sequence that has a row for itself, of which others say more than the fields above can.
 
-    ``process`` changes scores f32[1, V] in view of the tokens i64[1, n] so far, before one is chosen; ``stops``, by
-    tokens and scores, says whether the last token was the last one.
+    ``process`` changes scores f32[1, V] in view of the tokens i64[1, n] so far, before one is chosen; ``stops`` says by
+    the tokens whether the last one was the last.
     """
 
     process: Callable[[Tensor, Tensor], Tensor] = lambda ids, scores: scores
-    stops: Callable[[Tensor, Tensor], bool] = lambda ids, scores: False
+    stops: Callable[[Tensor], bool] = lambda ids: False
 
 
 def default_generator(device: torch.device) -> torch.Generator:

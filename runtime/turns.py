@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from types import TracebackType
 
 
@@ -14,7 +15,7 @@ class Turns:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._last, self._now = 0, 0
+        self._asked: deque[object] = deque()  # the first one has the turn
         self._owner: int | None = None
         self._depth = 0
 
@@ -22,11 +23,19 @@ class Turns:
         me = threading.get_ident()
         with self._changed:
             if self._owner != me:
-                mine = self._last
-                self._last += 1
-                self._changed.wait_for(lambda: self._now == mine)
+                self._wait()
                 self._owner = me
             self._depth += 1
+
+    def _wait(self) -> None:
+        mine = object()
+        self._asked.append(mine)
+        try:
+            self._changed.wait_for(lambda: self._asked[0] is mine)
+        except BaseException:  # interrupted: those behind need not wait for this one
+            self._asked.remove(mine)
+            self._changed.notify_all()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -35,5 +44,5 @@ class Turns:
             self._depth -= 1
             if not self._depth:
                 self._owner = None
-                self._now += 1
+                self._asked.popleft()
                 self._changed.notify_all()

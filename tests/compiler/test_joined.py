@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -63,11 +64,32 @@ def test_each_request_has_the_tokens_of_hugging_face(name: str) -> None:
 def test_prompts_with_images_join_with_the_state_that_they_left() -> None:
     fast, model = multimodal.compiled("qwen2_vl"), multimodal.model_of("qwen2_vl")
     given = [multimodal.prompts("qwen2_vl", seed, rows=1) for seed in range(3)]
+    padded = {name: t.clone() for name, t in given[0].items()}
+    padded["input_ids"][:, :3], padded["attention_mask"][:, :3] = 0, 0
+    given.append(padded)  # runs by itself: rows that join have no padding
     texts = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in prompts()[:2]]
     calls = [
         lambda m, inputs=inputs: m.generate(**inputs, do_sample=False, max_new_tokens=16)
         for inputs in (*given, *texts)
     ]
+    assert [f.tolist() for f in at_once(fast, calls)] == [call(model).tolist() for call in calls]
+
+
+def test_rows_have_one_table_of_rotary_frequencies() -> None:
+    """What outgrows the first of two tables runs by itself, also beside requests that do not."""
+    config = hf.Phi3Config(
+        vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=96, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=64,
+        original_max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [9.0] * 8,
+        },
+    )  # fmt: skip
+    model = random(config, hf.AutoModelForCausalLM)
+    fast = tw.compile(model, max_length=64, batch_sizes=BUCKETS, backend="reference", autotune="off")
+    draw = torch.Generator().manual_seed(1)
+    sizes = ((40, 9), (5, 20), (41, 8), (6, 20), (30, 9))
+    calls = [greedy(torch.randint(3, 128, (1, n), generator=draw), new) for n, new in sizes]
     assert [f.tolist() for f in at_once(fast, calls)] == [call(model).tolist() for call in calls]
 
 
@@ -103,10 +125,30 @@ def test_what_the_loop_of_one_lacks_shares_steps_too(llama: PreTrainedModel, fas
         greedy(d, 20, bad_words_ids=[[n] for n in range(40)]),
         lambda model: model.generate(a, num_beams=2, do_sample=False, max_new_tokens=12),
         lambda model: model.generate(torch.cat([a, a]), do_sample=False, max_new_tokens=12),
+        greedy(a, 12, eos_token_id=[-1, 999], min_new_tokens=4, pad_token_id=0),
     ]
     expected = [call(llama).tolist() for call in calls]
     assert expected[0] != greedy(a, 20)(llama).tolist()
     assert [f.tolist() for f in at_once(fast, calls)] == expected
+
+
+def test_a_request_of_several_sequences_lets_others_go_on(fast: Any) -> None:
+    ids, times, ends = prompts()[0], [], []
+
+    class Timed:
+        def put(self, tokens: Tensor) -> None:
+            times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    def several(model: Any) -> Tensor:
+        found = model.generate(torch.cat([ids, ids]), do_sample=False, min_new_tokens=50, max_new_tokens=50)
+        ends.append(time.perf_counter())
+        return found
+
+    at_once(fast, [several, greedy(ids, 50, streamer=Timed(), min_new_tokens=50)])
+    assert sum(moment < ends[0] for moment in times) > 25
 
 
 def test_a_seed_gives_the_tokens_of_a_request_that_is_alone(fast: Any) -> None:
@@ -129,15 +171,16 @@ def test_generate_batch_is_that_of_hugging_face(llama: PreTrainedModel, fast: An
     asked = [ids[0].tolist() for ids in prompts()[:4]]
     config = hf.GenerationConfig(max_new_tokens=14, do_sample=False, eos_token_id=[7, 40, 90], pad_token_id=0)
     small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
-    theirs, ours = (
-        model.generate_batch(asked, generation_config=config, continuous_batching_config=small, warmup=False)
-        for model in (llama, fast)
-    )
+    how: Any = {"generation_config": config, "continuous_batching_config": small, "warmup": False}
+    theirs = llama.generate_batch(asked, **how)
+    state = torch.get_rng_state()
+    ours = fast.generate_batch(asked, **how)
     assert list(ours) == list(theirs)
     for name, output in theirs.items():
         assert ours[name].generated_tokens == output.generated_tokens
         assert (ours[name].prompt_ids, ours[name].status) == (output.prompt_ids, output.status)
     assert fast.generate_batch([]) == {}
+    assert torch.equal(torch.get_rng_state(), state)  # nothing was drawn
 
 
 def test_generate_batch_names_what_failed_and_answers_the_others(fast: Any) -> None:
@@ -156,6 +199,24 @@ def test_generate_batch_gives_several_answers_of_a_prompt(fast: Any) -> None:
     outputs = fast.generate_batch([[5, 6], [7]], num_return_sequences=3, do_sample=True, max_new_tokens=12)
     assert list(outputs) == [f"req_{n}{child}" for n in (0, 1) for child in ("__child#0", "__child#1", "")]
     assert len({str(o.generated_tokens) for o in outputs.values()}) == 6
+
+
+def test_generate_batch_takes_what_it_can(fast: Any) -> None:
+    with pytest.warns(UserWarning, match="1 of 2 requests failed; req_1"):
+        good, bad = fast.generate_batch([[1, 2], None], max_new_tokens=3, do_sample=False).values()
+    assert (len(good.generated_tokens), bad.prompt_ids) == (3, [])
+    with pytest.raises(InputError, match="several answers of beams"):
+        fast.generate_batch([[1, 2]], num_beams=2, num_return_sequences=2)
+
+
+def test_a_seed_is_kept_where_the_models_own_config_draws(fast: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast.generation_config, "do_sample", True)
+    found = set()
+    for _ in range(3):
+        torch.manual_seed(3)
+        outputs = fast.generate_batch([[5, 6], [7], [8]], hf.GenerationConfig(max_new_tokens=12))
+        found.add(str([output.generated_tokens for output in outputs.values()]))
+    assert len(found) == 1
 
 
 def test_batches_of_pages_are_refused_by_name(fast: Any) -> None:

@@ -200,6 +200,12 @@ def test_a_batch_beyond_the_largest_is_refused(client: openai.OpenAI) -> None:
         client.completions.create(model=NAME, prompt="hello", extra_body=beams)
 
 
+def test_a_reset_leaves_the_server_as_it_was(client: openai.OpenAI, theirs: dict[str, str]) -> None:
+    """Transformers' endpoint that lets its models go; ours is loaded again."""
+    client.post(f"{str(client.base_url).removesuffix('/v1/')}/reset", cast_to=object)
+    assert answer(client, GRAVITY, stream=True) == theirs[GRAVITY]
+
+
 def test_a_client_that_leaves_does_not_keep_the_next_one_waiting(
     client: openai.OpenAI, theirs: dict[str, str]
 ) -> None:

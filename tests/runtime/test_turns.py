@@ -22,7 +22,7 @@ def test_those_who_wait_come_in_their_order_though_another_asks_again_at_once() 
         for name in "abc":
             threads.append(threading.Thread(target=once, args=(name,)))
             threads[-1].start()
-            while turns._last < 1 + len(threads):  # until it has asked
+            while len(turns._asked) < 1 + len(threads):  # until it has asked
                 time.sleep(0.001)
     with turns:  # who asks anew is behind those who waited
         order.append("again")
@@ -39,3 +39,17 @@ def test_a_turn_may_be_taken_within_itself_and_ends_with_an_exception() -> None:
     other.start()
     other.join(timeout=5)
     assert not other.is_alive()
+
+
+def test_who_is_interrupted_while_waiting_gives_the_turn_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(turns._changed, "wait_for", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            turns.__enter__()
+    with turns:
+        pass
