@@ -51,16 +51,13 @@ class Sequence:
     def choice(self) -> Choice:
         """How its next token is chosen."""
         early = self.length < self.options.min_length
-        return Choice(self.options, early, self.generator, self._so_far())
+        seen = self.all_tokens() if isinstance(self.options, CustomOptions) else None
+        return Choice(self.options, early, self.generator, seen)
 
     @property
     def length(self) -> int:
         """Number of tokens, prompt and new ones."""
         return self.ids.shape[1] + len(self.tokens)
-
-    def _so_far(self) -> Tensor | None:
-        """The tokens i64[1, n], where the options ask for them."""
-        return self.all_tokens() if isinstance(self.options, CustomOptions) else None
 
     def all_tokens(self) -> Tensor:
         """Prompt and new tokens, i64[1, n]."""
