@@ -96,10 +96,12 @@ def speed(found: Results, picture: Path, page: Path, rates: bool = False) -> str
 def serving(found: ServingResults) -> str:
     """Servers of one device under several clients."""
     said, versions = found.settings, found.versions
+    talks = any(load.turns > 1 for load in found.loads)
+    long = " or a conversation that begins with some 500 tokens" if talks else ""
     note = (
         f"{said['model']}, answers of {said['tokens']} tokens, streamed, {said['each']} questions of each client one "
-        f"after the other; {_where(found)}; PyTorch {versions['torch']}, Transformers {versions['transformers']}; "
-        f"{found.date[:10]}; `{found.command}`."
+        f"after the other{long}; {_where(found)}; PyTorch {versions['torch']}, Transformers "
+        f"{versions['transformers']}; {found.date[:10]}; `{found.command}`."
     )
     return f"{serving_results.table(found).markdown()}\n\n{note}"
 

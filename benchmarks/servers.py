@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import openai
 
@@ -36,50 +37,87 @@ class ServerError(TilewrightError):
 
 
 @dataclass(frozen=True)
+class Answer:
+    """One answer: its text, its number of tokens, and the seconds until its first text."""
+
+    text: str
+    tokens: int
+    first: float
+
+
+@dataclass(frozen=True)
 class Answers:
-    """What a round of questions took: seconds in all, tokens of all answers, and the median seconds to first text."""
+    """What a round of questions took: seconds in all, tokens of all answers, and the median seconds to first text; of
+    conversations, that of all turns but the first."""
 
     seconds: float
     tokens: int
     first: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class Server:
-    """A running server. ``model`` is its model's name."""
+    """A running server. ``model`` is its model's name. ``asked``: conversations so far; none is like another, so that a
+    server that keeps what was said before has only what a conversation itself, and the chat template, repeat."""
 
     system: str
     client: openai.OpenAI
     model: str
+    asked: int = 0
 
-    def ask(self, clients: int, each: int, tokens: int) -> Answers:
-        """Have ``clients`` ask ``each`` questions one after the other, for answers of so many tokens."""
+    def ask(self, clients: int, each: int, tokens: int, turns: int = 1) -> Answers:
+        """Have ``clients`` hold ``each`` conversations one after the other, with answers of so many tokens."""
+        begun, self.asked = self.asked, self.asked + clients * each
+
+        def one_client(n: int) -> list[list[Answer]]:
+            return [self._talk(begun + n * each + i, turns, tokens) for i in range(each)]
+
         start = time.perf_counter()
         with ThreadPoolExecutor(clients) as threads:
-            several = threads.map(
-                lambda n: [self._answer(n * each + i, tokens) for i in range(each)], range(clients)
-            )
-            answers = [answer for some in several for answer in some]
+            talks = [talk for some in threads.map(one_client, range(clients)) for talk in some]
         seconds = time.perf_counter() - start
-        return Answers(seconds, sum(n for n, _ in answers), median(first for _, first in answers))
+        later = [answer.first for talk in talks for answer in talk[min(1, turns - 1) :]]
+        return Answers(seconds, sum(answer.tokens for talk in talks for answer in talk), median(later))
 
-    def _answer(self, number: int, tokens: int) -> tuple[int, float]:
-        """Ask a question and wait for the whole answer. Gives its tokens, and the seconds until its first text."""
+    def _talk(self, number: int, turns: int, tokens: int) -> list[Answer]:
+        """A conversation. One of several turns begins with some 500 tokens of text."""
+        messages: list[Any] = []
+        answers = []
+        for turn in range(turns):
+            question = f"{number + 1}. {QUESTIONS[(number + turn) % len(QUESTIONS)]}"
+            text = f"{_page(number)}\n{question}" if turns > 1 and not turn else question
+            messages.append({"role": "user", "content": text})
+            answers.append(self._answer(messages, tokens))
+            messages.append({"role": "assistant", "content": answers[-1].text})
+        return answers
+
+    def _answer(self, messages: list[Any], tokens: int) -> Answer:
+        """Ask and wait for the whole answer."""
         # No token ends an answer, so that all are equally long whatever the arithmetic of a server gives.
         how = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
-        start, first, told = time.perf_counter(), 0.0, 0
+        start, first, told, text = time.perf_counter(), 0.0, 0, ""
         answer = self.client.chat.completions.create(
             model=self.model,
-            messages=[{"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}],
+            messages=messages,
             stream=True,
             extra_body={"generation_config": json.dumps(how)},
         )
         for chunk in answer:
-            if not first and chunk.choices and chunk.choices[0].delta.content:
-                first = time.perf_counter() - start
+            if chunk.choices and (new := chunk.choices[0].delta.content):
+                first = first or time.perf_counter() - start
+                text += new
             if chunk.usage is not None:
                 told = chunk.usage.completion_tokens
-        return told, first
+        return Answer(text, told, first)
+
+
+def _page(number: int) -> str:
+    """A text that no other number has, from its beginning."""
+    return " ".join(
+        f"Voyage {number + 1}, day {day}: {day * 7 % 23} gulls, {day * 31 % 97} miles, and a wind from the "
+        f"{('north', 'east', 'south', 'west')[(number + day) % 4]}."
+        for day in range(1, 21)
+    )
 
 
 @contextmanager

@@ -39,6 +39,10 @@ def main(
         ),
     ] = "tilewright,eager,paged",
     clients: Annotated[str, typer.Option(help="Numbers of clients, separated by commas.")] = "1,2,4,8",
+    conversations: Annotated[
+        str, typer.Option(help="Numbers of clients that hold conversations, separated by commas.")
+    ] = "1,4",
+    turns: Annotated[int, typer.Option(min=2, help="Questions of a conversation.")] = 4,
     each: Annotated[int, typer.Option(min=1, help="Questions of each client per sample.")] = 2,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 48,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -50,12 +54,13 @@ def main(
 ) -> None:
     """Have clients ask servers, all of them running, in turns, and store the samples."""
     names = [SERVERS[name] for name in known("--systems", systems, tuple(SERVERS))]
-    counts = _counts(clients)
+    asked = [(n, 1) for n in _counts(clients, "--clients")]
+    asked += [(n, turns) for n in _counts(conversations, "--conversations")]
     if dtype is Dtype.f16:
         raise OptionError("--dtype: f32 or bf16")
     facts = machine.describe() | {"device": machine.device_name(torch.device(device))}
     machine.warn_if_busy(facts, notes)
-    batches = [n for n in (1, 2, 4, 8, 16, 32) if n < 2 * max(counts)]
+    batches = [n for n in (1, 2, 4, 8, 16, 32) if n < 2 * max(asked)[0]]
     options = ["--device", device, *(part for n in batches for part in ("--batch", str(n)))]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tilewright-serving-")))
@@ -67,7 +72,10 @@ def main(
         for name in names:
             with Progress().step(f"Starting {name}"):
                 servers.append(stack.enter_context(running(name, folder, dtype.value, options, threads)))
-        loads = [_load(servers, dtype.value, n, each, tokens, repeats) for n in counts]
+        loads = [
+            _load(servers, dtype.value, n, each if long == 1 else 1, tokens, repeats, long)
+            for n, long in asked
+        ]
     results = ServingResults(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=command_line("benchmarks.serving"),
@@ -80,25 +88,28 @@ def main(
     console.print(f"stored in {stored.save(results, output)}", highlight=False)
 
 
-def _counts(text: str) -> list[int]:
+def _counts(text: str, option: str) -> list[int]:
     """The numbers in a list separated by commas. Raises OptionError for anything else."""
-    names = [name.strip() for name in text.split(",")]
+    names = [name.strip() for name in text.split(",")] if text else []
     if not all(name.isdecimal() and int(name) > 0 for name in names):
-        raise OptionError(f"--clients: '{text}' is no list of numbers; write for example 1,4")
+        raise OptionError(f"{option}: '{text}' is no list of numbers; write for example 1,4")
     return [int(name) for name in names]
 
 
-def _load(servers: list[Server], dtype: str, clients: int, each: int, tokens: int, repeats: int) -> Load:
+def _load(
+    servers: list[Server], dtype: str, clients: int, each: int, tokens: int, repeats: int, turns: int
+) -> Load:
     """Samples of all servers, one of each in each round."""
     found: dict[str, list[Answers]] = {server.system: [] for server in servers}
-    with Progress().step(f"{clients} at once", total=len(servers) * (repeats + 1)) as advance:
+    what = f"{clients} at once" if turns == 1 else f"{clients} conversations at once"
+    with Progress().step(what, total=len(servers) * (repeats + 1)) as advance:
         for server in servers:
             advance(f"{server.system} warms up")
-            server.ask(clients, 1, tokens)
+            server.ask(clients, 1, tokens, turns)
         for _ in range(repeats):
             for server in servers:
                 advance(server.system)
-                found[server.system].append(server.ask(clients, each, tokens))
+                found[server.system].append(server.ask(clients, each, tokens, turns))
     served = (
         Served(
             name,
@@ -108,7 +119,7 @@ def _load(servers: list[Server], dtype: str, clients: int, each: int, tokens: in
         )
         for name, answers in found.items()
     )
-    return Load(dtype, clients, tuple(served))
+    return Load(dtype, clients, tuple(served), turns)
 
 
 def run() -> None:

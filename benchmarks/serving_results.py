@@ -20,7 +20,7 @@ SYSTEMS = (OURS, EAGER, PAGED)
 @dataclass(frozen=True)
 class Served:
     """Samples of one server. Of each: seconds from the first question to the last answer's end, ``tokens`` of all
-    answers, and the median over the requests of the seconds until ``first`` text came."""
+    answers, and the median of the seconds until ``first`` text came, over the requests, or all turns but the first."""
 
     system: str
     seconds: tuple[float, ...]
@@ -35,11 +35,13 @@ class Served:
 
 @dataclass(frozen=True)
 class Load:
-    """``clients`` that ask one question after the other, of all servers in turns."""
+    """``clients`` that ask one question after the other, of all servers in turns; or hold conversations of so many
+    ``turns``, of which the first has a long text."""
 
     precision: str
     clients: int
     servers: tuple[Served, ...]
+    turns: int = 1
 
     def of(self, system: str) -> Served | None:
         """The samples of a server, if it was measured."""
@@ -47,8 +49,9 @@ class Load:
 
     @property
     def what(self) -> str:
-        """``4 clients, bf16``."""
-        return f"{self.clients} {'client' if self.clients == 1 else 'clients'}, {self.precision}"
+        """``4 clients, bf16``, or ``4 clients, 3 turns each, bf16``."""
+        turns = f", {self.turns} turns each" if self.turns > 1 else ""
+        return f"{self.clients} {'client' if self.clients == 1 else 'clients'}{turns}, {self.precision}"
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def table(found: ServingResults) -> Rows:
     rows = tuple((load.what, *(_cell(load, name) for name in columns)) for load in found.loads)
     title = (
         "Tokens per second of all answers together, medians with quartiles in parentheses, and until the first text of "
-        "an answer; below those of the other servers, how many times as fast tilewright is"
+        "an answer, of conversations from the second turn on; with those of the other servers, how many times "
+        "as fast, or as soon, tilewright is"
     )
     return Rows(title, ("", *columns), rows)
 
@@ -97,10 +101,11 @@ def _cell(load: Load, system: str) -> str:
     served, ours = load.of(system), load.of(OURS)
     if served is None:
         return NOTHING
-    text = f"{quartiles(Spread.of(served.rates))}\nfirst {Spread.of(served.first).median * 1e3:.0f} ms"
+    rate, first = quartiles(Spread.of(served.rates)), f"first {Spread.of(served.first).median * 1e3:.0f} ms"
     if ours is None or system == OURS:
-        return text
-    return f"{text}\n{times(Spread.of(pair_ratios(ours.rates, served.rates)))}"
+        return f"{rate}\n{first}"
+    faster, sooner = pair_ratios(ours.rates, served.rates), pair_ratios(served.first, ours.first)
+    return f"{rate}\n{times(Spread.of(faster))}\n{first}: {Spread.of(sooner).median:.1f}×"
 
 
 def latest(folder: Path = stored.FOLDER) -> list[ServingResults]:

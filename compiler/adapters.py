@@ -65,6 +65,7 @@ class MergedAdapters:
     def __init__(self) -> None:
         self._base: dict[nn.Module, list[_Weight]] = {}
         self._done: dict[nn.Module, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+        self.version = 0  # another one whenever weights have changed
 
     def follow(self, model: nn.Module, copied: Collection[int] = ()) -> None:
         """Merge the chosen adapters of every layer, and no others, in place.
@@ -80,6 +81,7 @@ class MergedAdapters:
                 if self._done.get(layer, _NONE) != (chosen, tuple(layer.merged_adapters)):
                     _require_shared(name, layer, chosen, copied)
                     self._merge(layer, chosen)
+                    self.version += 1
                     self._done[layer] = (chosen, tuple(layer.merged_adapters))
 
     def stay(self) -> None:

@@ -25,7 +25,15 @@ from tilewright.options import cache_form, weights_form
 from tilewright.passes.base import PassOptions
 from tilewright.passes.pipeline import PIPELINE, find_passes, run_passes
 from tilewright.progress import Progress
-from tilewright.serve import SERVED_BATCHES, check_log_level, listen, make_server, require_packages, url_of
+from tilewright.serve import (
+    PREFIX_CACHE,
+    SERVED_BATCHES,
+    check_log_level,
+    listen,
+    make_server,
+    require_packages,
+    url_of,
+)
 from tilewright.serve import run as run_server
 from tilewright.timing import TimedStreamer
 
@@ -193,6 +201,14 @@ def serve(
             "run at once; others wait."
         ),
     ] = None,
+    prefix_cache: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="MiB for keys and values of requests that ended, which those that begin alike need not compute; 0 for "
+            "none.",
+        ),
+    ] = PREFIX_CACHE,
     dtype: DtypeOption = Dtype.f32,
     weights: WeightsOption = None,
     kv_cache: CacheOption = None,
@@ -223,7 +239,14 @@ def serve(
             backend=backend,
             dump=dump,
         )
-        server = make_server(model, fast, tokenizer, enable_cors=enable_cors, log_level=log_level)
+        server = make_server(
+            model,
+            fast,
+            tokenizer,
+            enable_cors=enable_cors,
+            log_level=log_level,
+            prefix_cache=prefix_cache,
+        )
         address = url_of(sock, host)
         notes.print(
             f"Serving {model} at {address} (Ctrl-C stops)", markup=False, highlight=False, soft_wrap=True

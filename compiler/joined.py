@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tilewright.runtime.continuous import ContinuousBatch, Sequence
+from tilewright.runtime.continuous import DEFAULT_PREFIX_BYTES, ContinuousBatch, Sequence
 from tilewright.runtime.sampling import GenerateOptions, own_generator
 
 from .cache import EngineCache
@@ -29,13 +29,14 @@ def can_join(model: Any) -> bool:
 class JoinedModel:
     """Hands out the model as requests call it, each in a thread of its own; see ``runtime.continuous``.
 
-    The compiled model itself goes on as before.
+    The compiled model itself goes on as before. prefix_bytes: memory for what ended requests leave to those that begin
+    alike.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, prefix_bytes: int = DEFAULT_PREFIX_BYTES) -> None:
         compiled = model._tilewright
         engine = copy.copy(compiled.engine)  # whose steps wait for turns, as those of the model's own do not
-        self.batch = ContinuousBatch(engine)
+        self.batch = ContinuousBatch(engine, prefix_bytes=prefix_bytes)
         self._model = copy.copy(model)
         self._model.__dict__["_tilewright"] = replace(compiled, engine=engine)
         self._model.__dict__["_tilewright_batch"] = self.batch
@@ -98,5 +99,6 @@ class _Joining:
             logits=given.logits,
             moved=cache.reset if ready else lambda: None,
             generator=self._tilewright_generator,
+            weights=self._tilewright.adapters.version,
         )
         return self._tilewright_batch.submit(sequence).result()

@@ -17,10 +17,13 @@ from collections.abc import Callable
 from typing import Any
 
 from tilewright.errors import MissingPackageError, OptionError
+from tilewright.runtime.continuous import DEFAULT_PREFIX_BYTES
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 SERVED_BATCHES = (1, 2, 4, 8)
 """Batch sizes that a model is compiled for unless it is said otherwise."""
+PREFIX_CACHE = DEFAULT_PREFIX_BYTES >> 20
+"""MiB for what ended requests leave to those that begin alike, unless it is said otherwise."""
 GRACE = 5
 """Seconds that running requests have to end once the server was told to stop."""
 
@@ -65,13 +68,19 @@ def url_of(sock: socket.socket, host: str) -> str:
 
 
 def make_server(
-    name: str, model: Any, tokenizer: Any, *, enable_cors: bool = False, log_level: str = "warning"
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    *,
+    enable_cors: bool = False,
+    log_level: str = "warning",
+    prefix_cache: int = PREFIX_CACHE,
 ) -> Any:
     """A ``uvicorn.Server`` for a compiled decoder, which requests call ``name``; ``run(sockets=[...])`` starts it.
 
     As many requests as the largest of the model's ``batch_sizes`` run at once; others wait. enable_cors: let pages of
-    any origin ask. log_level: of what the server and transformers write to stderr. Raises MissingPackageError,
-    OptionError.
+    any origin ask. log_level: of what the server and transformers write to stderr. prefix_cache: MiB for what ended
+    requests leave to those that begin alike. Raises MissingPackageError, OptionError.
     """
     require_packages()
     check_log_level(log_level)
@@ -86,7 +95,7 @@ def make_server(
     log["handlers"]["access"]["stream"] = "ext://sys.stderr"
     return uvicorn.Server(
         uvicorn.Config(
-            _until_stopped(*build_app(name, model, tokenizer, enable_cors)),
+            _until_stopped(*build_app(name, model, tokenizer, enable_cors, prefix_cache << 20)),
             log_level=log_level,
             log_config=log,
             timeout_graceful_shutdown=GRACE,

@@ -67,8 +67,8 @@ class FittingRequests(GenerateManager):
     is refused, streamed or not, before an answer begins.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._joined = JoinedModel(model) if can_join(model) else None
+    def __init__(self, model: Any, prefix_bytes: int) -> None:
+        self._joined = JoinedModel(model, prefix_bytes) if can_join(model) else None
         # What the base asks to run something: its own thread, or several that prepare requests and wait for them. One
         # more than there are rows has the next prompt ready.
         self._thread = Workers(1 if self._joined is None else model._tilewright.engine.max_batch + 1)
@@ -168,9 +168,9 @@ def _fit(model: Any, inputs: Any, config: Any) -> None:
 class OneModel(GenerationState):
     """What the handlers share: who runs the one model's requests."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, prefix_bytes: int) -> None:
         super().__init__()
-        self._requests = FittingRequests(model)
+        self._requests = FittingRequests(model, prefix_bytes)
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> BaseGenerateManager:
         return self._requests
@@ -181,11 +181,11 @@ class OneModel(GenerationState):
 
 
 def build_app(
-    name: str, model: Any, tokenizer: Any, enable_cors: bool = False
+    name: str, model: Any, tokenizer: Any, enable_cors: bool, prefix_bytes: int
 ) -> tuple[FastAPI, Callable[[], None]]:
     """Transformers' application around a compiled decoder and its tokenizer, which requests call ``name``, and what to
-    call at its end."""
-    manager, state = CompiledModel(name, model, tokenizer), OneModel(model)
+    call at its end. prefix_bytes: memory for what requests leave to those that begin alike."""
+    manager, state = CompiledModel(name, model, tokenizer), OneModel(model, prefix_bytes)
     # Releases differ in their endpoints; what this one has are the parameters of build_server.
     handlers = {key: _HANDLERS[key] for key in inspect.signature(build_server).parameters if key in _HANDLERS}
     app = build_server(

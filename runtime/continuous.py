@@ -2,30 +2,37 @@
 
 A decode step reads every weight, for one sequence or for eight, so steps that are shared cost little more than one. One
 thread computes: between two steps it runs a piece of the prompt of a request that waits, which joins the others once
-its prompt is done; a sequence that ends leaves at once. (Yu et al., "Orca: A Distributed Serving System for
+its prompt is done; a sequence that ends leaves at once. A prompt that begins like a sequence that has been run is not
+computed that far (``prefix_cache.py``). (Yu et al., "Orca: A Distributed Serving System for
 Transformer-Based Generative Models", 2022; pieces of prompts between steps: Agrawal et al., "SARATHI", 2023.)
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .device import is_out_of_memory
 from .engine import Engine, Pieces
 from .generate import Streamer, check_room
 from .joined_rows import JoinedRows
 from .kv_state import RequestState
+from .prefix_cache import KnownSequence, PrefixCache
 from .row_chooser import Choice, RowChooser
 from .sampling import CustomOptions, GenerateOptions, own_generator
 from .turns import Turns
+
+DEFAULT_PREFIX_BYTES = 1 << 30
+"""1 GiB: in bfloat16 2,048 tokens of Llama2-7B, or 46,000 of SmolLM2-135M."""
 
 
 @dataclass
@@ -33,7 +40,8 @@ class Sequence:
     """One request: its prompt ``ids`` i64[1, S], the tokens chosen so far, and whom to tell of them.
 
     Of a prompt that has been run already there are the ``state`` that it left and the ``logits`` [1, 1, V] of its end;
-    ``moved`` is called when the state is needed no more.
+    ``moved`` is called when the state is needed no more. ``weights``: those of one model may change; sequences share a
+    beginning where this is equal.
     """
 
     ids: Tensor
@@ -44,6 +52,7 @@ class Sequence:
     logits: Tensor | None = None
     moved: Callable[[], None] = lambda: None
     generator: torch.Generator | None = None
+    weights: Hashable = None
     tokens: list[int] = field(default_factory=list)
     done: Future[Tensor] = field(default_factory=Future)
 
@@ -53,6 +62,20 @@ class Sequence:
         early = self.length < self.options.min_length
         seen = self.all_tokens() if isinstance(self.options, CustomOptions) else None
         return Choice(self.options, early, self.generator, seen)
+
+    @functools.cached_property
+    def is_plain(self) -> bool:
+        """Whether its tokens say all: positions count up from 0, and nothing else is in its state."""
+        positions = self.position_ids
+        if self.logits is not None or positions is None:
+            return self.logits is None
+        count = torch.arange(self.ids.shape[1], device=positions.device)
+        return positions.shape[-1] == len(count) and bool((positions == count).all())
+
+    def known(self, length: int, parts: Callable[[], Mapping[str, Tensor]]) -> KnownSequence:
+        """Its first ``length`` tokens as others may begin, and what a state holds of them."""
+        tokens = np.array(self.ids[0].tolist() + self.tokens, dtype=np.int64)
+        return KnownSequence(tokens[:length], self.weights, parts)
 
     @property
     def length(self) -> int:
@@ -85,12 +108,17 @@ class ContinuousBatch:
     """Decodes the sequences that are handed to :meth:`submit` from any thread, in a thread of its own.
 
     At most ``engine.max_batch`` at a time; others wait. Sets ``engine.turns``, so that whatever else runs steps of this
-    engine does so between two of its. threads: how many of PyTorch's the thread uses.
+    engine does so between two of its. threads: how many of PyTorch's the thread uses. prefix_bytes: memory for what
+    sequences that ended leave to prompts that begin alike.
     """
 
-    def __init__(self, engine: Engine, threads: int | None = None) -> None:
+    def __init__(
+        self, engine: Engine, threads: int | None = None, prefix_bytes: int = DEFAULT_PREFIX_BYTES
+    ) -> None:
         self.engine = engine
         self.engine.turns = self._turns = Turns()
+        self.prefixes = PrefixCache(engine, prefix_bytes)
+        engine.idle.others.append(self.prefixes.clear)
         self._rows = JoinedRows(engine)
         self._running: list[Sequence] = []  # by row
         self._choosers: dict[int, RowChooser] = {}
@@ -128,6 +156,8 @@ class ContinuousBatch:
             self._changed.notify()
         self._thread.join()
         self.engine.turns = nullcontext()
+        if self.prefixes.clear in self.engine.idle.others:
+            self.engine.idle.others.remove(self.prefixes.clear)
 
     # In the thread
 
@@ -166,11 +196,28 @@ class ContinuousBatch:
         with _failing(sequence):
             if sequence.logits is None:
                 sequence.state = state = self.engine.new_state(1)
-                sequence.moved = partial(self.engine.give_back, state)
-                pieces = self.engine.prompt(state, sequence.ids, sequence.position_ids)
-            else:
-                pieces = _done(sequence.logits)
-            self._prompt = sequence, pieces
+                sequence.moved = functools.partial(self.engine.give_back, state)
+                if sequence.is_plain:
+                    self._take_prefix(sequence, state)
+            self._prompt = sequence, self._pieces(sequence)
+
+    def _take_prefix(self, sequence: Sequence, state: RequestState) -> None:
+        running = [
+            other.known(self._rows.lengths[row], functools.partial(self._rows.parts, row))
+            for row, other in enumerate(self._running)
+            if other.is_plain
+        ]
+        prompt = sequence.known(sequence.length, dict)
+        self.prefixes.begin(state, prompt.tokens, prompt.weights, running)
+
+    def _pieces(self, sequence: Sequence) -> Pieces:
+        """What is left to run of a prompt."""
+        if sequence.logits is not None:
+            return _done(sequence.logits)
+        assert sequence.state is not None
+        held, positions = sequence.state.length, sequence.position_ids
+        positions = None if positions is None else positions[..., held:]
+        return self.engine.prompt(sequence.state, sequence.ids[:, held:], positions)
 
     def _go_on(self, sequence: Sequence, pieces: Pieces) -> None:
         """Run a piece of a prompt; at its end choose the first token and join the others."""
@@ -180,15 +227,30 @@ class ContinuousBatch:
                 return
             except StopIteration as end:
                 logits = end.value
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or not self.engine.idle.make_room():
+                    raise
+                self._prompt = (
+                    sequence,
+                    self._pieces(sequence),
+                )  # from its beginning, where the state is again
+                return
+            state = sequence.state
+            assert state is not None
             (token,) = RowChooser(logits).choose([sequence.choice])
             if sequence.take(token):
+                self._keep(sequence, state.length, functools.partial(state.row, 0, 0, state.length))
                 sequence.finish()
             else:
-                assert sequence.state is not None
-                self._rows.join(sequence.state)
+                self._rows.join(state)
                 self._running.append(sequence)
         self._prompt = None
         sequence.moved()
+
+    def _keep(self, sequence: Sequence, length: int, parts: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Keep what is held of a sequence that ends, for prompts that begin alike."""
+        if sequence.is_plain:
+            self.prefixes.keep(sequence.known(length, parts))
 
     def _step(self) -> None:
         logits = self._rows.step([sequence.tokens[-1] for sequence in self._running])
@@ -200,6 +262,7 @@ class ContinuousBatch:
                 if sequence.take(tokens[row]):
                     sequence.finish()
             if sequence.done.done():
+                self._keep(sequence, self._rows.lengths[row], functools.partial(self._rows.parts, row))
                 self._rows.leave(row)
                 self._running[row] = self._running[-1]
                 self._running.pop()
@@ -223,6 +286,7 @@ class ContinuousBatch:
         self._running, self._prompt = [], None
         self._choosers.clear()
         self._rows.clear()
+        self.prefixes.clear()
 
 
 @contextmanager

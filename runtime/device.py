@@ -57,7 +57,9 @@ def require_device(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True when an allocation failed, by PyTorch or, while it loads a kernel, by Triton."""
+    """True when an allocation failed, by PyTorch (on a CPU it can't allocate memory) or, while it loads a kernel, by
+    Triton."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "out of memory" in str(error)
+        isinstance(error, RuntimeError)
+        and any(said in str(error) for said in ("out of memory", "can't allocate memory"))
     )

@@ -7,6 +7,7 @@ they lay then. A process that answers one request after the other in a batch buc
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from .executor import EngineSpec
 from .host import stream_number
@@ -24,6 +25,8 @@ class IdleStates:
 
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
+        # Each lets go of more memory that can be spared, and says whether there was any.
+        self.others: list[Callable[[], bool]] = []
         self._idle: deque[RequestState] = deque(maxlen=_MOST)
 
     def __len__(self) -> int:
@@ -48,10 +51,10 @@ class IdleStates:
         return RequestState(self.spec, batch, rows)
 
     def make_room(self) -> bool:
-        """Let go of all idle states. False when there are none."""
-        had_some = bool(self._idle)
+        """Let go of all idle states, and of what else can be spared. False when there is nothing."""
+        had_some = [bool(self._idle), *(let_go() for let_go in tuple(self.others))]
         self._idle.clear()
-        return had_some
+        return any(had_some)
 
     def give_back(self, state: RequestState) -> None:
         """Keep a state that nobody uses any more."""

@@ -7,7 +7,7 @@ are applied before), and windows and biases count distances, so that a row may b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,15 +60,18 @@ class JoinedRows:
         if held > self.length:
             self._shift(held - self.length)
         row, start = self.count, self.length - held
-        for name, keys in self._kept(whole):
+        for keys in self._kept(whole):
             # What another request left there is multiplied by a weight of 0, which a NaN would survive.
             keys[row, :, :start].zero_()
-            keys[row, :, start : self.length] = one.buffers[name][0, :, :held]
-        for name, memory in whole.recurrent.buffers.items():
-            memory[row] = one.buffers[name][0]
+        _copy(one.row(0, 0, held), whole.row(row, start, self.length))
         whole.positions[row] = one.positions[0]
         self.lengths.append(held)
         self._hide(row)
+
+    def parts(self, row: int) -> dict[str, Tensor]:
+        """What is held of a row's sequence, as :meth:`RequestState.row` has it; valid until the next change."""
+        assert self._whole is not None
+        return self._whole.row(row, self.length - self.lengths[row], self.length)
 
     def leave(self, row: int) -> None:
         """Drop a row; the last one takes its place."""
@@ -76,10 +79,8 @@ class JoinedRows:
         assert whole is not None
         if row < self.count:
             moved = self.count  # the last row, which is none any more
-            for _, keys in self._kept(whole):
-                keys[row, :, : self.length] = keys[moved, :, : self.length]
-            for memory in (*whole.recurrent.buffers.values(), whole.positions):
-                memory[row] = memory[moved]
+            _copy(whole.row(moved, 0, self.length), whole.row(row, 0, self.length))
+            whole.positions[row] = whole.positions[moved]
             self.lengths[row] = last
             self._hide(row)
         longest = max(self.lengths, default=0)
@@ -120,10 +121,8 @@ class JoinedRows:
             return old
         whole = self.engine.new_state(rows)
         if old is not None:
-            for name, keys in self._kept(whole):
-                keys[: self.count, :, : self.length] = old.buffers[name][: self.count, :, : self.length]
-            for name, memory in whole.recurrent.buffers.items():
-                memory[: self.count] = old.buffers[name][: self.count]
+            for row in range(self.count):
+                _copy(old.row(row, 0, self.length), whole.row(row, 0, self.length))
             whole.positions[: self.count], whole.mask[: self.count] = (
                 each[: self.count] for each in (old.positions, old.mask)
             )
@@ -139,7 +138,7 @@ class JoinedRows:
         if self.count and by:
             assert self._whole is not None
             first = self.length - max(self.lengths)
-            for _, keys in self._kept(self._whole):
+            for keys in self._kept(self._whole):
                 tokens = keys[: self.count, :, first : self.length].clone()  # where they go to overlaps
                 keys[: self.count, :, first + by : self.length + by] = tokens
         self.length += by
@@ -152,6 +151,12 @@ class JoinedRows:
         self._whole.mask[row] = True
         self._whole.mask[row, : self.length - self.lengths[row]] = False
 
-    def _kept(self, state: RequestState) -> list[tuple[str, Tensor]]:
-        """The buffers of keys and values, by name."""
-        return [(slot.name, state.buffers[slot.name]) for slot in self.engine.spec.slots]
+    def _kept(self, state: RequestState) -> list[Tensor]:
+        """The buffers of keys and values."""
+        return [state.buffers[slot.name] for slot in self.engine.spec.slots]
+
+
+def _copy(source: Mapping[str, Tensor], to: Mapping[str, Tensor]) -> None:
+    """Copy what a state holds of a sequence into the place of another."""
+    for name, part in to.items():
+        part.copy_(source[name])

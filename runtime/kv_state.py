@@ -126,6 +126,14 @@ class RequestState:
         part._bind()
         return part
 
+    def row(self, row: int, start: int, stop: int) -> dict[str, Tensor]:
+        """What the state holds of one sequence, as views by the names of buffers: keys and values [heads, n, head_dim]
+        at the positions from ``start`` to ``stop``, and what recurrent layers remember."""
+        return {
+            name: buffer[row] if name in self.recurrent.buffers else buffer[row, :, start:stop]
+            for name, buffer in self.buffers.items()
+        }
+
     def count_on(self) -> None:
         """Have the next position come after the last one, however many tokens there are."""
         self.shift[: self.batch] = self.positions[: self.batch] + 1 - self.length

@@ -44,6 +44,7 @@ RUN = ServingResults(
                 Served(PAGED, (4.0, 4.0), (400, 200), (0.2, 0.4)),
             ),
         ),
+        Load("bf16", 2, (Served(OURS, (2.0,), (400,), (0.1,)), Served(EAGER, (8.0,), (400,), (0.7,))), 3),
     ),
 )
 
@@ -56,19 +57,24 @@ def invoke(*arguments: str) -> Any:
 
 def test_clients_count_the_tokens_of_all_answers(smollm2: tuple[PreTrainedModel, Any]) -> None:
     model, tokenizer = smollm2
-    fast = tw.compile(model, max_length=256, batch_sizes=(1, 4), backend="cpp", autotune="off")
+    fast = tw.compile(model, max_length=768, batch_sizes=(1, 4), backend="cpp", autotune="off")
     with serve.listen("localhost", 0) as sock:
         server = serve.make_server("smollm2", fast, tokenizer, log_level="error")
         thread = threading.Thread(target=serve.run, args=(server, sock))
         thread.start()
         try:
             client = openai.OpenAI(base_url=serve.url_of(sock, "localhost"), api_key="none", timeout=60)
-            answers = servers.Server(OURS, client, "smollm2").ask(clients=3, each=2, tokens=5)
+            asked = servers.Server(OURS, client, "smollm2")
+            answers = asked.ask(clients=3, each=2, tokens=5)
+            talks = asked.ask(clients=2, each=1, tokens=3, turns=2)
         finally:
             server.should_exit = True
             thread.join()
     assert answers.tokens == 3 * 2 * 5
     assert 0 < answers.first < answers.seconds
+    assert talks.tokens == 2 * 2 * 3
+    assert 0 < talks.first < talks.seconds
+    assert asked.asked == 3 * 2 + 2
 
 
 def test_a_run_is_stored_and_read_as_it_was(tmp_path: Path) -> None:
@@ -79,11 +85,13 @@ def test_a_run_is_stored_and_read_as_it_was(tmp_path: Path) -> None:
 
 def test_the_table_shows_rates_and_how_many_times_as_fast_ours_is() -> None:
     text = serving_results.table(RUN).markdown()
-    one, four = text.splitlines()[-2:]
+    one, four, talks = text.splitlines()[-3:]
     assert "1 client, bf16 | 88.0 (84.0–92.0)<br>first 60 ms | 22.0" in one
-    assert "4.00× (4.00–4.00) | – |" in one
+    assert "4.00× (4.00–4.00)<br>first 100 ms: 1.7× | – |" in one
     assert "| 200 (200–200)<br>first 100 ms | – | 75.0" in four
     assert "3.00×" in four  # the median of 2 and 4
+    assert "2 clients, 3 turns each, bf16" in talks
+    assert "first 700 ms: 7.0×" in talks
 
 
 def test_pages_show_the_newest_run(tmp_path: Path) -> None:
@@ -111,6 +119,7 @@ def test_a_slower_server_is_found(tmp_path: Path) -> None:
     ("arguments", "error"),
     [
         (("--clients", "1,x"), "write for example 1,4"),
+        (("--conversations", "0"), "write for example 1,4"),
         (("--systems", "vllm"), "none of tilewright, eager, paged"),
         (("--dtype", "f16"), "f32 or bf16"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tilewright.joined import JoinedModel
 
 from . import multimodal
 from .models import random
+from .test_adapters import with_adapters
 from .test_architectures import DECODERS
 
 BUCKETS = (1, 2, 4)
@@ -52,13 +54,53 @@ def greedy(ids: Tensor, new: int, **more: Any) -> Callable[[Any], Tensor]:
     )
 
 
+@cache
+def kind(name: str) -> tuple[PreTrainedModel, Any]:
+    """A model and the compiled one."""
+    model = random(DECODERS[name], hf.AutoModelForCausalLM)
+    return model, tw.compile(model, max_length=64, batch_sizes=BUCKETS, backend=KINDS[name], autotune="off")
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_each_request_has_the_tokens_of_hugging_face(name: str) -> None:
-    model = random(DECODERS[name], hf.AutoModelForCausalLM)
-    fast = tw.compile(model, max_length=64, batch_sizes=BUCKETS, backend=KINDS[name], autotune="off")
+    model, fast = kind(name)
     calls = [greedy(ids, 4 + 3 * n) for n, ids in enumerate(prompts())]
     for found, call in zip(at_once(fast, calls), calls, strict=True):
         assert found.tolist() == call(model).tolist()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_was_said_before_is_not_computed_anew(name: str) -> None:
+    """A conversation of three turns, then one that leaves it in the middle of the second."""
+    model, fast = kind(name)
+    joined = JoinedModel(fast)
+    said, turns = torch.empty(1, 0, dtype=torch.int64), []
+    for new in (*prompts()[3:6], torch.tensor([[5, 5, 5]])):
+        if len(turns) == 3:
+            said = turns[1][:, :-6]
+        said = greedy(torch.cat([said, new], dim=1), 8)(joined.for_request())
+        assert said.tolist() == greedy(said[:, :-8], 8)(model).tolist()
+        turns.append(said)
+    # Of each turn all was run but its last token. A recurrent layer goes back to the end of a turn, not to its middle.
+    middle = turns[0].shape[1] - 1 if name in ("qwen3_5", "mamba") else turns[1].shape[1] - 6
+    assert joined.batch.prefixes.reused == turns[0].shape[1] + turns[1].shape[1] - 2 + middle
+    joined.close()
+
+
+def test_what_other_adapters_computed_is_not_used() -> None:
+    model = with_adapters(random(DECODERS["llama"], hf.AutoModelForCausalLM))
+    fast = tw.compile(model, max_length=64, backend="cpp", autotune="off")
+    joined, call = JoinedModel(fast), greedy(prompts()[0], 8)
+    found = []
+    for name in ("a", "b", "a"):
+        model.set_adapter(name)
+        found.append(call(joined.for_request()).tolist())
+        assert found[-1] == call(model).tolist()
+    assert found[0] == found[2] != found[1]
+    assert joined.batch.prefixes.reused == 0
+    call(joined.for_request())
+    assert joined.batch.prefixes.reused == 8
+    joined.close()
 
 
 def test_prompts_with_images_join_with_the_state_that_they_left() -> None:

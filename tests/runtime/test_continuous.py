@@ -96,15 +96,15 @@ def test_each_request_has_the_tokens_that_it_has_alone(
 
 def test_requests_that_come_while_others_run_share_their_steps() -> None:
     engine = toy_engine((1, 2), LENGTH)
-    ids, options = torch.tensor([[3, 1, 4]]), GenerateOptions(LENGTH)
+    ids, more, options = torch.tensor([[3, 1, 4]]), torch.tensor([[1, 4]]), GenerateOptions(LENGTH)
     first = Held()
     with running(engine) as batch:
         answers = [batch.submit(Sequence(ids, options, streamer=first))]
         assert first.reached.wait(SECONDS)
-        answers.append(batch.submit(Sequence(ids[:, :2], options)))
+        answers.append(batch.submit(Sequence(more, options)))
         first.go_on.set()
         found = [answer.result(SECONDS) for answer in answers]
-    assert [torch.equal(f, alone(i, options)) for f, i in zip(found, (ids, ids[:, :2]), strict=True)] == [
+    assert [torch.equal(f, alone(i, options)) for f, i in zip(found, (ids, more), strict=True)] == [
         True,
         True,
     ]
