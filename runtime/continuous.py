@@ -230,10 +230,8 @@ class ContinuousBatch:
             except RuntimeError as error:
                 if not is_out_of_memory(error) or not self.engine.idle.make_room():
                     raise
-                self._prompt = (
-                    sequence,
-                    self._pieces(sequence),
-                )  # from its beginning, where the state is again
+                # From its beginning, where the state is again.
+                self._prompt = sequence, self._pieces(sequence)
                 return
             state = sequence.state
             assert state is not None
