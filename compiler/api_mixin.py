@@ -7,7 +7,6 @@ The copy shares the weights with the original, which stays as it was and still r
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,23 +15,17 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from transformers import GenerationMixin
 
 from tilewright.ir.errors import DeviceError, InputError, OptionError
-from tilewright.runtime.engine import Engine, require_mask, require_tensor
+from tilewright.runtime.checks import require_tensor
+from tilewright.runtime.engine import Engine
 from tilewright.runtime.executor import EngineSpec
-from tilewright.runtime.generate import generate
-from tilewright.runtime.kv_state import RequestState
-from tilewright.runtime.sampling import GenerateOptions
 
 from .adapters import MergedAdapters
-from .cache import EngineCache, by_own_name, cache_name, with_cache
 from .capture_layers import flat_names
-from .generate_batch import ContinuousBatchingMixin
-from .generate_options import plain_options
 from .report import Report
 from .shown_outputs import ShownOutputs
-from .unserved import EXTRA_OUTPUTS, refuse_cache, refuse_configured_outputs
+from .unserved import refuse_configured_outputs
 
 
 @dataclass(frozen=True)
@@ -82,20 +75,9 @@ def attach(model: nn.Module, compiled: Compiled, mixin: type[CompiledMixin]) -> 
         "_tilewright_signature": inspect.signature(cls.forward),
         "_tilewright_class": cls,
     }
-    if issubclass(mixin, DecoderMixin):
-        members |= {"forward": _forward_like(cls.forward), "_cache_name": cache_name(cls.forward) or "cache"}
+    members |= mixin._members(cls)
     fast.__class__ = type(cls.__name__, (mixin, cls), members)
     return fast
-
-
-def _forward_like(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A decoder's forward with the original's signature, where generate() and pipelines look for what may be passed."""
-
-    @functools.wraps(original)
-    def forward(self: DecoderMixin, *args: Any, **kwargs: Any) -> Any:
-        return self._run(args, kwargs)
-
-    return forward
 
 
 def _home(model: nn.Module) -> tuple[torch.device, torch.dtype] | None:
@@ -112,6 +94,11 @@ class CompiledMixin:
     _tilewright_signature: inspect.Signature
     _tilewright_class: type[nn.Module]  # the original's
     _tilewright_home: tuple[torch.device, torch.dtype] | None
+
+    @classmethod
+    def _members(cls, original: type[nn.Module]) -> dict[str, Any]:
+        """More members of the class of a compiled model whose own class is ``original``."""
+        return {}
 
     def ir(self, stage: str | None = None) -> str:
         """IR as text: of the named stage, or of the last one. Raises OptionError, listing them, for an unknown name."""
@@ -199,220 +186,6 @@ class CompiledMixin:
             if given and (name in named or name.startswith("output_")):
                 raise InputError(f"a compiled model does not take {name}; use the original model for that")
         refuse_configured_outputs(self.config, arguments)  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids i64[B, S], the mask over past and new tokens, and positions, as callers give them. given: what else is
-    said of the tokens (see ``Engine.step``). counts_on: positions are the model's own, and go on after them."""
-
-    ids: Tensor
-    mask: Tensor | None
-    positions: Tensor | None
-    given: Mapping[str, Tensor] | None = None
-    counts_on: bool = False
-
-
-@dataclass(frozen=True)
-class Given:
-    """A prompt that generate() is to continue: ``ids`` i64[B, S], of which the cache has the first ``held``, the mask
-    over all that there will have been, positions, and the ``logits`` [B, 1, V] of its end where it has been run."""
-
-    ids: Tensor
-    mask: Tensor | None
-    positions: Tensor | None
-    held: int
-    logits: Tensor | None
-
-
-class DecoderMixin(ContinuousBatchingMixin, CompiledMixin):
-    """A model with KV state: forward as a Hugging Face causal model, and generate."""
-
-    _cache_name: str  # the argument of the original's forward that holds the cache
-
-    @torch.no_grad()
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What ``forward`` does: same arguments and result as the original's, whose cache is an EngineCache.
-
-        Raises InputError for input that does not fit, and leaves the cache as it was.
-        """
-        engine = self._tilewright.engine
-        self._require_weights()
-        given = self._flat_arguments(args, kwargs)
-        ids, mask, positions, past, use_cache, return_dict = (
-            given.pop(name, None)
-            for name in (
-                "input_ids", "attention_mask", "position_ids", self._cache_name, "use_cache", "return_dict"
-            )
-        )  # fmt: skip
-        kept = given.pop("logits_to_keep", 0)
-        if ids is None:
-            self._refuse(given)
-            raise InputError("input_ids is missing")
-        ids = engine.check_prompt(ids)
-        cache = self._own_cache(past)
-        prompt = self._prompt(Prompt(ids, mask, positions), cache, given)
-        last = kept if isinstance(kept, int) else 0
-        state = cache.state_for(ids.shape[0])
-        result = engine.step(state, ids, prompt.mask, prompt.positions, last, prompt.given)
-        if prompt.counts_on:
-            state.count_on()
-        if not isinstance(kept, int):
-            result = result[:, kept]
-        return self._output(result, None if use_cache is False else cache, return_dict)
-
-    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return super()._arguments(args, by_own_name(kwargs, self._cache_name))
-
-    def _prompt(self, prompt: Prompt, cache: EngineCache, given: dict[str, Any]) -> Prompt:
-        """What a prompt is in view of the arguments ``given`` beside texts. Raises InputError for those not served."""
-        self._refuse(given)
-        return prompt
-
-    def _own_cache(self, given: Any) -> EngineCache:
-        """The cache that a caller goes on from, or a new one. Raises InputError for that of another model."""
-        engine = self._tilewright.engine
-        cache = EngineCache(engine) if given is None else given
-        if not isinstance(cache, EngineCache) or cache.engine is not engine:
-            raise InputError(
-                f"{self._cache_name} is a {type(cache).__name__} of another model; pass what this model returned, or "
-                "None"
-            )
-        return cache
-
-    def _output(
-        self, result: Tensor, cache: EngineCache | None, return_dict: bool | None, **more: Tensor
-    ) -> Any:
-        """The original's output object, of which what there is not is left out."""
-        compiled = self._tilewright
-        assert compiled.output_class is not None
-        values: dict[str, Any] = {compiled.outputs[0]: result, **more}
-        if cache is not None:
-            values |= with_cache(compiled.output_class, cache)
-        known = inspect.signature(compiled.output_class).parameters
-        output = compiled.output_class(**{n: v for n, v in values.items() if n in known})
-        return output if return_dict is not False else output.to_tuple()
-
-    @functools.wraps(GenerationMixin.generate)
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``GenerationMixin.generate``, whose preparation of options is used; see ``_sample`` for the loop."""
-        ids = kwargs.get("input_ids") if inputs is None else inputs
-        kwargs = by_own_name(kwargs, self._cache_name)
-        self._require_weights()
-        # Transformers' loop hands on no output_...=False, so that the config's has the last word.
-        asked = {flag: kwargs.get(flag) or None for flag in EXTRA_OUTPUTS}
-        self._refuse({"inputs_embeds": kwargs.get("inputs_embeds"), **asked})
-        refuse_cache(kwargs.get("cache_implementation"))
-        if ids is not None:
-            self._check_prompt(ids)
-        for name, require in (("attention_mask", require_mask), ("position_ids", require_tensor)):
-            if kwargs.get(name) is not None:
-                require(name, kwargs[name])
-        given = () if inputs is None and not args else (inputs, *args)
-        return super().generate(*given, **kwargs)  # type: ignore[misc]
-
-    def _check_prompt(self, prompt: Any) -> None:
-        self._tilewright.engine.check_prompt(prompt)
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Called by generate() once lengths and batch are known: check them, and hand out our own cache."""
-        engine = self._tilewright.engine
-        refuse_cache(generation_config.cache_implementation)
-        engine.check_length(generation_config.max_length)
-        engine.bucket(batch_size * max(generation_config.num_beams, generation_config.num_return_sequences))
-        name = self._cache_name
-        if model_kwargs.get(name) is not None:
-            model_kwargs[name]._is_user_defined = True
-        elif generation_config.use_cache:
-            model_kwargs[name] = EngineCache(engine)
-
-    def _sample(
-        self,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Greedy search and sampling: our own loop when nothing else is asked for, else that of transformers."""
-        own = self._own_arguments(model_kwargs)
-        cache = own.pop(self._cache_name, None)
-        options = self._options(input_ids, cache, logits_processor, stopping_criteria, generation_config, own)
-        # A model may want to begin anew once a sequence outgrows its first table, which is for its own methods to say.
-        outgrows = (
-            options is not None and input_ids.shape[1] <= self._tilewright.switch_length < options.max_length
-        )
-        if options is None or outgrows or synced_gpus or not isinstance(cache, EngineCache):
-            return super()._sample(  # type: ignore[misc]
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                synced_gpus,
-                streamer,
-                **model_kwargs,
-            )
-        mask = own.get("attention_mask")
-        covered = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
-        # A mask as long as the ids says that they repeat what the cache holds; otherwise they are all new.
-        held = cache.get_seq_length() if covered == input_ids.shape[1] else 0
-        logits = self._first_logits(input_ids[:, held:], model_kwargs)
-        given = Given(input_ids, mask, None if logits is not None else own.get("position_ids"), held, logits)
-        return self._decode(cache, given, options, streamer, model_kwargs)
-
-    def _options(
-        self, ids: Tensor, cache: Any, processors: Any, criteria: Any, config: Any, own: dict[str, Any]
-    ) -> GenerateOptions | None:
-        """Options of our own loop for a call, or None where it lacks something."""
-        options = plain_options(processors, criteria, config, own)
-        if options is None:
-            return None
-        # An end that is no token of the vocabulary never comes; kernels and NumPy would take it for another's index.
-        (*_, vocabulary) = self._tilewright.engine.spec.outputs[0].type.shape
-        return replace(options, eos_ids=tuple(n for n in options.eos_ids if 0 <= n < int(vocabulary)))
-
-    def _decode(
-        self,
-        cache: EngineCache,
-        given: Given,
-        options: GenerateOptions,
-        streamer: Any,
-        model_kwargs: dict[str, Any],
-    ) -> Tensor:
-        """Continue what is given by our own loop. Returns i64[B, n], prompt included."""
-        return generate(
-            cache.engine,
-            self._state(cache, given.ids.shape[0], model_kwargs),
-            given.ids,
-            options,
-            attention_mask=given.mask,
-            position_ids=given.positions,
-            streamer=streamer,
-            held=given.held,
-            logits=given.logits,
-        )
-
-    def _own_arguments(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Those of generate()'s arguments for forward that our loop takes, by a decoder's names for them."""
-        return dict(model_kwargs)
-
-    def _first_logits(self, new_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor | None:
-        """Logits[B, 1, V] of what is new of a prompt, where our loop cannot run it itself; it has been run then. None
-        for texts."""
-        return None
-
-    def _state(self, cache: EngineCache, batch: int, model_kwargs: dict[str, Any]) -> RequestState:
-        """The request's state, ready for our loop."""
-        return cache.state_for(batch)
 
 
 class EncoderMixin(CompiledMixin):

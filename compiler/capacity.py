@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tilewright.errors import DeviceError
-from tilewright.ir.program import BufferKind, Program, concrete
+from tilewright.ir.program import STEPS, BufferKind, Program, concrete
 from tilewright.runtime.device import device_facts
 
 from .options import Options
@@ -38,14 +38,14 @@ class Needs:
             for _, b in p.of_kind(BufferKind.param)
             if b.name not in weights and b.type.dtype.torch not in own
         }
-        decode = [p.arena_bytes for p in programs if p.phase == "decode"]
+        steps = [p.arena_bytes for p in programs if p.phase in STEPS]
         once = [p for p in programs if p.phase == "per_request"]
         # Of rival programs one stays; measuring the others is given up where memory does not suffice.
-        rivals = [p.arena_bytes for p in programs if p.phase not in ("decode", "per_request")]
+        rivals = [p.arena_bytes for p in programs if p.phase in ("prefill", "forward")]
         return Needs(
             prepared=sum(prepared.values()),
             kv=programs[-1].state_bytes_per_row * options.max_batch + sum(map(_most_held, once)),
-            arena=max(decode, default=0) + sum(p.arena_bytes for p in once) + min(rivals, default=0),
+            arena=max(steps, default=0) + sum(p.arena_bytes for p in once) + min(rivals, default=0),
         )
 
     @property

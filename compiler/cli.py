@@ -21,7 +21,7 @@ from tilewright import pretrained
 from tilewright.errors import OptionError, TilewrightError, WeightsError
 from tilewright.ir.parser import parse_module
 from tilewright.ir.verify import verify_module
-from tilewright.options import cache_form, weights_form
+from tilewright.options import MOST_SPECULATIVE, cache_form, weights_form
 from tilewright.passes.base import PassOptions
 from tilewright.passes.pipeline import PIPELINE, find_passes, run_passes
 from tilewright.progress import Progress
@@ -125,6 +125,15 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it is, without chat template.")
     ] = False,
+    prompt_lookup: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=MOST_SPECULATIVE,
+            help="Guess so many tokens from the text so far and check them in one step; the answer is the same. Of one "
+            "prompt.",
+        ),
+    ] = 0,
     dtype: DtypeOption = Dtype.f32,
     weights: WeightsOption = None,
     kv_cache: CacheOption = None,
@@ -136,6 +145,8 @@ def generate(
     dump: DumpOption = None,
 ) -> None:
     """Answer one or more prompts; a single answer is streamed. Greedy unless a sampling option is given."""
+    if prompt_lookup and len(prompt) > 1:
+        raise OptionError("--prompt-lookup goes with one prompt; leave it out for several")
     source, tokenizer = _load_writer(model, dtype)
     fast = _compiled(
         source,
@@ -147,19 +158,25 @@ def generate(
         kv_cache=kv_cache,
         autotune=autotune,
         backend=backend,
+        speculative_tokens=prompt_lookup,
         dump=dump,
     )
     encode = pretrained.plain if raw else pretrained.chat
     inputs = {name: tensor.to(device) for name, tensor in encode(tokenizer, *prompt).items()}
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     options: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
+    options["do_sample"] = bool(options)
     torch.manual_seed(seed)
     streamer = None
     if len(prompt) == 1:
         streamer = TimedStreamer(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     start = time.perf_counter()
     tokens = fast.generate(
-        **inputs, **options, do_sample=bool(options), max_new_tokens=max_new_tokens, streamer=streamer
+        **inputs,
+        **options,
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        prompt_lookup_num_tokens=prompt_lookup or None,
     )
     seconds = time.perf_counter() - start
     if streamer is not None:

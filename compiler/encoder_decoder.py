@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tilewright.ir.errors import InputError
-from tilewright.runtime.engine import require_tensor
+from tilewright.runtime.checks import require_tensor
 from tilewright.runtime.kv_state import RequestState
 
-from .api_mixin import Compiled, DecoderMixin, attach
+from .api_mixin import Compiled, attach
 from .cache import EngineCache
 from .capture_seq2seq import ENCODER_MASK, ENCODER_STATES
+from .decoder_mixin import DecoderMixin
 
 # The decoder's arguments by the names that the whole model has for them.
 _DECODERS = {"decoder_attention_mask": "attention_mask", "decoder_position_ids": "position_ids"}

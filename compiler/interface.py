@@ -8,17 +8,23 @@ from dataclasses import dataclass
 import sympy
 from sympy import Expr
 
-from tilewright.ir.errors import CaptureError
+from tilewright.ir.errors import CaptureError, OptionError
 from tilewright.ir.index import sym
 from tilewright.ir.module import Function, Module, Op
+from tilewright.ir.recurrent import RECURRENT
 from tilewright.ir.types import Value, concrete
 
 
-def require_decoder(name: str, lowered: Module) -> None:
+def require_decoder(name: str, lowered: Module, guesses: bool) -> None:
     """Raise CaptureError unless the main function returns one value per token, [B, S, ...], as decoding needs.
 
-    A head that classifies sequences, or one with several outputs, has no last-token logits to go on from.
+    A head that classifies sequences, or one with several outputs, has no last-token logits to go on from. Raises
+    OptionError where steps are to check ``guesses`` and layers are recurrent: they cannot take a token back.
     """
+    if guesses and any(op.opcode in RECURRENT for f in lowered.functions for op in f.ops):
+        raise OptionError(
+            f"{name} has recurrent layers, which cannot take back a guessed token; leave out speculative_tokens"
+        )
     returns = lowered.main.returns
     if len(returns) == 1 and returns[0].type.rank >= 2 and returns[0].shape[1] == sym("S"):
         return

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tilewright.runtime.continuous import DEFAULT_PREFIX_BYTES, ContinuousBatch, Sequence
+from tilewright.runtime.continuous import DEFAULT_PREFIX_BYTES, ContinuousBatch
 from tilewright.runtime.sampling import GenerateOptions, own_generator
+from tilewright.runtime.sequence import Sequence
 
 from .cache import EngineCache
-from .generate_options import custom_options
 
 if TYPE_CHECKING:
-    from .api_mixin import Given
+    from .decoder_mixin import Given
 
 
 def can_join(model: Any) -> bool:
@@ -80,11 +80,13 @@ class _Joining:
             return None
         options: GenerateOptions | None = super()._options(ids, cache, processors, criteria, config, own)  # type: ignore[misc]
         if options is None:
-            longest = self._tilewright_batch.engine.spec.max_length
-            options = custom_options(processors, criteria, config, own, longest)
+            options = self._custom_options(processors, criteria, config, own)  # type: ignore[attr-defined]
         # A step has one table of rotary frequencies for all of its rows: the one of short sequences.
         short = self._tilewright.switch_length or math.inf
         return options if options is not None and options.max_length <= short else None
+
+    def _checks_guesses(self) -> bool:
+        return False  # a step of transformers' loop waits for its turn
 
     def _decode(
         self, cache: EngineCache, given: Given, options: GenerateOptions, streamer: Any, model_kwargs: Any

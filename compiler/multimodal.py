@@ -19,9 +19,10 @@ from transformers.cache_utils import Cache
 from tilewright.ir.errors import InputError
 from tilewright.passes.prompt_inputs import DEEP, REACH, VECTORS
 
-from .api_mixin import Compiled, DecoderMixin, Prompt, attach
+from .api_mixin import Compiled, attach
 from .cache import EngineCache, with_cache
 from .capture_multimodal import DEEP_PLACES, DEEP_VECTORS, causal_flags, text_decoder
+from .decoder_mixin import DecoderMixin, Prompt
 from .front import decoder_call, front_of, own_way_to
 from .generate_options import KNOWN_KWARGS
 from .unserved import EXTRA_OUTPUTS

@@ -27,6 +27,8 @@ DEFAULT_MAX_LENGTH = 2048
 CHUNK, LEAST_CHUNK = {"triton": 2048, "cpp": 512, "reference": 512}, 512
 """Longest piece of a prompt that one prefill runs, by backend, and what it is for the largest batches; multiples of
 every tile size. A GPU reads the weights once more for each piece, and is not filled by a short one."""
+MOST_SPECULATIVE = 7
+"""Tokens that one step can check beside its own: up to eight rows share each read of a weight at little cost."""
 MOST_TOKENS = 1 << 15
 """Tokens of a whole batch in one run, for which the arena has room, above which pieces get shorter."""
 
@@ -44,6 +46,7 @@ class Options:
     backend: str
     device: torch.device
     dump: Path | None
+    speculative_tokens: int = 0
 
     @property
     def max_batch(self) -> int:
@@ -53,7 +56,7 @@ class Options:
         """The options for a part of the model that is compiled by itself and keeps no KV state. Raises OptionError
         where its dump cannot be written."""
         dump = None if self.dump is None else _dump_folder(self.dump / name)
-        return replace(self, kv_cache="", dump=dump)
+        return replace(self, kv_cache="", dump=dump, speculative_tokens=0)
 
     @property
     def chunk(self) -> int:
@@ -71,6 +74,7 @@ def check_options(
     autotune: str,
     backend: str | None,
     dump: str | os.PathLike[str] | None,
+    speculative_tokens: int = 0,
 ) -> Options:
     """Raise OptionError or DeviceError, naming the remedy, for options that cannot work with ``model``."""
     if not isinstance(model, nn.Module):
@@ -86,6 +90,7 @@ def check_options(
         backend=_backend(backend, device),
         device=device,
         dump=_dump_folder(dump),
+        speculative_tokens=_speculative_tokens(speculative_tokens),
     )
 
 
@@ -141,6 +146,12 @@ def _batch_sizes(sizes: Any) -> tuple[int, ...]:
     if not sizes or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in sizes):
         raise OptionError("batch_sizes must be positive integers, for example batch_sizes=(1, 4)")
     return tuple(sorted(set(sizes)))
+
+
+def _speculative_tokens(wanted: Any) -> int:
+    if not isinstance(wanted, int) or isinstance(wanted, bool) or not 0 <= wanted <= MOST_SPECULATIVE:
+        raise OptionError(f"speculative_tokens must be a number from 0 to {MOST_SPECULATIVE}, got {wanted!r}")
+    return wanted
 
 
 def weights_form(wanted: str | None) -> str:

@@ -33,6 +33,8 @@ from .lower import lower
 from .options import Options
 from .report import PhaseReport
 
+VERIFY = "verify"
+"""The phase of steps that run several tokens of one sequence, of which all but the first are guesses."""
 PER_REQUEST = "per_request"
 """The phase of what a decoder computes of an encoder's states, once per request: keys and values of cross-attention."""
 
@@ -51,6 +53,12 @@ class Phase:
     passes: PassOptions
     ranges: Mapping[str, tuple[int, int]]
     together: tuple[Mapping[str, int], ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Tokens of all sequences in a step; 0 where that is known at run time only."""
+        fixed = dict(self.passes.fixed)
+        return fixed.get("B", 0) * fixed.get("S", 0)
 
     def plan(self, module: Module, capacity: int) -> Program:
         """The program of what the passes have made."""
@@ -93,10 +101,11 @@ class Parts:
 def phases_of(
     captured: CapturedFacts, lowered: Module, options: Options, states: tuple[int, int] = (1, 1)
 ) -> list[Phase]:
-    """The programs of a model: one decode program per batch size, what a request computes once, and prefill; or forward
-    alone. ``states``: how many states of an encoder a decoder can attend to.
+    """The programs of a model: one decode program per batch size, one that checks guesses where that is asked for, what
+    a request computes once, and prefill; or forward alone.
 
-    Prefill comes last, in the ways that may be measured.
+    ``states``: how many states of an encoder a decoder can attend to. Prefill comes last, in the ways that may be
+    measured.
     """
     spelled = PassOptions(spell_out_experts=SPELL_OUT_EXPERTS[options.backend])
     grouped = replace(
@@ -108,28 +117,29 @@ def phases_of(
     if captured.kind != "decoder":
         return [_forward(captured, lowered, options, grouped)]
     context = {"T": (1, options.max_length)}
+    steps = replace(
+        spelled,
+        last_tokens=True,
+        kv_cache=options.kv_cache,
+        splits=SPLITS[options.backend],
+        multiprocessors=gpu(options.device).multiprocessors if options.backend == "triton" else 0,
+    )
     once: list[Phase] = []
     if captured.per_request:
         context["E"] = states
         ranges = {"B": (1, options.max_batch), "E": states}
         once = [Phase(PER_REQUEST, PER_REQUEST, options.max_batch, grouped, ranges)]
-    decode = [
-        Phase(
-            f"decode_b{size}",
-            "decode",
-            size,
-            replace(
-                spelled,
-                fixed=(("B", size), ("S", 1), ("L", 1)),
-                last_tokens=True,
-                kv_cache=options.kv_cache,
-                splits=SPLITS[options.backend],
-                multiprocessors=gpu(options.device).multiprocessors if options.backend == "triton" else 0,
-            ),
-            context | {"S": (1, 1)},  # a context is at least as long as what is new of it
-        )
-        for size in options.batch_sizes
-    ]
+
+    def step(name: str, phase: str, batch: int, tokens: int) -> Phase:
+        fixed = (("B", batch), ("S", tokens), ("L", tokens))
+        # A context is at least as long as what is new of it.
+        ranges = context | {"S": (tokens, tokens), "T": (tokens, max(tokens, options.max_length))}
+        return Phase(name, phase, batch, replace(steps, fixed=fixed), ranges)
+
+    several = (
+        [step("verify", VERIFY, 1, options.speculative_tokens + 1)] if options.speculative_tokens else []
+    )
+    decode = [*(step(f"decode_b{n}", "decode", n, 1) for n in options.batch_sizes), *several]
     wide = context | {"B": (1, options.max_batch), "S": (1, options.chunk)}
     passes = replace(grouped, last_tokens=True, kv_cache=options.kv_cache)
     ours = Phase("prefill", "prefill", options.max_batch, passes, wide)
@@ -171,13 +181,15 @@ def _positions(module: Module) -> int:
     return max((int(min(s)) for s in shapes if all(d.is_Integer for d in s)), default=TOKENS_OF_FORWARD)
 
 
-def rounded_rows(backend: str, weights: str, batch: int) -> str:
-    """Which products of a decode step of ``batch`` sequences read rows that are rounded before, as ``PassOptions`` has
-    it. weights: as of ``compile``, and such that rows may be rounded."""
+def rounded_rows(backend: str, weights: str, rows: int) -> str:
+    """Which products of a step of ``rows`` tokens read rows that are rounded before, as ``PassOptions`` has it.
+
+    weights: as of ``compile``, and such that rows may be rounded.
+    """
     every, of_bytes = ROUNDED_ROWS[backend]
-    if 1 < batch <= every:
+    if 1 < rows <= every:
         return "all"
-    return "bytes" if weights == "int8" and 1 < batch <= of_bytes else ""
+    return "bytes" if weights == "int8" and 1 < rows <= of_bytes else ""
 
 
 def quantized_phases(phases: list[Phase], options: Options, keep_wide: tuple[str, ...]) -> list[Phase]:
@@ -185,9 +197,9 @@ def quantized_phases(phases: list[Phase], options: Options, keep_wide: tuple[str
     decode steps round their activations."""
 
     def quantized(phase: Phase) -> PassOptions:
-        group = ACTIVATION_GROUP[options.backend] if phase.phase == "decode" else 0
+        group = ACTIVATION_GROUP[options.backend] if phase.rows else 0
         rounds = bool(group) and FORMS[options.weights].matrix.rounds
-        rounded = rounded_rows(options.backend, options.weights, phase.batch) if rounds else ""
+        rounded = rounded_rows(options.backend, options.weights, phase.rows) if rounds else ""
         return replace(
             phase.passes,
             weights=options.weights,
@@ -233,8 +245,8 @@ def report_dims(program: Program, options: Options) -> dict[str, int]:
     """Sizes that the report counts for: a decode step at a context of 512, one chunk of a prompt, or all of it."""
     highs = {name: high for name, _, high in program.symbols}
     context = min(512, options.max_length)
-    if program.phase == "decode":
-        sizes = {"B": program.batch, "S": 1, "L": 1, "T": context}
+    if tokens := program.step_tokens:
+        sizes = {"B": program.batch, "S": tokens, "L": tokens, "T": context}
         return sizes | {"E": min(context, highs["E"])} if "E" in highs else sizes
     sizes = {"B": 1, "I": 1, "S": context, "T": context, "L": 1, "E": context}
     return {name: min(size, highs[name]) for name, size in sizes.items() if name in highs}

@@ -33,8 +33,8 @@ class Trial:
     def of(program: Program, spec: EngineSpec) -> Trial:
         """A request for a program of any phase: where it has no KV state, one sequence of up to ``TOKENS``, or the
         least of every other dim."""
-        if program.phase == "decode":
-            return Trial.decode(spec, program.batch)
+        if tokens := program.step_tokens:
+            return Trial.step(spec, program.batch, tokens)
         if program.phase == "prefill":
             return Trial.prefill(spec)
         if program.phase == "per_request":
@@ -44,13 +44,14 @@ class Trial:
         return Trial.forward(spec, sizes)
 
     @staticmethod
-    def decode(spec: EngineSpec, rows: int) -> Trial:
-        """A step of ``rows`` sequences at a context of up to ``CONTEXT``.
+    def step(spec: EngineSpec, rows: int, tokens: int = 1) -> Trial:
+        """A step of so many ``tokens`` of ``rows`` sequences at a context of up to ``CONTEXT``.
 
         Weights that do not fit the caches come from memory, as in use: a step reads each of them once.
         """
         context = min(CONTEXT[spec.device.type], spec.max_length)
-        return Trial._of(spec, {"B": rows, "S": 1, "T": context, "L": 1}, rows)
+        dims = {"B": rows, "S": tokens, "T": max(tokens, context), "L": tokens}
+        return Trial._of(spec, dims, rows)
 
     @staticmethod
     def prefill(spec: EngineSpec) -> Trial:

@@ -52,7 +52,7 @@ def choose(
 
     build: makes an executor of the program for each number of residents.
     """
-    executors, trial = build(RESIDENTS), Trial.decode(spec, program.batch)
+    executors, trial = build(RESIDENTS), Trial.step(spec, program.batch)
     for executor in executors:
         _run(executor, trial)  # compiles, loads and records
     seconds = time_in_turns([partial(_run, e, trial) for e in executors], _ROUNDS)

@@ -69,7 +69,7 @@ def pick(seconds: Sequence[float]) -> int:
 
 def _measure(executor: NativeExecutor, spec: EngineSpec, tried: Sequence[Tuning]) -> list[float]:
     """Seconds of a few decode steps under each tuning, the best of several rounds taken in turns."""
-    trial = Trial.decode(spec, executor.batch)
+    trial = Trial.step(spec, executor.batch)
 
     def under(tuning: Tuning) -> Callable[[], None]:
         def run() -> None:

@@ -96,9 +96,14 @@ class Call:
     scope: str = ""
 
 
+STEPS = ("decode", "verify")
+"""Phases of which a run takes a fixed number of tokens of a fixed number of sequences: one of each, or several of one
+sequence, of which all but the first are guesses."""
+
+
 @dataclass(frozen=True)
 class Program:
-    """A phase ("decode", "prefill" or "forward") for batches up to ``batch`` rows.
+    """A phase ("decode", "verify", "prefill", "per_request" or "forward") for batches up to ``batch`` rows.
 
     symbols: name -> inclusive range of each dim that is known at run time only. capacity: the largest T, at which
     KV states and masks are laid out. arena_bytes: size of the arena; nothing else is allocated while running. together:
@@ -120,6 +125,14 @@ class Program:
     def largest(self) -> tuple[Sizes, ...]:
         """Sizes of all dims, in each of which a dim can be no larger without another being smaller."""
         return largest_sizes(self.symbols, self.together)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of each sequence that a step takes, of all of which it gives logits; 0 for other phases."""
+        if self.phase not in STEPS:
+            return 0
+        ((_, logits), *_) = self.of_kind(BufferKind.output)
+        return int(logits.type.shape[1])
 
     def of_kind(self, kind: BufferKind) -> tuple[tuple[int, Buffer], ...]:
         """(number, buffer) of every buffer of a kind, in order."""

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from tilewright.ir.program import InputError
 
+from .checks import check_bounds, check_integers, require_mask, require_tensor
 from .device import is_out_of_memory
 from .executor import Compiling, DeviceStepping, EngineSpec, Executor, TensorSpec
 from .greedy import GreedyKernels
-from .host import aligned, clone
+from .host import aligned, clone, write
 from .idle_states import IdleStates
 from .kv_state import RequestState
 from .prompts import completed, pieces
@@ -29,6 +30,7 @@ class Engine:
     ``decode`` holds one executor per batch bucket (S = 1); ``prefill`` takes any B and S, and is the only program of
     an encoder or a plain module. ``per_request`` is that of a decoder that attends to an encoder. ``embed`` makes
     vectors f[B, S, d] of token ids, where the prefill program takes those. ``greedy`` chooses tokens on the device.
+    ``verify`` runs ``1 + spec.speculative_tokens`` tokens of one sequence, where there is such a program.
     ``turns`` is what a step waits for and holds while it runs; by default nothing.
     """
 
@@ -42,8 +44,10 @@ class Engine:
         per_request: Executor | None = None,
         embed: Callable[[Tensor], Tensor] | None = None,
         greedy: GreedyKernels | None = None,
+        verify: Executor | None = None,
     ) -> None:
         self.spec = spec
+        self.verify_executor = verify
         self.greedy = greedy
         self.embed = embed
         self.prefill_executor = prefill
@@ -100,6 +104,7 @@ class Engine:
             *self.decode_executors.values(),
             self.prefill_executor,
             self.per_request_executor,
+            self.verify_executor,
             self.greedy,
         )
         return sum(each.compiled for each in own if isinstance(each, Compiling))
@@ -206,6 +211,8 @@ class Engine:
             self._write_mask(state, attention_mask, state.length + ids.shape[1])
             positions = self._positions(state, ids) if position_ids is None else position_ids
             keep = ids.shape[1] if keep == 0 else min(keep, ids.shape[1])
+            if 1 < ids.shape[1] <= self.room_for_guesses(state) + 1 and not given and positions.ndim == 2:
+                return self.verify(state, ids[0].tolist(), positions)[:, -keep:].clone()
             if ids.shape[1] > 1 or given or positions.ndim > 2:
                 return (yield from self._prefill(state, ids, positions, keep, given))
             state.ids[: state.batch] = ids
@@ -224,6 +231,35 @@ class Engine:
         dims["T"] = state.length + 1
         self.decode_executors[state.rows].run(state.step_inputs, dims, state, state.step_outputs)
         state.length += 1
+
+    def room_for_guesses(self, state: RequestState) -> int:
+        """How many guessed tokens :meth:`verify` can take for a request beside its next one; 0 where it cannot run."""
+        guesses = self.spec.speculative_tokens
+        fits = state.batch == 1 and state.length + 1 + guesses <= self.spec.max_length
+        return guesses if self.verify_executor is not None and fits else 0
+
+    def verify(self, state: RequestState, tokens: Sequence[int], positions: Tensor | None = None) -> Tensor:
+        """Append tokens, up to one more than :meth:`room_for_guesses`, to a request of one sequence, without checks or
+        allocation. positions: i64[1, n], by default those that come next.
+
+        Returns logits[1, n, V] of each, in memory that the next such step writes anew. Those after a wrong guess are to
+        be taken back, by ``RequestState.take_back``.
+        """
+        assert self.verify_executor is not None
+        window, count, size = state.window, len(tokens), self.spec.speculative_tokens + 1
+        write(window.tokens[:count], tokens)
+        if positions is None:
+            window.positions[:count] = state.positions[0] + window.count[:count]
+        else:
+            window.positions[:count] = positions[0]
+        # What is behind the tokens is computed and never read. Positions no further than theirs, by which rotary
+        # frequencies may be chosen.
+        window.positions[count:] = window.positions[count - 1]
+        dims = {**state.step_dims, "B": 1, "S": size, "T": state.length + size, "L": size}
+        self.verify_executor.run(window.inputs, dims, state, window.outputs)
+        state.length += count
+        state.positions[:1] = window.positions[count - 1]
+        return window.logits[:, :count]
 
     def device_step(self, state: RequestState) -> Callable[[], None] | None:
         """The launches of a decode step without the host's part, to be recorded; see ``DeviceStepping``."""
@@ -360,7 +396,7 @@ class Engine:
                 f"position {high if low >= 0 else low} is outside of 0 to max_length - 1 = {self.spec.max_length - 1}"
             )
         if (spec := self.spec.input("position_ids")) is not None:
-            _check_bounds(spec, positions)
+            check_bounds(spec, positions)
         return positions.to(self.spec.device, torch.int64).expand(*expected)
 
     # Encoders and plain modules
@@ -428,52 +464,6 @@ class Engine:
             self.check_prompt(value)
         if spec.dtype == torch.bool and value.dtype != torch.bool:
             value = value != 0
-        _check_integers(spec, value)
-        _check_bounds(spec, value)
+        check_integers(spec, value)
+        check_bounds(spec, value)
         return aligned(value.to(self.spec.device, spec.dtype))
-
-
-def require_tensor(name: str, value: object) -> None:
-    """Raise InputError for anything but a tensor."""
-    if not isinstance(value, Tensor):
-        raise InputError(f"{name} must be a tensor, got {type(value).__name__}")
-
-
-def require_mask(name: str, value: object) -> None:
-    """Raise InputError for anything but a tensor of zeros and ones, or of truth values."""
-    require_tensor(name, value)
-    assert isinstance(value, Tensor)
-    remedy = f"pass {name} as 1 or True for what counts and 0 or False for what does not"
-    if value.is_floating_point() or value.is_complex():
-        raise InputError(f"{name} must be of an integer or bool dtype, got {value.dtype}; {remedy}")
-    if value.dtype == torch.bool or value.numel() == 0:
-        return
-    low, high = (int(v) for v in torch.aminmax(value.to(torch.int64)))
-    if low < 0 or high > 1:
-        raise InputError(f"{name} holds {low if low < 0 else high}; {remedy}")
-
-
-def _check_integers(spec: TensorSpec, value: Tensor) -> None:
-    """Raise InputError when an integer of ``value`` does not fit the input's dtype."""
-    if value.dtype in (spec.dtype, torch.bool) or spec.dtype.is_floating_point:
-        return
-    limits = torch.iinfo(spec.dtype)
-    low, high = (int(v) for v in torch.aminmax(value.to(torch.int64)))
-    # What is beyond int64 became negative on the way.
-    beyond = value.dtype == torch.uint64 and low < 0
-    if beyond or low < limits.min or high > limits.max:
-        worst = "a value beyond int64" if beyond else low if low < limits.min else high
-        raise InputError(f"{spec.name} holds {worst}, which does not fit its dtype {spec.dtype}")
-
-
-def _check_bounds(spec: TensorSpec, value: Tensor) -> None:
-    """Raise InputError when an index is outside of the table that it picks rows of."""
-    if spec.bounds is None:
-        return
-    low, high = (int(v) for v in torch.aminmax(value))
-    least, most = spec.bounds
-    if low < least or high > most:
-        raise InputError(
-            f"{spec.name} holds {low if low < least else high}, but it indexes a table of {most + 1} entries: values "
-            f"from {least} to {most}"
-        )

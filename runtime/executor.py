@@ -26,7 +26,7 @@ class Executor(Protocol):
 
     @property
     def phase(self) -> str:
-        """``decode``, ``prefill``, ``per_request`` or ``forward``."""
+        """``decode``, ``verify``, ``prefill``, ``per_request`` or ``forward``."""
         ...
 
     @property
@@ -172,6 +172,7 @@ class EngineSpec:
     positions: how position ids default, counted from the past length or over the attended keys of the mask (as OPT
     does). slots, recurrent: what a request keeps between calls.
     per_request: what its steps read unchanged, of a decoder that attends to an encoder.
+    speculative_tokens: guesses that a step of one sequence can check beside a token of its own.
     """
 
     kind: Kind
@@ -187,6 +188,7 @@ class EngineSpec:
     chunk: int = 512
     positions: Literal["past", "mask"] = "past"
     per_request: PerRequest | None = None
+    speculative_tokens: int = 0
 
     @staticmethod
     def of(
@@ -198,6 +200,7 @@ class EngineSpec:
         positions: Literal["past", "mask"] = "past",
         bounds: Mapping[str, tuple[int, int]] | None = None,
         per_request: PerRequest | None = None,
+        speculative_tokens: int = 0,
     ) -> EngineSpec:
         """The spec that a model's prefill or forward program implies; ``bounds`` are those of its inputs by name."""
 
@@ -227,6 +230,7 @@ class EngineSpec:
             chunk=chunk,
             positions=positions,
             per_request=per_request,
+            speculative_tokens=speculative_tokens,
         )
 
     @property

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tilewright.ir.program import InputError
 
+from .checks import require_tensor
 from .cuda_graph import Recorder, record
 from .device_steps import DeviceSteps
-from .engine import Engine, require_tensor
+from .engine import Engine
 from .host import copy
 from .host_steps import HostSteps
 from .kv_state import RequestState

@@ -18,8 +18,24 @@ from tilewright.ir.program import InputError
 
 from .executor import EngineSpec
 from .held_inputs import HeldInputs
-from .host import stream_number
+from .host import quick, stream_number
 from .recurrent_state import RecurrentState
+
+
+class Window:
+    """The tensors that a step of several tokens of one sequence reads and writes: ``tokens`` and ``positions`` i64[n],
+    ``logits`` [1, n, V]. ``count`` is 1 to n."""
+
+    def __init__(self, state: RequestState) -> None:
+        spec, size = state.spec, state.spec.speculative_tokens + 1
+        with torch.inference_mode(False):
+            ids = torch.zeros(1, size, dtype=torch.int64, device=spec.device)
+            positions, self.count = torch.zeros_like(ids), torch.arange(1, size + 1, device=spec.device)
+            self.logits = spec.outputs[0].empty({"B": 1, "S": size, "L": size}, spec.device)
+        self.tokens, self.positions = quick(ids[0]), positions[0]
+        held = {name: tensor[:1] for name, tensor in state.held.tensors.items()}
+        self.inputs = {**state.step_inputs, **held, "input_ids": ids, "position_ids": positions}
+        self.outputs = dict.fromkeys(state.step_outputs, self.logits)
 
 
 class RequestState:
@@ -96,6 +112,14 @@ class RequestState:
         }
         self.step_outputs = {output.name: self.logits for output in self.spec.outputs[:1]}
         self.step_dims = {"B": self.rows, "S": 1, "T": 1, "L": 1, **self.held.dims}
+
+    @property
+    def window(self) -> Window:
+        """What a step of several tokens reads and writes, made when there is the first one."""
+        if Window not in self.scratch:
+            self.scratch[Window] = Window(self)
+        found: Window = self.scratch[Window]
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RequestState:
         """An independent request that goes on from the same past; executors bind it anew."""
@@ -193,6 +217,11 @@ class RequestState:
         self.length = length
         if not length:
             self.shift.zero_()
+
+    def take_back(self, count: int) -> None:
+        """Forget the last ``count`` tokens of a step of several, and go on at the position after those that stay."""
+        self.crop(self.length - count)
+        self.positions -= count
 
     def _filled(self, name: str) -> Tensor:
         """What of a buffer belongs to the sequences: of keys and values the positions that are filled."""

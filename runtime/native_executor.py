@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tilewright.ir.program import BufferKind, KernelBuildError, Program, Step
+from tilewright.ir.program import STEPS, BufferKind, KernelBuildError, Program, Step
 
 from .kv_state import RequestState
 from .memory import Memory
@@ -66,7 +66,7 @@ class NativeExecutor:
         self._ranges = _ranges(program)
         # Where PyTorch computes in between, a convolution or the choice of a token, its threads go on spinning. Else
         # the library's own are better: on a busy machine they make way for others while they wait.
-        self._takes_turns = program.phase == "decode" or len(self._ranges) > 1
+        self._takes_turns = program.phase in STEPS or len(self._ranges) > 1
         self._symbols = tuple(name for name, _, _ in program.symbols)
         self._varying = tuple(
             (n, b) for n, b in enumerate(program.buffers) if b.kind in (BufferKind.input, BufferKind.output)

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from tilewright.api_mixin import Compiled, DecoderMixin, EncoderMixin, attach
+from tilewright.api_mixin import Compiled, EncoderMixin, attach
 from tilewright.cache import with_cache
+from tilewright.decoder_mixin import DecoderMixin
 from tilewright.ir.types import tensor_type
 from tilewright.report import Report
 from tilewright.runtime.engine import Engine

@@ -219,7 +219,7 @@ def test_own_loop_is_taken_only_for_what_it_can_do(
     llama: tuple[PreTrainedModel, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    import tilewright.api_mixin as mixin
+    import tilewright.decoder_mixin as mixin
 
     own = mixin.generate
     monkeypatch.setattr(mixin, "generate", lambda *a, **k: calls.append(a[3]) or own(*a, **k))

@@ -10,7 +10,7 @@ import torch
 
 import tilewright as tw
 from tests.compiler.models import tiny
-from tilewright import api, capacity
+from tilewright import capacity, compilation
 from tilewright.errors import DeviceError
 from tilewright.options import check_options
 from tilewright.runtime import cuda_graph, device
@@ -24,7 +24,7 @@ GIVEN = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 
 @pytest.fixture(autouse=True)
 def _folder(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "is_busy", lambda: False)
+    monkeypatch.setattr(compilation, "is_busy", lambda: False)
 
 
 def test_nothing_is_known_of_a_cpu() -> None:
@@ -91,7 +91,7 @@ def test_too_little_memory_shows_before_anything_is_built(monkeypatch: pytest.Mo
         raise AssertionError("weights were bound")
 
     monkeypatch.setattr(capacity, "device_facts", facts(1))
-    monkeypatch.setattr(api, "bind_weights", never)
+    monkeypatch.setattr(compilation, "bind_weights", never)
     with pytest.raises(DeviceError, match="Small GPU"):
         tw.compile(tiny("llama"), max_length=32, backend="cpp")
 
@@ -164,7 +164,7 @@ def test_tuning_that_runs_out_of_memory_is_given_up(monkeypatch: pytest.MonkeyPa
         raise FULL
 
     monkeypatch.setattr(KernelTuner, "choose", full)
-    monkeypatch.setattr(api, "measure", full)
+    monkeypatch.setattr(compilation, "measure", full)
     model = tiny("llama")
     with pytest.warns(UserWarning, match="tiles of decode_b1 not measured, out of memory"):
         fast = tw.compile(model, max_length=32, backend="cpp", autotune="full")
@@ -180,7 +180,7 @@ def test_other_errors_of_tuning_are_errors(monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(api, "measure", broken)
+    monkeypatch.setattr(compilation, "measure", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         tw.compile(tiny("llama"), max_length=32, backend="cpp", autotune="full")
 

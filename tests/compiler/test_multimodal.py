@@ -17,7 +17,7 @@ from torch import Tensor
 
 import tilewright as tw
 from tests.closeness import assert_no_further
-from tilewright import api_mixin, multimodal, phases
+from tilewright import decoder_mixin, multimodal, phases
 from tilewright.cache import EngineCache, cache_of, with_cache
 from tilewright.errors import InputError
 from tilewright.multimodal import plain_positions, reach_of
@@ -75,13 +75,13 @@ def test_generate_is_that_of_hugging_face(name: str, how: dict[str, Any]) -> Non
 def test_our_own_loop_decodes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the prompt nothing is known of images, so no step has to go through Transformers' loop."""
     lengths: list[int] = []
-    loop = api_mixin.generate
+    loop = decoder_mixin.generate
 
     def noted(*args: Any, **kwargs: Any) -> Tensor:
         lengths.append(kwargs["logits"].shape[1])
         return loop(*args, **kwargs)
 
-    monkeypatch.setattr(api_mixin, "generate", noted)
+    monkeypatch.setattr(decoder_mixin, "generate", noted)
     compiled(name).generate(**prompts(name), **GREEDY)
     assert lengths == [1]
 
@@ -239,13 +239,13 @@ def test_logits_at_the_end_of_a_padded_batch(name: str, monkeypatch: pytest.Monk
     """Steps that are numbered wrongly change logits before they change tokens."""
     model, fast, given = model_of(name), compiled(name), prompts(name)
     states: list[RequestState] = []
-    loop = api_mixin.generate
+    loop = decoder_mixin.generate
 
     def noted(*args: Any, **kwargs: Any) -> Tensor:
         states.append(args[1])
         return loop(*args, **kwargs)
 
-    monkeypatch.setattr(api_mixin, "generate", noted)
+    monkeypatch.setattr(decoder_mixin, "generate", noted)
     fast.generate(**given, **GREEDY)
     expected = model.generate(**given, **GREEDY, return_dict_in_generate=True, output_logits=True)
     torch.testing.assert_close(states[0].logits[:2, 0], expected.logits[-1], atol=1e-5, rtol=1e-4)

@@ -11,8 +11,9 @@ import torch
 import tilewright as tw
 from benchmarks.memory import our_peak
 from tests.compiler.models import tiny
-from tilewright import api, backends, capture
+from tilewright import backends, capture, compilation
 from tilewright.backends import Built, build
+from tilewright.options import check_options
 from tilewright.reference_executor import ReferenceExecutor
 from tilewright.runtime import kernels
 from tilewright.runtime.kernel_modules import Launchers
@@ -102,9 +103,9 @@ def test_kernels_that_compile_late_are_launched_during_compilation(
         return Built(tuple(_Lazy(e.program, e.weights) for e in executors), {})  # type: ignore[attr-defined]
 
     model = tiny("llama")
-    options = api.check_options(model, (1, 2), 32, None, None, "off", "reference", None)
-    monkeypatch.setattr(api, "build", lazily)
-    monkeypatch.setattr(api, "measures", lambda _: measures)
+    options = check_options(model, (1, 2), 32, None, None, "off", "reference", None)
+    monkeypatch.setattr(compilation, "build", lazily)
+    monkeypatch.setattr(compilation, "measures", lambda _: measures)
     fast = tw.compile(model, batch_sizes=(1, 2), max_length=32, backend="reference", autotune="off")
     assert fast.report().compiled_while_running == 0
     fast.generate(torch.ones(2, 5, dtype=torch.int64), max_new_tokens=3, pad_token_id=0)

@@ -15,7 +15,7 @@ from torch import Tensor
 import tilewright as tw
 from tests.compiler.hf_engine import eager_decoder
 from tests.compiler.models import tiny
-from tilewright import api, choices, options
+from tilewright import choices, compilation, options
 from tilewright.choices import choice_key, remember, remembered
 from tilewright.ir.module import Function, Module
 from tilewright.runtime.kv_state import RequestState
@@ -104,7 +104,7 @@ def test_keys_name_the_processor_and_the_printers(monkeypatch: pytest.MonkeyPatc
 def test_the_prefill_of_the_vendor_runs_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of several chunks through PyTorch's products, then decode steps: as the model itself."""
     monkeypatch.setitem(options.CHUNK, "cpp", 8)
-    monkeypatch.setattr(api, "measure", lambda executors, spec: [2.0, 1.0])
+    monkeypatch.setattr(compilation, "measure", lambda executors, spec: [2.0, 1.0])
     model = tiny("llama")
     fast = tw.compile(model, batch_sizes=(2,), max_length=64, backend="cpp")
     assert [p.name for p in fast.report().phases] == ["decode_b2", "prefill_vendor"]

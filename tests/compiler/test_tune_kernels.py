@@ -13,7 +13,7 @@ import torch
 
 import tilewright as tw
 from tests.compiler.models import tiny
-from tilewright import api
+from tilewright import compilation
 from tilewright.backends import build, candidates, no_candidates
 from tilewright.ir.program import Program
 from tilewright.options import check_options
@@ -27,7 +27,7 @@ from tilewright.tune_kernels import KernelTuner, changes_of
 
 @pytest.fixture(autouse=True)
 def folder(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(api, "is_busy", lambda: False)
+    monkeypatch.setattr(compilation, "is_busy", lambda: False)
     return fresh_cache
 
 
@@ -64,7 +64,7 @@ def test_each_kernel_takes_its_own_best(compiled: Any, model: Any) -> None:
     default = _Pretender(tuner.program, {})
     other = _Pretender(tuner.program, {first: 0.5, second: 0.99, third: math.inf})
     same = [default] * (len(tuner.variants) - 2)
-    trial = Trial.decode(compiled._tilewright.engine.spec, 1)
+    trial = Trial.step(compiled._tilewright.engine.spec, 1)
     choices = tuner.choose([default, other, *same], trial)  # type: ignore[list-item]
     assert changes_of(choices) == {first: tuner.ways[first][1]}
     assert "2.00x its default" in str(choices[0])
@@ -104,7 +104,7 @@ def test_records_hold_every_field_of_a_tile(compiled: Any, model: Any) -> None:
     first = next(iter(tuner(132).ways))
     times: list[dict[str, float]] = [{}, {}, {first: 0.5}]
     executors = [_Pretender(plain.program, seconds) for seconds in times]
-    tuner(132).choose(executors, Trial.decode(compiled._tilewright.engine.spec, 1))  # type: ignore[arg-type]
+    tuner(132).choose(executors, Trial.step(compiled._tilewright.engine.spec, 1))  # type: ignore[arg-type]
     assert changes_of(tuner(132).recall()) == {first: {"descriptors": 1, "persistent": 132, "group": 8}}
     assert tuner(264).recall() == ()
 
@@ -120,7 +120,7 @@ def test_kernels_without_a_choice_are_not_tuned(compiled: Any, model: Any) -> No
 def test_steps_are_timed_and_compute_what_a_run_computes(compiled: Any) -> None:
     engine = compiled._tilewright.engine
     executor = engine.decode_executors[1]
-    for_run, for_steps = Trial.decode(engine.spec, 1), Trial.decode(engine.spec, 1)
+    for_run, for_steps = Trial.step(engine.spec, 1), Trial.step(engine.spec, 1)
     executor.run(for_run.inputs, for_run.dims, for_run.state, for_run.outputs)
     seconds = executor.step_seconds(for_steps.inputs, for_steps.dims, for_steps.state, for_steps.outputs)
     assert len(seconds) == sum(1 for _ in executor.program.trace())
@@ -171,7 +171,7 @@ def test_full_measures_and_cached_remembers(model: Any, monkeypatch: pytest.Monk
 
 
 def test_a_busy_machine_measures_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "is_busy", lambda: True)
+    monkeypatch.setattr(compilation, "is_busy", lambda: True)
     monkeypatch.setattr(KernelTuner, "choose", lambda *_: pytest.fail("measured on a busy machine"))
     fast = tw.compile(model, backend="cpp", max_length=64, autotune="full")
     assert any("tiles of kernels not measured" in note for note in fast.report().notes)

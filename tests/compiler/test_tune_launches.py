@@ -11,7 +11,7 @@ import pytest
 
 from tests.codegen.triton_programs import plan
 from tests.compiler.models import tiny
-from tilewright import api
+from tilewright import compilation
 from tilewright.backends import Built, build
 from tilewright.options import Options, check_options
 from tilewright.runtime.executor import EngineSpec
@@ -77,10 +77,10 @@ def test_compile_builds_with_what_was_chosen(model: Any, monkeypatch: pytest.Mon
         given.append(list(residents))
         return build(programs, weights, options, tunables)
 
-    monkeypatch.setattr(api, "build", noted)
-    monkeypatch.setattr(api, "has_persistent_kernels", lambda options: True)
+    monkeypatch.setattr(compilation, "build", noted)
+    monkeypatch.setattr(compilation, "has_persistent_kernels", lambda options: True)
     monkeypatch.setattr(
-        api, "choose_launches", lambda *a: (2 if a[0].batch == 4 else 0, f"{a[0].name} tuned")
+        compilation, "choose_launches", lambda *a: (2 if a[0].batch == 4 else 0, f"{a[0].name} tuned")
     )
     import tilewright as tw
 

@@ -9,7 +9,7 @@ import torch
 
 import tilewright as tw
 from tests.compiler.models import tiny
-from tilewright import api, tune_native
+from tilewright import compilation, tune_native
 from tilewright.runtime.native import Tuning
 from tilewright.runtime.native_executor import NativeExecutor
 from tilewright.tune_native import candidates, pick
@@ -19,7 +19,7 @@ from tilewright.tune_native import candidates, pick
 def folder(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Kernels are tuned after steps only where a test says so: that is a library for each way to print them."""
     monkeypatch.setattr(tune_native, "is_busy", lambda: False)
-    monkeypatch.setattr(api, "is_busy", lambda: True)
+    monkeypatch.setattr(compilation, "is_busy", lambda: True)
     return fresh_cache
 
 
@@ -75,7 +75,7 @@ def test_a_busy_machine_records_nothing(folder: Path, monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("few_candidates")
 def test_measuring_leaves_the_tuning_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real steps, for a batch of two, and real kernels."""
-    monkeypatch.setattr(api, "is_busy", lambda: False)
+    monkeypatch.setattr(compilation, "is_busy", lambda: False)
     fast = tw.compile(tiny("opt"), backend="cpp", max_length=64, batch_sizes=(2,), autotune="off")
     (executor,) = decode_executors(fast)
     before = executor.tuning

@@ -114,6 +114,6 @@ def test_steps_are_timed_on_the_device(pair: tuple[Any, Any]) -> None:
     _, fast = pair
     engine = fast._tilewright.engine
     executor = engine.decode_executors[3]
-    trial = Trial.decode(engine.spec, 3)
+    trial = Trial.step(engine.spec, 3)
     seconds = executor.step_seconds(trial.inputs, trial.dims, trial.state, trial.outputs)
     assert all(0 < s < 1 for s in seconds)

@@ -57,8 +57,10 @@ class ToyExecutor:
                 outputs["logits"][row, n] = scores(seen[0].long(), seen[1], mask[row, :end])
 
 
-def toy_engine(batch_sizes: tuple[int, ...] = (1, 4), max_length: int = 32, chunk: int = 5) -> Engine:
-    """An engine of toy executors; greedy ties are impossible but for chance."""
+def toy_engine(
+    batch_sizes: tuple[int, ...] = (1, 4), max_length: int = 32, chunk: int = 5, guesses: int = 0
+) -> Engine:
+    """An engine of toy executors; greedy ties are impossible but for chance. guesses: that its steps can check."""
     spec = EngineSpec(
         kind="decoder",
         device=torch.device("cpu"),
@@ -72,5 +74,8 @@ def toy_engine(batch_sizes: tuple[int, ...] = (1, 4), max_length: int = 32, chun
         vocab_size=VOCAB,
         max_length=max_length,
         chunk=chunk,
+        speculative_tokens=guesses,
     )
-    return Engine([ToyExecutor("decode", b) for b in batch_sizes], ToyExecutor("prefill", 0), spec)
+    verify = ToyExecutor("verify", 1) if guesses else None
+    decode = [ToyExecutor("decode", b) for b in batch_sizes]
+    return Engine(decode, ToyExecutor("prefill", 0), spec, verify=verify)
