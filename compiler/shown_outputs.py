@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
 from .capture import Captured
+from .writes import is_write
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def split_outputs(captured: Captured) -> tuple[Captured, ShownOutputs]:
     """A captured module with the roots as its outputs; buffers that it updates become inputs of their own."""
     main = captured.main
     assert isinstance(main.exported, ExportedProgram)
-    exported = main.exported if is_functional(main.exported.graph) else main.exported.run_decompositions({})
+    writes = any(is_write(node) for node in main.exported.graph.nodes)
+    exported = main.exported.run_decompositions({}) if writes else main.exported
     graph, signature = exported.graph, exported.graph_signature
     placeholders = {n.name: n for n in graph.find_nodes(op="placeholder")}
     logical = {**main.tensors, **dict(main.inputs)}
@@ -84,13 +86,6 @@ def split_outputs(captured: Captured) -> tuple[Captured, ShownOutputs]:
         ),
     )
     return replace(captured, main=split, outputs=tuple(f"output{n}" for n in range(len(roots)))), outputs
-
-
-def is_functional(graph: fx.Graph) -> bool:
-    """True when no op writes in place."""
-    targets = (node.target for node in graph.nodes if node.op == "call_function")
-    schemas = (t._schema for t in targets if isinstance(t, torch._ops.OpOverload))
-    return not any(s.is_mutable and s.name != "aten::detach_" for s in schemas)
 
 
 def is_tensor(node: fx.Node) -> bool:

@@ -23,11 +23,11 @@ from tilewright.runtime.kv_state import RequestState
 
 from .choices import choice_key, remember, remembered
 from .options import Options
-from .trials import Trial
+from .trials import Trial, pick
 
 _ROUNDS = 3
 _CLEARLY = 0.97
-"""A candidate has to take less than this share of the default's time: what is closer is noise."""
+"""The share of the default's time that ``trials.pick`` asks for."""
 
 Candidates = Callable[[Op, Program], tuple[Changes, ...]]
 """Ways to print a kernel, the default first; one way where there is no choice."""
@@ -106,8 +106,7 @@ class KernelTuner:
         chosen = []
         for name, ways in self.ways.items():
             seconds = [times[n][name] for n in range(len(ways))]
-            best = min(range(len(ways)), key=seconds.__getitem__)
-            best = best if 0 < seconds[best] < _CLEARLY * seconds[0] else 0
+            best = pick(seconds, _CLEARLY)
             remember(self._key(name), best, [s for s in seconds if math.isfinite(s)])
             if best:
                 chosen.append(self._choice(name, best, f"{seconds[0] / seconds[best]:.2f}x its default"))

@@ -18,14 +18,14 @@ from tilewright.runtime.executor import EngineSpec, Executor
 
 from .choices import choice_key, remember, remembered
 from .options import Options
-from .trials import Trial, time_in_turns, wait
+from .trials import Trial, pick, time_in_turns, wait
 
 RESIDENTS = (0, 1, 2, 4)
 """Programs of a persistent kernel on each multiprocessor; 0: one launch per kernel, the default."""
 _ROUNDS = 3
 _STEPS = 20
 _CLEARLY = 0.97
-"""A candidate has to take less than this share of the default's time: what is closer is noise."""
+"""The share of the default's time that ``trials.pick`` asks for."""
 
 
 class Refusing(Protocol):
@@ -59,8 +59,7 @@ def choose(
     # Where a persistent kernel does not run, its executor has gone on without.
     whole = [not cast("Refusing", e).refused for e in executors]
     seconds = [s if ran else math.inf for s, ran in zip(seconds, whole, strict=True)]
-    best = min(range(len(seconds)), key=seconds.__getitem__)
-    best = best if seconds[best] < _CLEARLY * seconds[0] else 0
+    best = pick(seconds, _CLEARLY)
     remember(_key(program, tunables, options), best, [s for s in seconds if math.isfinite(s)])
     found = ", ".join(
         f"{f'{n} per multiprocessor' if n else 'one launch per kernel'} {1e6 * s / _STEPS:.0f} us"

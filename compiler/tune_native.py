@@ -19,14 +19,14 @@ from tilewright.runtime.native import Tuning
 from tilewright.runtime.native_executor import NativeExecutor
 
 from .choices import remember, remembered
-from .trials import Trial, time_in_turns
+from .trials import Trial, pick, time_in_turns
 
 PREFETCH_BYTES = (2048, 4096, 8192, 16384)
 _ROUNDS = 6
 _STEPS = 3
 _BUSY = 0.75  # runnable threads per processor, over the last minute
 _CLEARLY = 0.95
-"""A choice has to take less than this share of the default's time: what is closer is noise."""
+"""The share of the default's time that ``trials.pick`` asks for."""
 
 
 def candidates(threads: int) -> tuple[Tuning, ...]:
@@ -49,7 +49,7 @@ def choose(executor: NativeExecutor, spec: EngineSpec, key: str, use_record: boo
         return f"{executor.program.name}: threads and prefetch distance not measured, the machine is busy"
     if chosen is None:
         seconds = _measure(executor, spec, tried)
-        chosen = pick(seconds)
+        chosen = pick(seconds, _CLEARLY)
         remember(key, chosen, seconds)
     executor.tuning = tried[chosen]
     team = tried[chosen].threads or torch.get_num_threads()
@@ -59,12 +59,6 @@ def choose(executor: NativeExecutor, spec: EngineSpec, key: str, use_record: boo
 def is_busy() -> bool:
     """True when other work would be in the figures."""
     return os.getloadavg()[0] > _BUSY * (os.cpu_count() or 1)
-
-
-def pick(seconds: Sequence[float]) -> int:
-    """The fastest candidate, or the first one, the default, where none is clearly faster."""
-    fastest = min(range(len(seconds)), key=seconds.__getitem__)
-    return fastest if seconds[fastest] < _CLEARLY * seconds[0] else 0
 
 
 def _measure(executor: NativeExecutor, spec: EngineSpec, tried: Sequence[Tuning]) -> list[float]:

@@ -56,7 +56,7 @@ def print_program(program: Program, tunables: Tunables | None = None) -> str:
     _print_tables(writer, program)
     writer.line("}  // namespace\n")
     _print_workspace(writer, kernels, dims)
-    _print_run(writer, program, kernels)
+    _print_run(writer, program)
     return writer.text()
 
 
@@ -103,7 +103,7 @@ def _print_workspace(writer: Writer, kernels: list[PrintedKernel], dims: tuple[s
     writer.line("    return shared_bytes(dims, threads) + threads * private_bytes(dims, threads);\n}\n")
 
 
-def _print_run(writer: Writer, program: Program, kernels: list[PrintedKernel]) -> None:
+def _print_run(writer: Writer, program: Program) -> None:
     slots = max((len(c.buffers) for c in program.calls), default=0) or 1
     writer.line(
         f"""extern "C" void tw_run(void* const* buffers, const long* dims, void* workspace, const tw::OpenMP* openmp,

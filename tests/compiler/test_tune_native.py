@@ -12,7 +12,8 @@ from tests.compiler.models import tiny
 from tilewright import compilation, tune_native
 from tilewright.runtime.native import Tuning
 from tilewright.runtime.native_executor import NativeExecutor
-from tilewright.tune_native import candidates, pick
+from tilewright.trials import pick
+from tilewright.tune_native import candidates
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +34,8 @@ def test_candidates_begin_with_the_default(threads: int) -> None:
 
 
 def test_noise_does_not_move_the_default() -> None:
-    assert pick([1.0, 0.96, 1.2]) == 0
-    assert pick([1.0, 0.9, 0.8]) == 2
+    assert pick([1.0, 0.96, 1.2], 0.95) == 0
+    assert pick([1.0, 0.9, 0.8], 0.95) == 2
 
 
 def decode_executors(fast: object) -> list[NativeExecutor]:
