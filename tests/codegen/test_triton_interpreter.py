@@ -42,10 +42,10 @@ def interpret() -> Iterator[Callable[[str], list[str]]]:
     [
         "llama:float32",
         "llama:bfloat16",
-        "llama:float32:0:int8",
+        "llama:float32:0:int8:3",
         "llama:float32:0:int4",
         "opt:float32",
-        "gpt2:float32",
+        "gpt2:float32:0::3",
         "bloom:float32",
         "mamba:float32",
         "mamba:bfloat16",

@@ -78,7 +78,7 @@ CASES: list[tuple[Callable[[], PreTrainedModel], torch.dtype, int]] = [
 def test_every_kernel_compiles_and_fits(
     build: Callable[[], PreTrainedModel], dtype: torch.dtype, arch: int
 ) -> None:
-    planned = plan(build().to(dtype).eval(), (1,), 512, splits=16)
+    planned = plan(build().to(dtype).eval(), (1,), 512, splits=16, guesses=7 if build is gpt2 else 0)
     found = [
         r
         for p in planned.programs.values()

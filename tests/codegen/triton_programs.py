@@ -40,24 +40,28 @@ def plan(
     chunk: int = 512,
     weights: str = "",
     plain: bool = False,
+    guesses: int = 0,
 ) -> Planned:
-    """Capture, lower, fuse and plan a model. weights: compile's option. plain: factors of products are, as they are on
-    a GPU for prompts."""
+    """Capture, lower, fuse and plan a model. weights, and guesses: compile's options. plain: factors of products are,
+    as they are on a GPU for prompts."""
     captured = capture(model)
     lowered = lower(captured)
     largest = max(batch_sizes)
     modules, programs = {}, {}
     options: dict[str, tuple[str, int, PassOptions, dict[str, tuple[int, int]]]] = {}
     if captured.kind == "decoder":
-        for size in batch_sizes:
-            dims = (("B", size), ("S", 1), ("L", 1))
-            rounded = rounded_rows("triton", weights, size) if weights in ("int8", "int4") else ""
+        steps = [(f"decode_b{size}", "decode", size, 1) for size in batch_sizes]
+        steps += [("verify", "verify", 1, guesses + 1)] if guesses else []
+        for name, phase, size, tokens in steps:
+            dims = (("B", size), ("S", tokens), ("L", tokens))
+            many = size * tokens
+            rounded = rounded_rows("triton", weights, many) if weights in ("int8", "int4") else ""
             passes = PassOptions(
                 dims, True, splits,
-                weights=weights, activation_group=32 if size == 1 or rounded else 0, round_rows=rounded,
+                weights=weights, activation_group=32 if many == 1 or rounded else 0, round_rows=rounded,
                 plain_rows=bool(rounded),
             )  # fmt: skip
-            options[f"decode_b{size}"] = ("decode", size, passes, {"T": (1, max_length), "S": (1, 1)})
+            options[name] = (phase, size, passes, {"T": (tokens, max_length), "S": (tokens, tokens)})
         ranges = {"T": (1, max_length), "B": (1, largest), "S": (1, min(chunk, max_length))}
         passes = PassOptions(last_tokens=True, weights=weights, plain_rows=plain, plain_weights=plain)
         options["prefill"] = ("prefill", largest, passes, ranges)

@@ -51,9 +51,16 @@ def main() -> None:
             try:
                 kind, *rest = line.strip().split(":")
                 if kind == "model":
-                    family, dtype, residents, weights = *rest, *("", "", "0", "")[len(rest) :]
+                    family, dtype, residents, weights, guesses = *rest, *("", "", "0", "", "0")[len(rest) :]
                     answer = model_errors(
-                        family, getattr(torch, dtype), Path(folder), "cpu", True, int(residents), weights
+                        family,
+                        getattr(torch, dtype),
+                        Path(folder),
+                        "cpu",
+                        True,
+                        int(residents),
+                        weights,
+                        guesses=int(guesses),
                     )
                 elif kind == "architecture":
                     answer = architecture_errors(rest[0])
