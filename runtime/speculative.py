@@ -24,6 +24,10 @@ from .sequence import Sequence
 Guess = Callable[[np.ndarray], np.ndarray]
 """Gives guesses of what follows some tokens, i64[n] each; none where it has no idea."""
 
+_LONGEST_REST = 15
+"""Steps without guesses after several in a row that were all wrong, as a step that checks some takes up to twice as long.
+There are 1, then 3, 7 and so on, and none any more once a guess was right."""
+
 
 @dataclass(frozen=True)
 class PromptLookup:
@@ -69,10 +73,18 @@ def speculate(
         logits = engine.step(state, sequence.ids[:, held:], attention_mask, positions, keep=1)
     steps = _Steps(engine, state, sequence)
     ended = steps.take(RowChooser(logits[:, -1:]))
+    rest = wrong = 0
     while not ended:
         room = min(engine.room_for_guesses(state), sequence.options.max_length - sequence.length - 1)
-        guesses = guess(steps.known())[: max(room, 0)]
-        ended = steps.check(guesses) if len(guesses) else steps.one()
+        guesses = steps.known()[:0] if rest else guess(steps.known())[: max(room, 0)]
+        rest = max(rest - 1, 0)
+        if not len(guesses):
+            ended = steps.one()
+            continue
+        before = sequence.length
+        ended = steps.check(guesses)
+        wrong = wrong + 1 if sequence.length == before + 1 else 0
+        rest = min(2**wrong - 1, _LONGEST_REST)
     sequence.finish()
     return sequence.done.result()
 

@@ -96,8 +96,8 @@ def steps(engine: Engine) -> tuple[int, int]:
 def test_right_guesses_save_steps() -> None:
     ids, options = torch.tensor([[3, 1, 4, 1, 5]]), GenerateOptions(5 + 17)
     wanted = plain(ids, options)
-    # Without room for a guess beside it the last token is run by itself.
-    for right, expected in (([True], (0, 4)), ([False], (1, 15))):
+    # Of 16 steps with wrong guesses the first checks some, one rests, the next does, three rest, and then seven.
+    for right, expected in (([True], (0, 4)), ([False], (12, 4))):
         engine = toy_engine((1,), LENGTH, guesses=3)
         speculate(engine, engine.new_state(1), Sequence(ids, options), knowing(wanted, right))
         assert steps(engine) == expected
