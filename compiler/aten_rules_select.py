@@ -28,10 +28,13 @@ def _as_row(ctx: Context, x: Value, size: Expr) -> Value:
 def _topk(ctx: Context, x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Result:
     """An element's rank is how many come before it: larger ones, and equal ones on its left. Result p has rank p.
 
-    Places are found by a maximum and not by a sum, so that they stay inside the row where it holds NaN.
+    Places are found by a maximum and not by a sum, so that they stay inside the row where it holds NaN. Routers rank
+    floats; integers have no minus infinity to fill the other places with.
     """
     last = x.type.rank - 1
     if last < 0 or axis(dim, x.type.rank) != last or not largest or not isinstance(k, int) or k < 1:
+        return None
+    if not x.dtype.is_float:
         return None
     size = x.shape[last]
     if not size.is_Integer or size > _COMPARED:

@@ -234,6 +234,18 @@ def test_ops_without_a_rule_are_left_to_torch() -> None:
     torch.testing.assert_close(got, _Sorted()(x))
 
 
+class _LargestIntegers(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.topk(x, 2)
+
+
+def test_the_largest_of_integers_are_left_to_torch() -> None:
+    x = torch.arange(24).reshape(3, 8) * 5 % 7
+    ir, got = _run(_LargestIntegers(), x)
+    assert [op.attr("target") for op in ir.main.ops if op.opcode == "call_torch"] == ["aten.topk.default"]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, x.topk(2), strict=True))
+
+
 class _RunningSums(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.cumsum(1) + x.cumsum(0)
