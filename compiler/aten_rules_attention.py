@@ -137,13 +137,16 @@ def _flash_attention(
     attn_mask: Value | None = None,
     scale: float | None = None,
 ) -> Result:
-    """q [B,H,S,D], k, v [B,G,T,D] -> out [B,H,S,D] and the log of each row's sum, f32[B,H,S] (rarely asked for)."""
+    """q [B,H,S,D], k, v [B,G,T,D] -> out [B,H,S,D] and the log of each row's sum, f32[B,H,S] (rarely asked for), which
+    PyTorch says is 0 where a mask hides every key."""
     out = attend(ctx, q, k, v, attn_mask, is_causal, scale)
     if dropout_p or out is None:
         return None
     factor = 1 / math.sqrt(int(q.shape[-1])) if scale is None else scale
     scores = _scores(ctx, q, k, attn_mask, factor, is_causal)
-    return out, ctx.cast(log_sum_exp(ctx, scores, [scores.type.rank - 1], False), ctx.outs[1].dtype)
+    logs = log_sum_exp(ctx, scores, [scores.type.rank - 1], False)
+    logs = ctx.apply("where", ctx.apply("eq", logs, -math.inf), 0, logs, dtype=logs.dtype)
+    return out, ctx.cast(logs, ctx.outs[1].dtype)
 
 
 def attend(

@@ -219,8 +219,11 @@ def _logsumexp(ctx: Context, x: Value, dim: Dims, keepdim: bool = False) -> Resu
 
 
 def log_sum_exp(ctx: Context, x: Value, axes: Sequence[int], keepdim: bool) -> Value:
-    """The log of the sum of exponentials in the type of ``x``, shifted by the maximum."""
+    """The log of the sum of exponentials in the type of ``x``, shifted by the maximum. An infinite one shifts nothing,
+    as in PyTorch: infinity less itself is NaN, while exp and log give what is right by themselves."""
     top = ctx.reduce("max", x, axes, True)
+    infinite = ctx.apply("eq", ctx.apply("abs", top), math.inf)
+    top = ctx.apply("where", infinite, 0, top, dtype=x.dtype)
     total = ctx.reduce("sum", ctx.apply("exp", ctx.apply("sub", x, top)), axes, True)
     out = ctx.apply("add", ctx.apply("log", total), top)
     return out if keepdim else ctx.drop(out, axes)

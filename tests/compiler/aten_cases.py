@@ -187,6 +187,10 @@ BINARY = [
     *(case(f"__{name}__.Scalar", lambda n: (i(n, 4), 5)) for name in ("and", "or", "xor")),
 ]
 
+_INFINITE = torch.tensor(
+    [[-torch.inf, -torch.inf], [torch.inf, 1.0], [torch.inf, -torch.inf], [-torch.inf, 1.0], [torch.nan, 1.0]]
+)
+
 REDUCE = [
     case("sum.default", lambda n: (f(n, 4),)),
     case("sum.default", lambda n: (b(n, 4),)),
@@ -231,6 +235,7 @@ REDUCE = [
     case("log_softmax.int", lambda n: (f(n, 4), -1)),
     case("_log_softmax.default", lambda n: (f(n, 4), 1, False)),
     case("logsumexp.default", lambda n: (f(n, 4), [1], False)),
+    case("logsumexp.default", lambda n: (_INFINITE.repeat(n, 1, 1), [-1])),
     case("layer_norm.default", lambda n: (f(n, 3, 4), [4], positive(4), f(4), 1e-5)),
     case("layer_norm.default", lambda n: (f(n, 3, 4), [3, 4])),
     case("rms_norm.default", lambda n: (f(n, 4), [4], positive(4), 1e-6)),
@@ -426,7 +431,12 @@ FUNCTIONAL = [
     case("slice_scatter.default", lambda n: (f(n, 5), f(n, 1), 1, 2, 4, 3)),
     *(
         case("_scaled_dot_product_flash_attention_for_cpu.default", lambda n: (f(n, 2, 5, 4),) * 3, **options)
-        for options in ({}, {"is_causal": True}, {"scale": 0.3, "attn_mask": f(5, 5)})
+        for options in (
+            {},
+            {"is_causal": True},
+            {"scale": 0.3, "attn_mask": f(5, 5)},
+            {"attn_mask": f(5, 5).masked_fill(torch.arange(5)[:, None] == 2, -torch.inf)},
+        )
     ),
 ]
 
