@@ -258,6 +258,8 @@ def _wrapped(ctx: Context, index: Value, size: Expr) -> Value:
 
 @rule("index_select.default")
 def _index_select(ctx: Context, x: Value, dim: int, index: Value) -> Result:
+    """A lookup by a row of indices; PyTorch takes a single one for a row of one, and keeps the dim."""
+    index = ctx.unsqueeze(index, 0) if index.type.rank == 0 else index
     return ctx.builder.add("gather", x, index, axis=axis(dim, x.type.rank))
 
 

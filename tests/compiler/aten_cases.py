@@ -312,6 +312,7 @@ VIEW = [
     case("gather.default", lambda n: (f(n, 3, 7), 1, index(n, 4, 5, size=3))),
     case("scatter.value", lambda n: (f(n, 7), 1, index(n, 3, size=7), 1.5)),
     case("index_select.default", lambda n: (f(n, 5), 1, index(4, size=5))),
+    case("index_select.default", lambda n: (f(n, 5), 1, torch.tensor(3))),
     case("index.Tensor", lambda n: (f(n, 5, 3), [torch.arange(n), i(n, low=-5, high=5)])),
     case("index.Tensor", lambda n: (f(n, 5, 3), [None, i(4, 1, low=-5, high=5), i(2, low=-3, high=3)])),
     case("index.Tensor", lambda n: (f(n, 5), [None, i(4, low=-5, high=5)])),
