@@ -20,6 +20,7 @@ SOURCE = """
 #include "tilewright/math.h"
 #include "tilewright/types.h"
 {functions}
+{divisions}
 extern "C" __attribute__((visibility("default"))) void narrow(const float* x, uint16_t* bf, uint16_t* half, long n) {{
 #pragma omp simd
     for (long i = 0; i < n; i++) {{ bf[i] = tw::to_bf16(x[i]).bits; half[i] = tw::to_f16(x[i]).bits; }}
@@ -35,6 +36,17 @@ extern "C" __attribute__((visibility("default"))) void f_{name}(const float* x, 
     for (long i = 0; i < n; i++) y[i] = tw::{name}(x[i]);
 }}
 """
+DIVIDE = """
+extern "C" __attribute__((visibility("default")))
+void divide_{name}(const {type}* a, const {type}* b, {type}* q, {type}* r, long n) {{
+#pragma omp simd
+    for (long i = 0; i < n; i++) {{
+        q[i] = tw::floor_div<{type}>(a[i], b[i]);
+        r[i] = tw::floor_mod<{type}>(a[i], b[i]);
+    }}
+}}
+"""
+INTEGERS = {torch.int8: "int8_t", torch.uint8: "uint8_t", torch.int32: "int32_t", torch.int64: "int64_t"}
 OF_VECTORS = """
 #include "tilewright/softmax.h"
 extern "C" __attribute__((visibility("default"))) void f_exp_negative(const float* x, float* y, long n) {
@@ -50,7 +62,10 @@ extern "C" __attribute__((visibility("default"))) void f_exp_negative(const floa
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("math")
     folder.chmod(0o700)
-    source = SOURCE.format(functions="".join(ONE.format(name=name) for name in FUNCTIONS))
+    source = SOURCE.format(
+        functions="".join(ONE.format(name=name) for name in FUNCTIONS),
+        divisions="".join(DIVIDE.format(name=type_, type=type_) for type_ in INTEGERS.values()),
+    )
     return ctypes.CDLL(str(build_libraries({"math": source}, folder)["math"].path))
 
 
@@ -99,6 +114,21 @@ def test_special_values(library: ctypes.CDLL, name: str) -> None:
     y = torch.empty_like(x)
     _call(getattr(library, f"f_{name}"), x, y)
     torch.testing.assert_close(y, getattr(torch, name)(x), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_integer_division(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """As torch divides; a divisor of 0, which it refuses, gives a quotient of 0 and does not end the process."""
+    limits = torch.iinfo(dtype)
+    numbers = torch.tensor([limits.min, limits.max, *range(-9 if limits.min else 0, 10)], dtype=dtype)
+    a, b = (t.contiguous() for t in torch.cartesian_prod(numbers, numbers).T)
+    q, r = torch.empty_like(a), torch.empty_like(a)
+    _call(getattr(library, f"divide_{INTEGERS[dtype]}"), a, b, q, r)
+    some = b != 0
+    assert torch.equal(q[some], a[some] // b[some])
+    assert torch.equal(r[some], a[some] % b[some])
+    assert not q[~some].any()
+    assert torch.equal(r[~some], a[~some])
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")

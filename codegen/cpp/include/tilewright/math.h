@@ -185,11 +185,22 @@ TW_MATH T absolute(T x) {
     }
 }
 
-// Quotient and remainder that round towards minus infinity, as Python and torch have them.
+// A divisor for which the processor's integer division does not end the process: 1 instead of 0, and of -1, by which the
+// quotient of the least integer does not fit.
+template <class T>
+TW_MATH T safe_divisor(T b) {
+    return b == 0 || (std::is_signed_v<T> && b == T(-1)) ? T(1) : b;
+}
+
+// Quotient and remainder that round towards minus infinity, as Python and torch have them. Eager PyTorch raises an error
+// for an integer divisor of 0. A kernel cannot: it may be several ops, its elements belong to many threads, and nothing
+// but what it stores comes back from it. So a / 0 is 0 and a % 0 is a, with which a = (a / b) * b + a % b still holds.
 template <class T>
 TW_MATH T floor_div(T a, T b) {
-    const T q = T(a / b);
-    return T(q - ((a % b != 0) & ((a < 0) != (b < 0))));
+    const T d = safe_divisor(b);
+    const T q = T(a / d - ((a % d != 0) & ((a < 0) != (d < 0))));
+    const T negated = T(0 - uint64_t(a));  // the least integer stays as it is
+    return b == 0 ? T(0) : b != d ? negated : q;
 }
 template <class T>
 TW_MATH T floor_mod(T a, T b) {
@@ -197,8 +208,10 @@ TW_MATH T floor_mod(T a, T b) {
         const T r = std::fmod(a, b);
         return r != 0 && (r < 0) != (b < 0) ? r + b : r;
     } else {
-        const T r = T(a % b);
-        return r != 0 && (r < 0) != (b < 0) ? T(r + b) : r;
+        const T d = safe_divisor(b);
+        const T r = T(a % d);
+        const T floored = r != 0 && (r < 0) != (d < 0) ? T(r + d) : r;
+        return b == 0 ? a : floored;
     }
 }
 
