@@ -183,12 +183,19 @@ class Context:
 
     def address(self, node: Load) -> tuple[str, str, Scope]:
         """Text of the address of a load, its mask ("" where every lane is in range), and the scope that both need."""
-        indirect = {symbol: self.named(index, "row") for symbol, index in node.indirect}
         wide = self.pointers.is_large(node.value)
+        indirect = {symbol: self._looked_up(index, wide) for symbol, index in node.indirect}
         offset = linear_index(node.index, self.pointers.shape(node.value))
         text, scope = self.index(offset, wide, indirect)
         where = "" if text == "0" else f" + {text}" if text.isidentifier() else f" + ({text})"
         return f"{self.pointers.names[node.value]}{where}", self._mask(node), scope
+
+    def _looked_up(self, index: Node, wide: bool) -> Operand:
+        """An index that the kernel computes or loads; ``wide`` where an offset of 32 bits would overflow."""
+        row = self.named(index, "row")
+        if not wide or index.dtype is DType.i64:
+            return row
+        return Operand(row.scope.bind(f"tl.cast({row.text}, tl.int64)", "row"), row.scope)
 
     def operand(self, node: Node, dtype: DType) -> Operand:
         """A factor of a product, rounded to the operand dtype as tensor cores see it."""

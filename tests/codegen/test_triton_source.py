@@ -137,6 +137,17 @@ def test_offsets_into_large_tensors_are_64_bits_wide() -> None:
     assert "int64" not in row
 
 
+@pytest.mark.parametrize("dtype", ["i32", "i64"])
+def test_offsets_of_rows_looked_up_in_large_tables_are_64_bits_wide(dtype: str) -> None:
+    b = Builder()
+    ids = b.param_value("ids", tensor_type(dtype, ["B", "S"]))
+    table = b.param_value("table", tensor_type("f16", [200_000, 16384]))
+    text = print_kernel(finish(b, b.add("gather", table, ids, axis=0)).kernel, _environment()).text
+    (row,) = re.findall(r"tl\.load\(p_table \+ \((\w+) \* 16384", text)
+    (found,) = re.findall(rf"\b{row} = (.*)", text)
+    assert found.startswith("tl.load(p_ids" if dtype == "i64" else "tl.cast(ids, tl.int64)")
+
+
 def _environment(tunables: dict[str, dict[str, int]] | None = None) -> Environment:
     return Environment(CAPACITY, {name: high for name, (_, high) in RANGES.items()}, False, tunables or {})
 
