@@ -153,4 +153,8 @@ def initial(kind: str, dtype: DType) -> str:
     raise VerifyError(f"unknown reduction {kind}")
 
 
-SIMD_REDUCTION = {"sum": "+", "prod": "*", "max": "max", "min": "min", "any": "|", "all": "&"}
+def simd_reduction(kind: str, dtype: DType) -> str:
+    """How OpenMP is to join the lanes of a vectorised reduction."""
+    if kind in ("max", "min"):
+        return f"tw::{kind}imum" if dtype.is_float else kind
+    return {"sum": "+", "prod": "*", "any": "|", "all": "&"}[kind]

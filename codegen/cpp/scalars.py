@@ -19,7 +19,7 @@ from tilewright.ir.index import sym
 from tilewright.ir.loops import Apply, Axis, Const, Dot, Index, Load, Node, Reduce, free_symbols
 
 from .ctypes_of import literal, load, scalar
-from .expression import SIMD_REDUCTION, combine, initial, print_index, print_op
+from .expression import combine, initial, print_index, print_op, simd_reduction
 from .kernel_context import KernelContext
 from .writer import Writer
 
@@ -202,7 +202,7 @@ class Scalars:
         simd = not self.in_simd and not any(nested(b, axis.symbol) for b in bodies)
         with in_blocks(self.writer, axis, kind, node, name) as (header, partial):
             if simd:
-                self.writer.pragma(f"omp simd reduction({SIMD_REDUCTION[kind]} : {partial})")
+                self.writer.pragma(f"omp simd reduction({simd_reduction(kind, node.dtype)} : {partial})")
             with self.writer.block(header), self.scope([axis], simd):
                 self._loops([], kind, bodies, partial, node)
 

@@ -60,9 +60,8 @@ class Environment:
     @property
     def prelude(self) -> str:
         """The helpers of a generated module; Triton's interpreter has neither f8 nor assembly."""
-        return (
-            f"{prelude(self.device.has_f8 and not self.interpret)}\n\n\n{unpacking(self.interpret)}".rstrip()
-        )
+        first = prelude(self.device.has_f8 and not self.interpret, self.interpret)
+        return f"{first}\n\n\n{unpacking(self.interpret)}".rstrip()
 
     def tiles(self, op: Op, plans: Sequence[Plan]) -> list[Tile]:
         """The tile of each segment: the default, changed where a tuner said so, as far as the device can."""

@@ -112,6 +112,18 @@ def multiply(a, b):
 
 
 @triton.jit
+def larger(x, y):
+    """Of two numbers the larger; NaN where one is."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def smaller(x, y):
+    """Of two numbers the smaller; NaN where one is."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def float_to_f8(x):
     """The bits of e4m3 nearest to a float32, ties to even; 448 for what is larger. Subnormal results are rounded by
     adding a float whose last bit weighs 2^-9."""
@@ -121,6 +133,34 @@ def float_to_f8(x):
     subnormal = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     finite = tl.where(size < (121 << 23), subnormal, tl.where(size < 0x43E00000, normal, 0x7E))
     return (tl.where(size > 0x7F800000, 0x7F, finite) | ((bits >> 24) & 0x80)).to(tl.uint8)
+'''
+
+EXTREMES = '''\
+@triton.jit
+def max_of(x, AXIS: tl.constexpr, KEEP_DIMS: tl.constexpr = False):
+    """The largest float along an axis; NaN where one is, which tl.max passes over."""
+    return tl.reduce(x, AXIS, larger, keep_dims=KEEP_DIMS)
+
+
+@triton.jit
+def min_of(x, AXIS: tl.constexpr, KEEP_DIMS: tl.constexpr = False):
+    """The smallest float along an axis; NaN where one is."""
+    return tl.reduce(x, AXIS, smaller, keep_dims=KEEP_DIMS)
+'''
+
+EXTREMES_INTERPRETED = '''\
+@triton.jit
+def max_of(x, AXIS: tl.constexpr, KEEP_DIMS: tl.constexpr = False):
+    """The largest float along an axis; NaN where one is. Of the interpreter's reductions those of triton.language alone
+    are fast."""
+    lost = tl.max((x != x).to(tl.int32), axis=AXIS, keep_dims=KEEP_DIMS) != 0
+    return tl.where(lost, float("nan"), tl.max(x, axis=AXIS, keep_dims=KEEP_DIMS))
+
+
+@triton.jit
+def min_of(x, AXIS: tl.constexpr, KEEP_DIMS: tl.constexpr = False):
+    """The smallest float along an axis; NaN where one is."""
+    return -max_of(-x, AXIS, KEEP_DIMS)
 '''
 
 READ_F8 = '''\
@@ -140,9 +180,10 @@ def f8_to_float(code):
 '''
 
 
-def prelude(f8_in_hardware: bool) -> str:
+def prelude(f8_in_hardware: bool, interpret: bool) -> str:
     """The helpers of a generated module."""
-    return f"{PRELUDE.rstrip()}\n\n\n{READ_F8_IN_HARDWARE if f8_in_hardware else READ_F8}".rstrip()
+    extremes = EXTREMES_INTERPRETED if interpret else EXTREMES
+    return f"{PRELUDE}\n\n{extremes}\n\n{READ_F8_IN_HARDWARE if f8_in_hardware else READ_F8}".rstrip()
 
 
 TRITON_TYPES = {

@@ -92,12 +92,14 @@ def identity(kind: str, dtype: DType) -> str:
     )
 
 
-def fold(kind: str, text: str, axis: int, keep: bool) -> str:
+def fold(reduce: Reduce, text: str, axis: int, keep: bool) -> str:
     """A block reduced along an axis."""
     keep_dims = ", keep_dims=True" if keep else ""
-    match kind:
+    match reduce.kind:
         case "sum":
             return f"tl.sum({text}, axis={axis}{keep_dims})"
+        case "max" | "min" if reduce.dtype.is_float:
+            return f"{reduce.kind}_of({text}, {axis}{', True' if keep else ''})"
         case "max" | "any":
             return f"tl.max({text}, axis={axis}{keep_dims})"
         case "min" | "all":
@@ -106,14 +108,14 @@ def fold(kind: str, text: str, axis: int, keep: bool) -> str:
 
 
 def combine(kind: str, a: str, b: str) -> str:
-    """Two partial results merged."""
+    """Two partial results merged. As for torch, NaN is the largest number and the smallest."""
     match kind:
         case "sum":
             return f"{a} + {b}"
         case "max" | "any":
-            return f"tl.maximum({a}, {b})"
+            return f"larger({a}, {b})"
         case "min" | "all":
-            return f"tl.minimum({a}, {b})"
+            return f"smaller({a}, {b})"
     return f"{a} * {b}"
 
 
@@ -172,7 +174,7 @@ class RowLoop:
             row = body(self.base, "")
             for reduce in stage.reduces:
                 value = self._value(reduce, row)
-                folded = fold(reduce.kind, value, self.axis, self.keep)
+                folded = fold(reduce, value, self.axis, self.keep)
                 self._finish(reduce, self.base.bind(folded, HINTS[reduce.kind]), context)
             return
         names = {r: self._start(r) for r in stage.reduces}
@@ -182,11 +184,11 @@ class RowLoop:
         for reduce, name in names.items():
             value = self._value(reduce, row)
             if not self.wide:
-                value = fold(reduce.kind, value, self.axis, self.keep)
+                value = fold(reduce, value, self.axis, self.keep)
             scope.line(f"{name} = {combine(reduce.kind, name, value)}")
         self.base.close(scope)
         for reduce, name in names.items():
-            text = self.base.bind(fold(reduce.kind, name, self.axis, self.keep), name) if self.wide else name
+            text = self.base.bind(fold(reduce, name, self.axis, self.keep), name) if self.wide else name
             self._finish(reduce, text, context)
 
     def _start(self, reduce: Reduce) -> str:

@@ -199,12 +199,6 @@ def in_turn(first, second, BLOCK_G: tl.constexpr):
 
 
 @triton.jit
-def larger(x, y):
-    """Of two numbers the larger; NaN where one is."""
-    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def words_of(x, BLOCK_G: tl.constexpr, WORDS: tl.constexpr):
     """Bytes [N, G, 4 * WORDS] as words [N, G, WORDS], which is what a register has them in already."""
     even, odd = tl.split(tl.reshape(x.to(tl.int32) & 255, [x.shape[0], BLOCK_G, WORDS, 2, 2]))

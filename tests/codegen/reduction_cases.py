@@ -45,6 +45,20 @@ def reduce(kind: str) -> Case:
     return finish(b, b.add("reduce", x, kind=kind, axes=(1, 3), keepdim=False), B=2)
 
 
+@case("lost", *((kind, dtype, n) for kind, dtype in (("max", "f32"), ("min", "f64")) for n in (40, 9000)))
+def lost(kind: str, dtype: str, width: int) -> Case:
+    """NaN among numbers, along rows and across them: the result is NaN, wherever in a row it stands."""
+    b = Builder()
+    x = b.param_value("x", tensor_type(dtype, ["B", width]))
+    rows, columns = (b.add("reduce", x, kind=kind, axes=(axis,), keepdim=False) for axis in (1, 0))
+    both = b.add("reduce", b.add("abs", x), kind=kind, axes=(0, 1), keepdim=False)
+    made = finish(b, rows, columns, both, B=5)
+    given = torch.randn(5, width, generator=torch.Generator().manual_seed(1), dtype=DType(dtype).torch)
+    for row, place in ((0, 0), (1, 17), (2, width - 1)):
+        given[row, place] = torch.nan
+    return Case(made.module, made.dims, {"x": given})
+
+
 @case("predicate", ("any",), ("all",))
 def predicate(kind: str) -> Case:
     b = Builder()

@@ -19,7 +19,7 @@ from .triton_run import source_of
 # Single pointwise ops compile alike, and so does what differs in its numbers; the reference tests run all of them.
 REPEATED = (
     "unary", "binary", "integers", "predicate", "reduce", "embedding", "attention_hostile", "attention_around",
-    "attention_reach", "attention_bias_shared", "rounded_nan",
+    "attention_reach", "attention_bias_shared", "rounded_nan", "lost",
 )  # fmt: skip
 EXTRA = [
     "unary-tanh",
@@ -28,6 +28,8 @@ EXTRA = [
     "binary-maximum",
     "integers-mod",
     "reduce-prod",
+    "lost-max-f32-9000",
+    "lost-min-f64-40",
     "embedding-bf16",
     "attention_around-bf16-3-90",
     "attention_reach-bf16-7",
@@ -66,6 +68,13 @@ def test_codes_are_multiplied_as_they_are_loaded(kind: str, dtype: str, arch: in
     assert found.shared <= 64
     assert len(_words_of_codes(found.ptx, kind)) == 2 * 4 * 4  # dots, columns, words of a unit
     assert "max.NaN.f32" in found.ptx  # what is no number is not lost in rounding
+
+
+def test_a_largest_number_is_one_instruction_that_keeps_nan() -> None:
+    """Within a thread, across its warp, and across warps; no number is compared with itself."""
+    ptx = _compile("lost-max-f32-9000", 90).ptx
+    assert "max.NaN.f32" in ptx
+    assert not re.search(r"max\.f32|testp|setp\.nan", ptx)
 
 
 def _words_of_codes(ptx: str, kind: str) -> set[str]:

@@ -221,4 +221,9 @@ TW_MATH T maximum(T a, T b) { return a != a || a > b ? a : b; }
 template <class T>
 TW_MATH T minimum(T a, T b) { return a != a || a < b ? a : b; }
 
+// The same of the lanes of a vectorised loop, each of which begins with what was found before it: OpenMP's own max and min
+// compare them, and lose NaN.
+#pragma omp declare reduction(maximum : float, double : omp_out = maximum(omp_out, omp_in)) initializer(omp_priv = omp_orig)
+#pragma omp declare reduction(minimum : float, double : omp_out = minimum(omp_out, omp_in)) initializer(omp_priv = omp_orig)
+
 }  // namespace tw
