@@ -75,8 +75,28 @@ def _div_mode(ctx: Context, x: Operand, y: Operand, rounding_mode: str | None = 
 
 @rule("floor_divide.default", "floor_divide.Scalar")
 def _floor_divide(ctx: Context, x: Operand, y: Operand) -> Result:
-    quotient = _binary(ctx, "div", x, y)
-    return ctx.apply("floor", quotient) if quotient.dtype.is_float else quotient
+    if not ctx.out.dtype.is_float:
+        return _binary(ctx, "div", x, y)
+    wide = ctx.wide(ctx.out.dtype)
+    return ctx.cast(_floor_divide_floats(ctx, ctx.value(x, wide), ctx.value(y, wide)), ctx.out.dtype)
+
+
+def _floor_divide_floats(ctx: Context, x: Value, y: Value) -> Value:
+    """As PyTorch does: less its remainder x is a multiple of y, so that the quotient is close to an integer, while that
+    of x itself may have been rounded up to the next one: 1 // 0.1 is 9."""
+    quotient = ctx.apply("div", x, y)
+    size = ctx.apply("mod", ctx.apply("abs", x), ctx.apply("abs", y))
+    rest = ctx.apply("where", ctx.apply("lt", x, 0), ctx.apply("neg", size), size)
+    multiple = ctx.apply("div", ctx.apply("sub", x, rest), y)
+    opposite = ctx.apply("ne", ctx.apply("lt", rest, 0), ctx.apply("lt", y, 0))
+    below = ctx.apply("and", ctx.apply("ne", rest, 0), opposite)
+    multiple = ctx.apply("sub", multiple, ctx.cast(below, x.dtype))
+    floor = ctx.apply("floor", multiple)
+    above = ctx.apply("gt", ctx.apply("sub", multiple, floor), 0.5)
+    nearest = ctx.apply("add", floor, ctx.cast(above, x.dtype))
+    zero = ctx.apply("mul", quotient, 0)  # with the sign of the quotient
+    nearest = ctx.apply("where", ctx.apply("eq", multiple, 0), zero, nearest)
+    return ctx.apply("where", ctx.apply("eq", y, 0), quotient, nearest)
 
 
 @rule("remainder.Tensor", "remainder.Scalar")

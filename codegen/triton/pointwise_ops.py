@@ -7,6 +7,7 @@ interpreter cannot call, are short helpers in the prelude of every generated mod
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +107,14 @@ def floor_mod(a, b):
 
 
 @triton.jit
+def remainder(a, b):
+    """Float remainder with the sign of the divisor. fmod is exact, which a - floor(a / b) * b is not: where a / b is
+    rounded to an integer, that is zero instead of nearly b."""
+    r = fmod(a, b)
+    return tl.where((r != 0.0) & ((r < 0.0) != (b < 0.0)), r + b, r)
+
+
+@triton.jit
 def multiply(a, b):
     """The combining function of a product reduction."""
     return a * b
@@ -135,7 +144,13 @@ def float_to_f8(x):
     return (tl.where(size > 0x7F800000, 0x7F, finite) | ((bits >> 24) & 0x80)).to(tl.uint8)
 '''
 
-EXTREMES = '''\
+ON_GPU = '''\
+@triton.jit
+def fmod(a, b):
+    """The remainder of a division towards zero. The operator's own is not exact on a GPU."""
+    return tl.extra.cuda.libdevice.fmod(a, b)
+
+
 @triton.jit
 def max_of(x, AXIS: tl.constexpr, KEEP_DIMS: tl.constexpr = False):
     """The largest float along an axis; NaN where one is, which tl.max passes over."""
@@ -148,7 +163,13 @@ def min_of(x, AXIS: tl.constexpr, KEEP_DIMS: tl.constexpr = False):
     return tl.reduce(x, AXIS, smaller, keep_dims=KEEP_DIMS)
 '''
 
-EXTREMES_INTERPRETED = '''\
+INTERPRETED = '''\
+@triton.jit
+def fmod(a, b):
+    """The remainder of a division towards zero. The interpreter has no device library, and an exact operator."""
+    return a % b
+
+
 @triton.jit
 def max_of(x, AXIS: tl.constexpr, KEEP_DIMS: tl.constexpr = False):
     """The largest float along an axis; NaN where one is. Of the interpreter's reductions those of triton.language alone
@@ -182,8 +203,8 @@ def f8_to_float(code):
 
 def prelude(f8_in_hardware: bool, interpret: bool) -> str:
     """The helpers of a generated module."""
-    extremes = EXTREMES_INTERPRETED if interpret else EXTREMES
-    return f"{PRELUDE}\n\n{extremes}\n\n{READ_F8_IN_HARDWARE if f8_in_hardware else READ_F8}".rstrip()
+    read = READ_F8_IN_HARDWARE if f8_in_hardware else READ_F8
+    return f"{PRELUDE}\n\n{INTERPRETED if interpret else ON_GPU}\n\n{read}".rstrip()
 
 
 TRITON_TYPES = {
@@ -232,6 +253,18 @@ def _by_width(single: str, double: str) -> Print:
     return lambda args, dtype: (double if dtype is DType.f64 else single).format(*args)
 
 
+_NUMBER = re.compile(r"\(?-?[\d.]+(e[+-]?\d+)?\)?|float\(.*\)")
+"""Every text that ``literal`` gives for a float."""
+
+
+def _mod(args: tuple[str, ...], dtype: DType) -> str:
+    """The device library takes blocks of one type; a constant would become a float32 or an integer."""
+    if not dtype.is_float:
+        return "floor_mod({}, {})".format(*args)
+    given = (f"tl.full((), {a}, {TRITON_TYPES[dtype]})" if _NUMBER.fullmatch(a) else a for a in args)
+    return f"remainder({', '.join(given)})"
+
+
 def _power(args: tuple[str, ...], dtype: DType) -> str:
     """Small whole and half exponents, which is what models use, become products and roots."""
     base, exponent = args
@@ -251,7 +284,7 @@ TRITON: dict[str, Print] = {
     "sub": _plain("{0} - {1}"),
     "mul": _plain("{0} * {1}"),
     "div": _by_kind("{0} / {1}", "floor_div({0}, {1})"),
-    "mod": _by_kind("{0} - tl.floor({0} / {1}) * {1}", "floor_mod({0}, {1})"),
+    "mod": _mod,
     "pow": _power,
     "maximum": _plain("tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
     "minimum": _plain("tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),

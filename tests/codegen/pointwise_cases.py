@@ -64,6 +64,25 @@ def integers(op: str) -> Case:
     return Case(made.module, made.dims, given)
 
 
+@case("remainder", ("f32",), ("f64",))
+def remainder(dtype: str) -> Case:
+    """Quotients that round to integers, or are larger than floats count by ones; infinities, zeros, a constant."""
+    pairs = torch.tensor(
+        [
+            [1.0, 0.1], [-1.0, 0.1], [1.0, -0.1], [-1.0, -0.1], [5.0, torch.inf], [-5.0, torch.inf],
+            [5.0, -torch.inf], [torch.inf, 2.0], [1.0, 0.0], [0.0, 0.0], [0.0, 3.0], [6.0, -3.0],
+            [1e30, 0.7], [-1e30, 0.7], [torch.nan, 1.0], [1.0, torch.nan], [-5.5, 2.25],
+        ]
+    ).to(DType(dtype).torch)  # fmt: skip
+    b = Builder()
+    x, y = (b.param_value(name, tensor_type(dtype, [len(pairs)])) for name in "xy")
+    rest, zero = b.add("mod", x, y), b.const(0.0, DType(dtype))
+    infinite = b.add("eq", rest, y)  # told apart, since errors are measured of finite numbers
+    tenth = b.const(torch.tensor(0.1, dtype=DType(dtype).torch).item(), DType(dtype))
+    made = finish(b, infinite, b.add("where", infinite, zero, rest), b.add("mod", x, tenth))
+    return Case(made.module, made.dims, {"x": pairs[:, 0].contiguous(), "y": pairs[:, 1].contiguous()})
+
+
 @case("select")
 def select() -> Case:
     """where, logical not, casts between kinds, iota, dim, a constant-only subtree."""

@@ -124,6 +124,35 @@ UNARY += [
     case("_to_copy.default", lambda n: (f(n, 4),), dtype=torch.float64),
 ]
 
+# Quotients that round to integers, large and small ones of all signs, infinities, zeros and NaN.
+_INF, _NAN = torch.inf, torch.nan
+_DIVIDENDS = torch.tensor(
+    [
+        1.0,
+        -1.0,
+        1.0,
+        -1.0,
+        5.0,
+        -5.0,
+        -1.0,
+        _INF,
+        -_INF,
+        1.0,
+        -7.0,
+        0.0,
+        0.0,
+        -0.0,
+        1e30,
+        1e-20,
+        -1e-20,
+        _NAN,
+        5.5,
+    ]
+)
+_DIVISORS = torch.tensor(
+    [0.1, 0.1, -0.1, -0.1, _INF, _INF, -_INF, 2.0, 2.0, 0.0, 0.0, 0.0, -3.0, 3.0, 0.7, -1.0, 1.0, 1.0, _NAN]
+)
+
 BINARY = [
     case("add.Tensor", lambda n: (f(n, 4), f(4)), alpha=3),
     case("add.Tensor", lambda n: (i(n, 4), f(n, 1))),
@@ -146,10 +175,14 @@ BINARY = [
     case("div.Tensor_mode", lambda n: (f(n, 4), positive(n, 4)), rounding_mode="floor"),
     case("div.Tensor_mode", lambda n: (f(n, 4), positive(n, 4)), rounding_mode=None),
     case("div.Scalar_mode", lambda n: (i(n, 4), 2), rounding_mode="floor"),
+    case("div.Tensor_mode", lambda n: (_DIVIDENDS.repeat(n, 1), _DIVISORS), rounding_mode="floor"),
+    case("floor_divide.default", lambda n: (_DIVIDENDS.repeat(n, 1), _DIVISORS)),
+    case("floor_divide.Scalar", lambda n: (_DIVIDENDS.repeat(n, 1), 0.1)),
     case("floor_divide.default", lambda n: (i(n, 4), index(n, 4, size=3) + 1)),
     case("floor_divide.Scalar", lambda n: (i(n, 4), 2)),
     case("remainder.Tensor", lambda n: (i(n, 4), index(n, 4, size=3) + 1)),
     case("remainder.Scalar", lambda n: (i(n, 4), 3)),
+    case("remainder.Tensor", lambda n: (_DIVIDENDS.repeat(n, 1), _DIVISORS)),
     case("maximum.default", lambda n: (f(n, 4), f(4))),
     case("minimum.default", lambda n: (f(n, 4), f(4))),
     case("max.other", lambda n: (i(n, 4), i(4))),
