@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -62,6 +63,11 @@ class Environment:
         """The helpers of a generated module; Triton's interpreter has neither f8 nor assembly."""
         first = prelude(self.device.has_f8 and not self.interpret, self.interpret)
         return f"{first}\n\n\n{unpacking(self.interpret)}".rstrip()
+
+    @property
+    def helpers(self) -> list[str]:
+        """The names of the functions in the prelude, which no variable may hide."""
+        return re.findall(r"^def (\w+)", self.prelude, re.MULTILINE)
 
     def tiles(self, op: Op, plans: Sequence[Plan]) -> list[Tile]:
         """The tile of each segment: the default, changed where a tuner said so, as far as the device can."""

@@ -163,7 +163,12 @@ def print_body(op: Op, env: Environment, plans: tuple[Plan, ...], tiles: list[Ti
     pointers = Pointers(names, env.capacity, env.largest, constants)
     dims = _dims(op)
     blocks = {block for t in tiles for block in ((t.block_m, t.block_k), (t.block_n, t.block_k))}
-    reserved = [*names.values(), *dims, *(argument_name(n, b) for n in names.values() for b in blocks)]
+    reserved = [
+        *names.values(),
+        *dims,
+        *(argument_name(n, b) for n in names.values() for b in blocks),
+        *env.helpers,
+    ]
     parts = tuple(_print_part(p, t, env, pointers, reserved) for p, t in zip(plans, tiles, strict=True))
     types = tuple((names[v], POINTER_TYPES[v.dtype]) for v in (*op.operands, *op.results))
     return Body(op, types, dims, tuple(pointers.descriptors.values()), parts)

@@ -15,7 +15,7 @@ from tilewright.ir.errors import OptionError
 from tilewright.ir.index import parse_expr
 from tilewright.ir.ops import Builder
 from tilewright.ir.pointwise import POINTWISE
-from tilewright.ir.types import tensor_type
+from tilewright.ir.types import DType, tensor_type
 
 from .kernel_case import CAPACITY, RANGES, finish
 from .triton_cases import CASES
@@ -146,6 +146,16 @@ def test_offsets_of_rows_looked_up_in_large_tables_are_64_bits_wide(dtype: str) 
     (row,) = re.findall(r"tl\.load\(p_table \+ \((\w+) \* 16384", text)
     (found,) = re.findall(rf"\b{row} = (.*)", text)
     assert found.startswith("tl.load(p_ids" if dtype == "i64" else "tl.cast(ids, tl.int64)")
+
+
+@pytest.mark.parametrize("name", ["tanh", "larger", "low_codes"])
+def test_no_variable_hides_a_helper(name: str) -> None:
+    """A model may call its weights what the helpers are called."""
+    b = Builder()
+    x = b.add("tanh", b.param_value(name, tensor_type("f32", [40])))
+    text = print_kernel(finish(b, b.add("maximum", x, b.const(0.5, DType.f32))).kernel, _environment()).text
+    assert not re.search(rf"\b{name} = ", text)
+    assert f"{name}_1 = tl.load" in text
 
 
 def _environment(tunables: dict[str, dict[str, int]] | None = None) -> Environment:
