@@ -25,7 +25,7 @@ Guess = Callable[[np.ndarray], np.ndarray]
 """Gives guesses of what follows some tokens, i64[n] each; none where it has no idea."""
 
 _LONGEST_REST = 15
-"""Steps without guesses after several in a row that were all wrong, as a step that checks some takes up to twice as long.
+"""Steps without guesses after several in a row that were all wrong, as a step that checks some takes longer.
 There are 1, then 3, 7 and so on, and none any more once a guess was right."""
 
 
