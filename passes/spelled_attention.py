@@ -88,6 +88,8 @@ class Finder:
         top = self.made.get(less.operands[1])
         if top is not None and top.opcode == "maximum":
             top = next((o for v in top.operands if (o := self.made.get(v)) and o.opcode == "reduce"), None)
+        if less.operands[1].shape[-1:] != (1,) or less.result.shape != less.operands[0].shape:
+            return None
         ends = ((total, "sum", weights.result), (top, "max", less.operands[0]))
         if all(op is not None and _is_row(op, kind, x) for op, kind, x in ends):
             return less.operands[0]
@@ -152,5 +154,9 @@ def _is_row(op: Op, kind: str, x: Value) -> bool:
     """Whether an op reduces each row of x to one number."""
     last = (x.type.rank - 1,)
     return (
-        op.opcode == "reduce" and op.attr("kind") == kind and op.operands[0] == x and op.attr("axes") == last
+        op.opcode == "reduce"
+        and op.attr("kind") == kind
+        and op.operands[0] == x
+        and op.attr("axes") == last
+        and bool(op.attr("keepdim"))  # else a row's number would meet another axis
     )
