@@ -14,7 +14,7 @@ from tilewright.ir.types import Value
 Lead = tuple[Expr, ...]
 """The dims of a tensor before its last two."""
 _HIDES = -1e3
-"""A score in place of others that leaves a key no weight beside any that is seen."""
+"""A score in place of others that leaves a key no weight beside any that is seen, if the softmax is taken of it so."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class Finder:
         if weights is None or weights.opcode != "exp" or self.uses[weights.result] != 2:
             return None
         if total is not None and total.opcode == "where":  # a row without any weight is divided by one
-            none = self.made.get(total.operands[0])
-            of_total = none is not None and none.opcode == "eq" and total.operands[2] in none.operands
-            total = self.made.get(total.operands[2]) if of_total else None
+            none, one, given = total.operands
+            is_none = self._is_zero(none, given) and self._number(one) == 1
+            total = self.made.get(given) if is_none else None
         less = self.made.get(weights.operands[0])
         if total is None or less is None or less.opcode != "sub" or self.uses[less.result] != 1:
             return None
@@ -95,22 +95,36 @@ class Finder:
             return less.operands[0]
         return None
 
-    def _chain(self, value: Value, uses: int = 1) -> tuple[Op, tuple[Step, ...]] | None:
-        """The product that a value is made of, and the steps from it to the value."""
+    def _is_zero(self, condition: Value, value: Value) -> bool:
+        """Whether a condition is that a value is zero."""
+        op = self.made.get(condition)
+        if op is None or op.opcode != "eq" or value not in op.operands:
+            return False
+        return 0 in [self._number(v) for v in op.operands if v != value]
+
+    def _chain(
+        self, value: Value, uses: int = 1, later: float | None = 1.0
+    ) -> tuple[Op, tuple[Step, ...]] | None:
+        """The product that a value is made of, and the steps from it to the value. ``later``: what the value is
+        multiplied by before the softmax, None where that is not known."""
         op = self.made.get(value)
         if op is None or self.uses[value] != uses:
             return None
         if op.opcode == "matmul" and not op.attr("activation_group"):
             return (op, ()) if op.operands[1].type.rank == op.operands[0].type.rank > 2 else None
         if _is_same(op):
-            return self._chain(op.operands[0])
-        for n, step in self._steps(op):
-            if op.operands[n].shape == value.shape and (rest := self._chain(op.operands[n])) is not None:
+            return self._chain(op.operands[0], later=later)
+        for n, step in self._steps(op, later):
+            if op.operands[n].shape != value.shape:
+                continue
+            factor = None if later is None or step.kind in ("mul", "div") else later * step.factor
+            if (rest := self._chain(op.operands[n], later=factor)) is not None:
                 return rest[0], (*rest[1], step)
         return None
 
-    def _steps(self, op: Op) -> list[tuple[int, Step]]:
-        """Each operand of an op that may be the scores, and what the op then does to them."""
+    def _steps(self, op: Op, later: float | None) -> list[tuple[int, Step]]:
+        """Each operand of an op that may be the scores, and what the op then does to them. A number hides scores by
+        what later factors make of it."""
         numbers = [self._number(v) for v in op.operands]
         found: list[tuple[int, str, int]] = []  # which operand, what is done to it, by which other one
         match op.opcode:
@@ -119,7 +133,7 @@ class Finder:
             case "div" | "sub":
                 found = [(0, op.opcode, 1)]
             case "where":
-                low = [n is not None and n <= _HIDES for n in numbers]
+                low = [n is not None and later is not None and n * later <= _HIDES for n in numbers]
                 found = [(2, "hide", 0)] * low[1] + [(1, "keep", 0)] * low[2]
         steps: list[tuple[int, Step]] = []
         for scores, kind, other in found:

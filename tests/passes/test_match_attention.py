@@ -64,6 +64,11 @@ ATTENTION = {
 OTHERS = {
     "rows meet columns": spelled(SCORES, plain(TOP), plain(SUM)),
     "a total meets columns": spelled(SCORES, total=plain(SUM)),
+    "hidden too little": spelled(scaled(1e-3)),
+    "shown by a sign": spelled(scaled(-1.0)),
+    "hidden by an unknown factor": spelled(f"{MASKED} %rated = mul %masked, %row : f32[8, 8, 8]"),
+    "another total": spelled(SCORES, total=SAFE.replace("NONE", "8.0").replace("OTHER", "1.0")),
+    "another total of nothing": spelled(SCORES, total=SAFE.replace("NONE", "0.0").replace("OTHER", "2.0")),
     "a top of each": spelled(
         SCORES, f"{TOP.replace('%top', '%most')} %top = maximum %most, %all : f32[8, 8, 8]"
     ),
