@@ -22,8 +22,15 @@ class NeedSplit(Exception):
         self.symbol, self.at, self.tile = symbol, at, tile
 
 
-def cut_for(at: Expr, boundary: Expr, ranges: dict[sympy.Symbol, Expr]) -> Exception:
-    """How to cut the space so that ``at < boundary`` becomes decidable; a VerifyError when there is no way."""
+def cut_for(
+    at: Expr, parts: tuple[Expr, ...], number: int, ranges: dict[sympy.Symbol, Expr]
+) -> NeedSplit | VerifyError:
+    """How to cut the space so that index ``at`` of joined parts lies below the end of part ``number`` or not.
+
+    parts: the extent of each. A VerifyError when there is no way, or when a piece might have less than no elements for
+    some sizes, as of a slice that need not reach the end.
+    """
+    boundary = sympy.Add(*parts[: number + 1])
     symbols = [s for s in at.free_symbols if s in ranges]
     if len(symbols) == 1:
         symbol = symbols[0]
@@ -31,8 +38,18 @@ def cut_for(at: Expr, boundary: Expr, ranges: dict[sympy.Symbol, Expr]) -> Excep
             return NeedSplit(symbol, tile=at.args[1])
         offset = sympy.expand(at - symbol)
         if not offset.free_symbols & set(ranges):
-            return NeedSplit(symbol, at=sympy.expand(boundary - offset))
+            cut = sympy.expand(boundary - offset)
+            if _is_extent(cut, parts) and _is_extent(ranges[symbol] - cut, parts):
+                return NeedSplit(symbol, at=cut)
     return VerifyError(f"cannot split an iteration space so that {at} < {boundary} is decided")
+
+
+def _is_extent(expr: Expr, parts: tuple[Expr, ...]) -> bool:
+    """Whether an expression is never negative, given that no part's extent is. (Of a dim such as ``S - 3`` that is
+    known from its tensor alone.)"""
+    given = [d for d in parts if not d.is_nonnegative]
+    runs = ((low, high) for high in range(len(given) + 1) for low in range(max(high, 1)))
+    return any(sympy.expand(expr - sympy.Add(*given[low:high])).is_nonnegative for low, high in runs)
 
 
 @dataclass(frozen=True)

@@ -80,13 +80,13 @@ class Scalarizer:
 
     def _concat(self, op: Op, index: tuple[Expr, ...], ranges: dict[sympy.Symbol, Expr], depth: int) -> Node:
         axis, start = op.attr("axis"), Integer(0)
-        at = index[axis]
-        for part in op.operands:
-            local, extent = sympy.expand(at - start), part.shape[axis]
+        at, extents = index[axis], tuple(v.shape[axis] for v in op.operands)
+        for number, (part, extent) in enumerate(zip(op.operands, extents, strict=True)):
+            local = sympy.expand(at - start)
             if provably_less(local, extent, ranges):
                 return self.node(part, (*index[:axis], local, *index[axis + 1 :]), ranges, depth)
             if not provably_nonnegative(sympy.expand(local - extent), ranges):
-                raise cut_for(at, start + extent, ranges)
+                raise cut_for(at, extents, number, ranges)
             start += extent
         raise VerifyError(f"index {at} lies outside the concat")
 

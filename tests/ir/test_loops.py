@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.scalar_loops import Interpreter, evaluate_expr, run_loops
 from tests.strategies import Case, examples, modules
 from tilewright.ir.errors import VerifyError
+from tilewright.ir.index import as_expr
 from tilewright.ir.loops import (
     PRIMITIVES,
     Apply,
@@ -208,6 +209,55 @@ def test_rotary_embedding_is_one_product_with_two_dots() -> None:
     assert len(form.dots) == 2
     assert [str(a.extent) for a in form.rows] == ["B", "S"]
     assert sympy.prod([a.extent for a in form.columns]) * len(loops.segments[0].stores) == 8
+
+
+JOINED = """
+symbol D [1, 8]
+symbol E [1, 8]
+symbol N [1, 4]
+func @main(%x: f32[2, D], %y: f32[2, E]) -> (%z) {
+  %z = kernel %x, %y {name = "joined"} [
+    %j = concat %x, %y {axis = 1} : f32[2, D + E]
+    %z = view %j {map = (i0, i1) -> (i0, AT)} : f32[2, EXTENT]
+  ] : f32[2, EXTENT]
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "extent"), [("D + E + i1 - 3", "3"), ("i1", "N"), ("i1 + N", "D + E - N"), ("i1 + 2", "D + E - 2")]
+)
+def test_a_seam_that_may_lie_outside_is_not_cut(at: str, extent: str) -> None:
+    """A slice that need not reach every part would be cut into pieces of negative extents, and write elsewhere."""
+    with pytest.raises(VerifyError, match="cannot split"):
+        scalarize(kernel_from(JOINED.replace("AT", at).replace("EXTENT", extent)))
+
+
+@pytest.mark.parametrize(
+    ("parts", "view", "extent"),
+    [
+        (("S - 3", "4", "S - 2"), "i0", "2*S - 1"),
+        (("3", "S - 3"), "i0 + 1", "S - 1"),
+        (("4", "S - 3", "S - 2"), "i0", "S + 1"),
+    ],
+    ids=["whole", "from the second on", "the first two"],
+)
+def test_parts_of_sizes_that_only_their_tensors_know(parts: tuple[str, ...], view: str, extent: str) -> None:
+    """A concat of slices would have no loop form: nothing but the tensor says that S is 3 at least."""
+    params = ", ".join(f"%p{n}: f32[{d}]" for n, d in enumerate(parts))
+    values = ", ".join(f"%p{n}" for n in range(len(parts)))
+    text = f"""
+    symbol S [3, 8]
+    func @main({params}) -> (%z) {{
+      %z = kernel {values} {{name = "parts"}} [
+        %j = concat {values} {{axis = 0}} : f32[{as_expr(" + ".join(parts))}]
+        %z = view %j {{map = (i0) -> ({view})}} : f32[{extent}]
+      ] : f32[{extent}]
+    }}"""
+    kernel = kernel_from(text)
+    env = {v: torch.randn(concrete(v.shape, {"S": 5}), dtype=torch.float64) for v in kernel.operands}
+    Evaluation(parse_module(text), {}, {"S": 5}, {}, exact=True).run(kernel, env, "")
+    check_loops(scalarize(kernel), env, {"S": 5})
 
 
 HEADS = """
