@@ -15,7 +15,21 @@ from ..module import Op
 from ..pointwise import POINTWISE
 from ..quantization import CODES, INT8_LARGEST
 from ..types import DType, Value
-from .nodes import Apply, Axis, Const, Dot, Index, Load, Loops, Node, Reduce, Segment, Store, post_order
+from .nodes import (
+    Apply,
+    Axis,
+    Const,
+    Dot,
+    Index,
+    Load,
+    Loops,
+    Node,
+    Reduce,
+    Segment,
+    Store,
+    free_symbols,
+    post_order,
+)
 from .pieces import NeedSplit, Piece, cut_for, stored_space
 
 
@@ -107,6 +121,8 @@ class Scalarizer:
         match node:
             case Load(value=value, index=index, indirect=indirect):
                 if not any(symbol in e.free_symbols for e in index):
+                    if any(symbol in free_symbols(inner) for _, inner in indirect):
+                        raise VerifyError("what a table is gathered by is itself gathered")
                     return node
                 if indirect:
                     raise VerifyError("a table that is gathered from is itself gathered")

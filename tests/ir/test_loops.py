@@ -425,6 +425,19 @@ def test_scalarize_refuses_what_has_no_loop_form() -> None:
         scalarize(kernel_from(ATTENTION))
 
 
+def test_a_row_of_ids_that_is_itself_looked_up() -> None:
+    """The outer lookup's symbol would be left in the index of the inner one's ids, bound by nothing."""
+    text = """
+    func @main(%t: f32[100], %ids: i64[4, 6], %columns: i64[3]) -> (%y) {
+      %y = kernel %t, %ids, %columns {name = "k"} [
+        %a = gather %t, %ids {axis = 0} : f32[4, 6]
+        %y = gather %a, %columns {axis = 1} : f32[4, 3]
+      ] : f32[4, 3]
+    }"""
+    with pytest.raises(VerifyError, match="itself gathered"):
+        scalarize(kernel_from(text))
+
+
 def test_equal_scalars_are_one_node() -> None:
     """A value used twice would be computed twice, at every level: exponential work in deep kernels."""
     lines = ["%v0 = add %x, %x : f32[4]"] + [
