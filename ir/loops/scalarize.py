@@ -170,7 +170,7 @@ class Scalarizer:
         scale again. No code stands for NaN, so the scale of its group is NaN."""
         x, group = op.operands[0], Integer(op.attr("group"))
         row, place = index
-        if value is op.results[0]:
+        if value == op.results[0]:
             if place.is_Symbol and ranges[place] != group:
                 raise NeedSplit(place, tile=group)
             place = simplify(FloorDiv(place, group), ranges)
@@ -190,7 +190,7 @@ class Scalarizer:
         member = at(group * place + axis.symbol, inner, depth + 1)
         largest = self.make(Reduce, DType.f32, "max", (axis,), apply("abs", member))
         scale = apply("div", largest, const(float(INT8_LARGEST)))
-        if value is not op.results[0]:
+        if value != op.results[0]:
             strange = apply("ne", member, member, dtype=DType.bool)
             strange = self.make(Reduce, DType.bool, "any", (axis,), strange)
             return apply("where", strange, const(float("nan")), scale)

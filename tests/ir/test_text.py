@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 
 from tests.strategies import Case, examples, modules
 from tilewright.ir.errors import ParseError
+from tilewright.ir.loops import scalarize
 from tilewright.ir.module import Function, Loc, Module, Op, make_attrs
 from tilewright.ir.parser import parse_module
 from tilewright.ir.printer import print_module
-from tilewright.ir.types import Value, tensor_type
+from tilewright.ir.types import DType, Value, tensor_type
 from tilewright.ir.verify import verify_module
 from tilewright.passes.pipeline import run_passes
 
@@ -145,3 +147,19 @@ def test_messages_name_the_line(old: str, new: str, line: int, message: str) -> 
     assert parse_module(GOOD).main.name == "main"
     with pytest.raises(ParseError, match=rf"^line {line}: .*{re.escape(message)}"):
         parse_module(GOOD.replace(old, new, 1))
+
+
+def test_a_kernel_that_is_read_back_has_the_same_scalars() -> None:
+    """Codes would become scales, as the results of a kernel that is read are other objects than those of its body."""
+    text = """
+    func @main(%x: f32[2, 64]) -> (%c, %s) {
+      %c, %s = kernel %x {name = "rounded"} [
+        %y = neg %x : f32[2, 64]
+        %c, %s = quantize %y {bits = 8, group = 32} : (i8[2, 64], f32[2, 2])
+      ] : (i8[2, 64], f32[2, 2])
+    }"""
+    (kernel,) = parse_module(text).main.ops
+    for same in (kernel, replace(kernel, results=kernel.body[-1].results)):
+        scalarize.cache_clear()  # the two are equal
+        stores = [store for segment in scalarize(same).segments for store in segment.stores]
+        assert [(str(s.target), s.value.dtype) for s in stores] == [("%c", DType.i8), ("%s", DType.f32)]
