@@ -50,7 +50,7 @@ def _verify_function(function: Function, module: Module, symbols: set[str]) -> N
             if defined.get(v.name) != v:
                 raise VerifyError(f"@{function.name}: {where}: operand {v} is not defined before its use")
         try:
-            _verify_op(op, module)
+            _verify_op(op, module, symbols)
         except VerifyError as error:
             raise VerifyError(f"@{function.name}: {where}: {error}") from error
         if op.opcode == "kernel":
@@ -78,7 +78,7 @@ def _verify_function(function: Function, module: Module, symbols: set[str]) -> N
             raise VerifyError(f"@{function.name}: returned {v} is not defined")
 
 
-def _verify_op(op: Op, module: Module) -> None:
+def _verify_op(op: Op, module: Module, dims: set[str]) -> None:
     inferred = infer_types(op, module)
     if inferred is not None:
         declared = tuple(v.type for v in op.results)
@@ -87,11 +87,12 @@ def _verify_op(op: Op, module: Module) -> None:
             raise VerifyError(f"result types are {found}; they follow as {expected}")
     if op.opcode == "view":
         index_map = op.attr("map")
-        stray = {s for e in index_map.exprs for s in e.free_symbols} - set(extents_of(op.result.shape))
-        declared_dims = {s for s in stray if s.name[:1].isupper()}
-        if stray - declared_dims:
-            raise VerifyError(f"index map uses {sorted(s.name for s in stray - declared_dims)}")
+        used = {s for e in index_map.exprs for s in e.free_symbols} - set(extents_of(op.result.shape))
+        if stray := {s.name for s in used} - dims:
+            raise VerifyError(f"index map uses {sorted(stray)}")
         _verify_reach(index_map, op.operands[0].shape, op.result.shape, module.symbols)
+    if op.opcode == "dim" and (stray := {s.name for s in op.attr("expr").free_symbols} - dims):
+        raise VerifyError(f"expr uses undeclared dims {sorted(stray)}")
     if bool(op.body) != (op.opcode == "kernel"):
         raise VerifyError("exactly the kernel ops have a body")
 
@@ -102,18 +103,16 @@ def _verify_reach(
 ) -> None:
     """Try the first and last result index at the largest dims. (At the smallest, ``x[1]`` of a dim that may be 1 is an
     error of the caller's, as in eager.)"""
-    for sizes in ({sym(n): sympy.Integer(high) for n, _, high in symbols},):
-        extents = [d.xreplace(sizes) for d in target]
-        if not all(d.is_Integer and d > 0 for d in extents):
-            continue
-        for corner in ([sympy.Integer(0)] * len(extents), [d - 1 for d in extents]):
-            at = sizes | dict(zip(index_map.symbols, corner, strict=True))
-            for expr, size in zip(index_map.exprs, source, strict=True):
-                index, extent = expr.xreplace(at), size.xreplace(sizes)
-                if index.is_Integer and extent.is_Integer and not 0 <= index < extent:
-                    raise VerifyError(
-                        f"index map {index_map} reaches {index}, outside its operand's dim {size}"
-                    )
+    sizes = {sym(n): sympy.Integer(high) for n, _, high in symbols}
+    extents = [d.xreplace(sizes) for d in target]
+    if not all(d.is_Integer and d > 0 for d in extents):
+        return
+    for corner in ([sympy.Integer(0)] * len(extents), [d - 1 for d in extents]):
+        at = sizes | dict(zip(index_map.symbols, corner, strict=True))
+        for expr, size in zip(index_map.exprs, source, strict=True):
+            index, extent = expr.xreplace(at), size.xreplace(sizes)
+            if index.is_Integer and extent.is_Integer and not 0 <= index < extent:
+                raise VerifyError(f"index map {index_map} reaches {index}, outside its operand's dim {size}")
 
 
 def _verify_kernel(op: Op, where: str) -> None:
