@@ -5,7 +5,7 @@
     %o = add %y, %r                                %y = matmul %h, %m
                                                    %o = add %y, %r ] {name = "main_0_matmul"}
 
-Four steps, none of which knows a model:
+Three steps, none of which knows a model:
 1. *Epilogues*: from each anchor (matmul, attention) downwards, as long as every segment stays a matrix product (or the
    attention's results pass through views only) and the bytes that escape do not grow. Experts and recurrent
    layers stay by themselves.

@@ -45,8 +45,11 @@ ALIGNMENT = 64
 
 @dataclass
 class _Class:
-    """Values that share memory in place. ``place`` is "frame" (its offset is ours to choose), or the returned value
-    whose memory, given by the caller, they use."""
+    """Values that share memory in place, and live in ops ``first`` to ``last``.
+
+    returned: the returned value whose memory, given by the caller, they use; None where an offset in the function's
+    frame is ours to choose. over: the function's parameters whose memory they may use, if the caller lets it.
+    """
 
     members: list[Value]
     first: int

@@ -1,9 +1,10 @@
 """Segments that are matrix products: a prologue that fills rows of activations, the product, and an epilogue on tiles.
 
-Segments of a kernel that share their row operand share one prologue. With up to ``GEMV_MAX_ROWS`` rows (a decode step)
-every thread runs the prologue for itself, which is cheaper than a barrier, and streams its share of the weights
-(``gemv.h``, or ``quantized.h`` for weights that are stored as codes); otherwise the team fills a block of rows together
-and multiplies it (``gemm.h``). Of a batch of products, each thread computes its share by itself.
+Segments of a kernel that share their row operand share one prologue. With few rows (a decode step) every thread runs
+the prologue for itself, which is cheaper than a barrier, and streams its share of the weights: with up to
+``GEMV_MAX_ROWS`` by ``gemv.h``, and where weights are stored as codes with up to ``quantized.MAX_ROWS`` by
+``quantized.h``. Otherwise the team fills a block of rows together and multiplies it (``gemm.h``). Of a batch of
+products, each thread computes its share by itself.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Tile:
 
 
 def few_rows_tile(rows: int) -> Tile:
-    """The walk of a product with ``rows`` rows of activations, 1 to 8."""
+    """The walk of a product with so few rows of activations that a gemv applies (see ``Group.few_rows``)."""
     return Tile(unroll=4 if rows == 1 else 2 if rows <= 4 else 1)
 
 

@@ -49,7 +49,7 @@ def _namer(function: str) -> Callable[[Op], str]:
 
 
 def _schedule(ops: list[Op], function: Function) -> list[Op]:
-    """Topological order; among the ready, the one whose first op came first in the source."""
+    """Topological order; among the ready, the one whose last result comes first in the source."""
     position = {v: n for n, op in enumerate(function.ops) for v in op.results}
 
     def key(op: Op) -> int:
