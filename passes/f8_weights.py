@@ -20,6 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from sympy import Integer
+
 from tilewright.ir.index import IndexMap, index_symbols
 from tilewright.ir.module import Loc, Names, Op
 from tilewright.ir.ops import Builder
@@ -71,7 +73,7 @@ class F8Form:
             scale,
             loc=op.loc,
             type=TensorType(DType.f32, scale.shape[:1]),
-            map=IndexMap(1, (i, 0 * i)),
+            map=IndexMap(1, (i, Integer(0))),
         )
         if row.dtype is not product.dtype:
             row = rewriter.add("cast", row, loc=op.loc, type=row.type.with_dtype(product.dtype))

@@ -80,23 +80,23 @@ def _copy_free_ops(function: Function) -> Function:
     )
     out: list[Op] = []
 
-    def copy(value: Value) -> Value:
-        """``value`` for one more use: itself the first time, else a copy whose op goes in front of the user."""
+    def copy(value: Value, before: list[Op]) -> Value:
+        """``value`` for one more use: itself the first time, else a copy, whose op is added to those ``before`` it."""
         op = made.get(value)
         if op is None or op.opcode not in _FREE or value not in used:
             used.add(value)
             return value
         new = Value(names.fresh(), value.type)
-        before.append(replace(op, operands=tuple(copy(v) for v in op.operands), results=(new,)))
+        before.append(replace(op, operands=tuple(copy(v, before) for v in op.operands), results=(new,)))
         return new
 
     for op in function.ops:
-        before: list[Op] = []
         if op.opcode in _READS_MEMORY:
             used.update(op.operands)
             out.append(op)
             continue
-        table = {v: copy(v) for v in dict.fromkeys(op.operands)}
+        before: list[Op] = []
+        table = {v: copy(v, before) for v in dict.fromkeys(op.operands)}
         out += [*before, op.with_operands(table)]
     return function.with_ops(out)
 

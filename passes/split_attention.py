@@ -16,6 +16,8 @@ position has total 0 and gives 0. The parts are float32, so float64 attention st
 
 from __future__ import annotations
 
+from sympy import Integer
+
 from tilewright.ir.attention import attention_extras
 from tilewright.ir.index import IndexMap, index_symbols
 from tilewright.ir.module import Attr, Function, Module, Op
@@ -75,7 +77,7 @@ def _split(rewriter: Rewriter, op: Op, splits: int) -> Value:
         highest = add("maximum", highest, sink)
     weight = add("exp", add("sub", top, highest))
     index = index_symbols(5)
-    column = TensorType(DType.f32, (*weight.shape, acc.shape[4] * 0 + 1))
+    column = TensorType(DType.f32, (*weight.shape, Integer(1)))
     spread = add("view", weight, type=column, map=IndexMap(5, index[:4]))
     numerator = add("reduce", add("mul", acc, spread), kind="sum", axes=(3,), keepdim=False)
     denominator = add("reduce", add("mul", total, weight), kind="sum", axes=(3,), keepdim=True)
