@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,12 +50,11 @@ class RowChooser:
                 self._quick[row, list(choice.options.eos_ids)] = -torch.inf
         best = self._best(len(choices))
         failed: dict[int, Exception] = {}
-        with one_torch_thread(self._scores.device):
-            for row, choice in enumerate(choices):
-                if choice.is_best:
-                    continue
+        others = [row for row, choice in enumerate(choices) if not choice.is_best]
+        with one_torch_thread(self._scores.device) if others else nullcontext():
+            for row in others:
                 try:
-                    best[row] = self._token(row, choice)
+                    best[row] = self._token(row, choices[row])
                 except Exception as error:  # noqa: BLE001 - options may hold code of anybody's
                     failed[row] = error
         return [failed.get(row, token) for row, token in enumerate(best.tolist())]

@@ -25,8 +25,8 @@ Guess = Callable[[np.ndarray], np.ndarray]
 """Gives guesses of what follows some tokens, i64[n] each; none where it has no idea."""
 
 _LONGEST_REST = 15
-"""Steps without guesses after several in a row that were all wrong, as a step that checks some takes longer.
-There are 1, then 3, 7 and so on, and none any more once a guess was right."""
+"""Steps without guesses after some that were all wrong, as a step that checks some takes longer: 1, then 3, 7 and so
+on, until two at once are right. Not by the clock: where roundings matter, the same call is to give the same tokens."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def speculate(
             continue
         before = sequence.length
         ended = steps.check(guesses)
-        wrong = wrong + 1 if sequence.length == before + 1 else 0
+        right = sequence.length - before - 1
+        wrong = 0 if right > 1 else wrong + (right == 0)
         rest = min(2**wrong - 1, _LONGEST_REST)
     sequence.finish()
     return sequence.done.result()
