@@ -221,7 +221,7 @@ class RequestState:
     def take_back(self, count: int) -> None:
         """Forget the last ``count`` tokens of a step of several, and go on at the position after those that stay."""
         self.crop(self.length - count)
-        self.positions -= count
+        self.positions[: self.batch] -= count  # those of rows beyond must stay in the model's tables
 
     def _filled(self, name: str) -> Tensor:
         """What of a buffer belongs to the sequences: of keys and values the positions that are filled."""

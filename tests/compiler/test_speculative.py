@@ -170,9 +170,23 @@ def test_batches_and_models_without_such_a_program_are_left_to_transformers() ->
     model, _ = pair("llama")
     without = compiled(model, "reference", speculative_tokens=0)
     assert torch.equal(without.generate(repeating(9), **LOOKUP), model.generate(repeating(9), **LOOKUP))
-    several = compiled(model, "reference", batch_sizes=(1, 2))
+    several = compiled(model, "reference", batch_sizes=(2,))
     with pytest.raises(ValueError, match="batch_size = 1"):
         several.generate(repeating(9).repeat(2, 1), **LOOKUP)
+
+
+def test_one_sequence_in_a_larger_bucket() -> None:
+    """Steps of several tokens run its row alone, steps of one also the rows beside it, at positions that there are."""
+    model = tiny("opt")
+    fast = compiled(model, "reference", batch_sizes=(2,))
+    with counted(fast) as sizes:
+        assert torch.equal(fast.generate(repeating(5), **LOOKUP), model.generate(repeating(5), **LOOKUP))
+    assert sizes
+    state = fast._tilewright.engine.new_state(1)
+    fast._tilewright.engine.step(state, repeating(4), keep=1)
+    fast._tilewright.engine.verify(state, [5, 6, 7])
+    state.take_back(2)
+    assert state.positions.flatten().tolist() == [8, 0]
 
 
 def test_what_cannot_work_is_refused_by_name() -> None:
