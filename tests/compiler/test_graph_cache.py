@@ -145,7 +145,7 @@ def test_a_second_compilation_traces_nothing(monkeypatch: pytest.MonkeyPatch) ->
     """And gives the same results, in a model with other weights too."""
     first = tw.compile(tiny("llama"), max_length=64, backend="reference")
     assert dict(first.report().cache)["capture"] is False
-    monkeypatch.setattr("tilewright.api.capture", None)
+    monkeypatch.setattr("tilewright.compilation.capture", None)
     model = tiny("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1.5)
