@@ -23,7 +23,7 @@ from tilewright.runtime.speculative import Guess, PromptLookup, speculate
 from .api_mixin import CompiledMixin
 from .cache import EngineCache, by_own_name, cache_name, with_cache
 from .generate_batch import ContinuousBatchingMixin
-from .generate_options import custom_options, plain_options
+from .generate_options import ASSISTANTS, custom_options, plain_options
 from .unserved import EXTRA_OUTPUTS, refuse_cache
 
 
@@ -49,10 +49,6 @@ class Given:
     positions: Tensor | None
     held: int
     logits: Tensor | None
-
-
-_ASSISTANTS = ("inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer")
-"""Arguments of assisted decoding that are not for forward."""
 
 
 class DecoderMixin(ContinuousBatchingMixin, CompiledMixin):
@@ -207,16 +203,19 @@ class DecoderMixin(ContinuousBatchingMixin, CompiledMixin):
     ) -> Any:
         """Guesses from the text itself are checked by our own loop where there is a program for that; a model that
         guesses is left to the loop of transformers, whose steps of several tokens run that program, too."""
-        wanted = generation_config.prompt_lookup_num_tokens
-        if wanted and not synced_gpus and len(input_ids) == 1 and self._checks_guesses():
-            model_kwargs = {n: v for n, v in kwargs.items() if n not in _ASSISTANTS}
+        wanted, ngram = generation_config.prompt_lookup_num_tokens, generation_config.max_matching_ngram_size
+        ngram = 2 if ngram is None else ngram
+        sensible = (wanted or 0) > 0 and ngram > 0  # of others transformers says what is wrong
+        # With two tables of rotary frequencies a step takes one of them for all of its tokens.
+        if sensible and not synced_gpus and len(input_ids) == 1 and self._checks_guesses():
+            model_kwargs = {n: v for n, v in kwargs.items() if n not in ASSISTANTS}
             own = self._own_arguments(model_kwargs)
             cache = own.pop(self._cache_name, None)
             asked = (input_ids, cache, logits_processor, stopping_criteria, generation_config, own)
             options = self._options(*asked) or self._custom_options(*asked[2:])
             if options is not None and self._is_ours(input_ids, cache, options):
                 given = self._given(input_ids, cache, own, generation_config, model_kwargs)
-                lookup = PromptLookup(wanted, generation_config.max_matching_ngram_size or 2)
+                lookup = PromptLookup(wanted, ngram)
                 return self._speculate(cache, given, options, streamer, lookup, model_kwargs)
         return super()._assisted_decoding(  # type: ignore[misc]
             input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **kwargs
@@ -224,7 +223,7 @@ class DecoderMixin(ContinuousBatchingMixin, CompiledMixin):
 
     def _checks_guesses(self) -> bool:
         """Whether our own loop may run several tokens of a sequence at once."""
-        return self._tilewright.engine.verify_executor is not None
+        return self._tilewright.engine.verify_executor is not None and not self._tilewright.switch_length
 
     def _speculate(
         self,

@@ -21,6 +21,8 @@ _MINIMUM = [MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor]
 _WARPERS = [TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper]
 # A tokenizer is for stop strings, which have a criterion of their own.
 KNOWN_KWARGS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "tokenizer"}
+ASSISTANTS = ("inputs_tensor", "assistant_model", "assistant_tokenizer", "tokenizer")
+"""Arguments of assisted decoding that are not for forward."""
 
 
 def plain_options(

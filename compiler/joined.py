@@ -15,6 +15,7 @@ from tilewright.runtime.sampling import GenerateOptions, own_generator
 from tilewright.runtime.sequence import Sequence
 
 from .cache import EngineCache
+from .generate_options import ASSISTANTS
 
 if TYPE_CHECKING:
     from .decoder_mixin import Given
@@ -85,8 +86,12 @@ class _Joining:
         short = self._tilewright.switch_length or math.inf
         return options if options is not None and options.max_length <= short else None
 
-    def _checks_guesses(self) -> bool:
-        return False  # a step of transformers' loop waits for its turn
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """Without guesses from the text, which change no token: so the request shares steps, and has its own draws."""
+        if kwargs.get("assistant_model") is None and kwargs["generation_config"].prompt_lookup_num_tokens:
+            rest = {name: value for name, value in kwargs.items() if name not in ASSISTANTS}
+            return self._sample(*args, **rest)  # type: ignore[attr-defined]
+        return super()._assisted_decoding(*args, **kwargs)  # type: ignore[misc]
 
     def _decode(
         self, cache: EngineCache, given: Given, options: GenerateOptions, streamer: Any, model_kwargs: Any

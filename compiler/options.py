@@ -81,16 +81,17 @@ def check_options(
         raise OptionError(f"compile takes an nn.Module, got {type(model).__name__}")
     _check_autotune(autotune)
     device = _device(model)
+    longest = _max_length(model, max_length)
     return Options(
         batch_sizes=_batch_sizes(batch_sizes),
-        max_length=_max_length(model, max_length),
+        max_length=longest,
         weights=weights_form(weights),
         kv_cache=_kv_cache(model, kv_cache),
         autotune=autotune,
         backend=_backend(backend, device),
         device=device,
         dump=_dump_folder(dump),
-        speculative_tokens=_speculative_tokens(speculative_tokens),
+        speculative_tokens=_speculative_tokens(speculative_tokens, longest),
     )
 
 
@@ -148,9 +149,11 @@ def _batch_sizes(sizes: Any) -> tuple[int, ...]:
     return tuple(sorted(set(sizes)))
 
 
-def _speculative_tokens(wanted: Any) -> int:
+def _speculative_tokens(wanted: Any, longest: int) -> int:
     if not isinstance(wanted, int) or isinstance(wanted, bool) or not 0 <= wanted <= MOST_SPECULATIVE:
         raise OptionError(f"speculative_tokens must be a number from 0 to {MOST_SPECULATIVE}, got {wanted!r}")
+    if wanted >= longest:
+        raise OptionError(f"speculative_tokens={wanted} is no less than max_length={longest}; make it less")
     return wanted
 
 

@@ -117,6 +117,7 @@ class ContinuousBatch:
             if any(sequence.done.done() for sequence in self._running):  # the step failed
                 self._running = []
                 self._rows.clear()
+                self.engine.idle.make_room()  # it may have been for memory
 
     def _begin(self, sequence: Sequence) -> None:
         """Make a sequence the one whose prompt is run, if it can be."""

@@ -212,6 +212,7 @@ class Engine:
             positions = self._positions(state, ids) if position_ids is None else position_ids
             keep = ids.shape[1] if keep == 0 else min(keep, ids.shape[1])
             if 1 < ids.shape[1] <= self.room_for_guesses(state) + 1 and not given and positions.ndim == 2:
+                state.positions[state.batch :] = 0  # rows beyond the batch count on with it in steps of one
                 return self.verify(state, ids[0].tolist(), positions)[:, -keep:].clone()
             if ids.shape[1] > 1 or given or positions.ndim > 2:
                 return (yield from self._prefill(state, ids, positions, keep, given))

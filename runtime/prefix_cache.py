@@ -92,18 +92,18 @@ class PrefixCache:
 
     def keep(self, known: KnownSequence) -> None:
         """Keep a copy of a sequence, in place of those that it continues. Does nothing where memory is full."""
+        size = known.nbytes
+        if size > self.nbytes:
+            return
         kept = tuple(self._kept)
         for other in kept:
             if other.weights == known.weights and self._replaces(other, known):
                 self._note_use(other)
                 return
-        size = known.nbytes
         left = [o for o in kept if not (o.weights == known.weights and self._replaces(known, o))]
         while left and sum(o.nbytes for o in left) + size > self.nbytes:
             del left[0]
         self._kept = left  # what goes is let go of before its place is taken
-        if size > self.nbytes:
-            return
         try:
             left.append(known.copy())
         except RuntimeError as error:
@@ -127,6 +127,7 @@ class PrefixCache:
         return same and (len(one.tokens) == len(other.tokens) or not self._recurrent)
 
     def _note_use(self, known: KnownSequence) -> None:
-        if known in self._kept:
-            self._kept.remove(known)
-            self._kept.append(known)
+        kept = self._kept  # which another thread may let go of meanwhile
+        if known in kept:
+            kept.remove(known)
+            kept.append(known)

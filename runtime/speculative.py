@@ -26,7 +26,8 @@ Guess = Callable[[np.ndarray], np.ndarray]
 
 _LONGEST_REST = 15
 """Steps without guesses after some that were all wrong, as a step that checks some takes longer: 1, then 3, 7 and so
-on, until two at once are right. Not by the clock: where roundings matter, the same call is to give the same tokens."""
+on, until two at once are right, or all that there are. Not by the clock: where roundings matter, the same call is to
+give the same tokens."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def speculate(
         before = sequence.length
         ended = steps.check(guesses)
         right = sequence.length - before - 1
-        wrong = 0 if right > 1 else wrong + (right == 0)
+        wrong = 0 if right >= min(2, len(guesses)) else wrong + (right == 0)
         rest = min(2**wrong - 1, _LONGEST_REST)
     sequence.finish()
     return sequence.done.result()
@@ -126,10 +127,13 @@ class _Steps:
         if not self._several:
             whole = self.state.window.logits
             self._several = [RowChooser(whole[:, n : n + 1]) for n in range(whole.shape[1])]
-        ended = False
-        for n, chooser in enumerate(self._several[: logits.shape[1]]):
-            ended = self.take(chooser)
-            if ended or (n + 1 < len(run) and int(self.known()[-1]) != run[n + 1]):
-                break
-        self.state.take_back(len(run) - 1 - n)
+        ended, right = False, 0
+        try:
+            for chooser in self._several[: logits.shape[1]]:
+                ended = self.take(chooser)
+                if ended or right == len(guesses) or int(self.known()[-1]) != run[right + 1]:
+                    break
+                right += 1
+        finally:  # also where a streamer fails
+            self.state.take_back(len(guesses) - right)
         return ended

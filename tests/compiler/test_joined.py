@@ -206,6 +206,12 @@ def test_a_seed_gives_the_tokens_of_a_request_that_is_alone(fast: Any) -> None:
             found = [f.tolist() for f in threads.map(lambda m, how=how: m.generate(ids, **how), models)]
         assert found[0] == wanted
         assert len({str(f) for f in found}) == 4
+    torch.manual_seed(5)
+    wanted = fast.generate(ids, do_sample=True, max_new_tokens=24).tolist()
+    torch.manual_seed(5)
+    guessing = joined.for_request()
+    how = {"do_sample": True, "max_new_tokens": 24, "prompt_lookup_num_tokens": 3}
+    assert guessing.generate(ids, **how).tolist() == wanted  # the batch does without guesses
     joined.close()
 
 

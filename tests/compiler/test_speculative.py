@@ -182,7 +182,13 @@ def test_one_sequence_in_a_larger_bucket() -> None:
     with counted(fast) as sizes:
         assert torch.equal(fast.generate(repeating(5), **LOOKUP), model.generate(repeating(5), **LOOKUP))
     assert sizes
-    state = fast._tilewright.engine.new_state(1)
+    engine, state = fast._tilewright.engine, fast._tilewright.engine.new_state(1)
+    for _ in range(3):
+        engine.step(state, repeating(3))
+        assert state.positions[1].item() == 0
+        engine.advance(state)
+        state.positions += 1
+    state = engine.new_state(1)
     fast._tilewright.engine.step(state, repeating(4), keep=1)
     fast._tilewright.engine.verify(state, [5, 6, 7])
     state.take_back(2)
@@ -193,6 +199,12 @@ def test_what_cannot_work_is_refused_by_name() -> None:
     for wrong in (8, -1, True, "4"):
         with pytest.raises(OptionError, match="speculative_tokens must be a number from 0 to 7"):
             tw.compile(tiny("llama"), backend="reference", speculative_tokens=wrong)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="speculative_tokens=4 is no less than max_length=4"):
+        tw.compile(tiny("llama"), backend="reference", speculative_tokens=4, max_length=4)
+    _, fast = pair("opt")
+    for wrong in ({"prompt_lookup_num_tokens": -1}, {"max_matching_ngram_size": -1}):
+        with pytest.raises(ValueError, match="Invalid max_matching_ngram_size or num_output_tokens"):
+            fast.generate(repeating(5), **LOOKUP | wrong)
     with pytest.raises(OptionError, match="cannot take back a guessed token"):
         tw.compile(tiny("mamba"), backend="reference", speculative_tokens=2)
 

@@ -108,6 +108,7 @@ def test_memory_is_bounded_and_what_was_not_used_for_longest_goes_first() -> Non
     assert found == [3, 0, 3]
     cache.keep(known(engine, [4] * 7))  # more than there may be at all
     assert cache.begin(engine.new_state(1), tokens_of(*[4] * 8)) == 0
+    assert cache.begin(engine.new_state(1), tokens_of(1, 1, 1, 1)) == 3  # and the others stay
 
 
 def test_zero_bytes_know_of_nothing_not_even_of_what_runs() -> None:

@@ -103,6 +103,42 @@ def test_right_guesses_save_steps() -> None:
         assert steps(engine) == expected
 
 
+def test_one_guess_at_a_time_goes_on_once_it_is_right() -> None:
+    ids, options = torch.tensor([[3, 1, 4, 1, 5]]), GenerateOptions(LENGTH)
+    wanted = plain(ids, options)
+    engine = toy_engine((1,), LENGTH, guesses=1)
+    asked: list[int] = []
+
+    def guess(known: np.ndarray) -> np.ndarray:
+        asked.append(len(known))
+        right = wanted[0, len(known) : len(known) + 1].numpy()
+        return right if len(asked) > 2 else (right + 1) % VOCAB
+
+    speculate(engine, engine.new_state(1), Sequence(ids, options), guess)
+    assert asked[:4] == [6, 8, 12, 14]  # one rests, three rest, and from then on each step has a guess
+    assert asked[3:] == list(range(14, LENGTH, 2))
+
+
+def test_a_streamer_that_fails_leaves_no_guess_behind() -> None:
+    ids, options = torch.tensor([[3, 1, 4, 1, 5]]), GenerateOptions(LENGTH)
+    wanted = plain(ids, options)
+
+    class Failing(Told):
+        def put(self, value: Tensor) -> None:
+            super().put(value)
+            if len(self.tokens) == 4:
+                raise ConnectionError("gone")
+
+    for right, length in (([False], 8), ([True], 8)):
+        engine = toy_engine((1,), LENGTH, guesses=3)
+        state = engine.new_state(1)
+        with pytest.raises(ConnectionError, match="gone"):
+            speculate(engine, state, Sequence(ids, options, streamer=Failing()), knowing(wanted, right))
+        assert state.length == length
+        history = state.buffers["history"][0, 0, :length, 0].long()
+        assert torch.equal(history, wanted[0, :length])
+
+
 def test_near_the_end_of_the_room_tokens_are_run_one_by_one() -> None:
     ids, options = torch.tensor([[3, 1, 4]]), GenerateOptions(LENGTH)
     wanted = plain(ids, options)
