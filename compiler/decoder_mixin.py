@@ -206,7 +206,6 @@ class DecoderMixin(ContinuousBatchingMixin, CompiledMixin):
         wanted, ngram = generation_config.prompt_lookup_num_tokens, generation_config.max_matching_ngram_size
         ngram = 2 if ngram is None else ngram
         sensible = (wanted or 0) > 0 and ngram > 0  # of others transformers says what is wrong
-        # With two tables of rotary frequencies a step takes one of them for all of its tokens.
         if sensible and not synced_gpus and len(input_ids) == 1 and self._checks_guesses():
             model_kwargs = {n: v for n, v in kwargs.items() if n not in ASSISTANTS}
             own = self._own_arguments(model_kwargs)
@@ -222,7 +221,10 @@ class DecoderMixin(ContinuousBatchingMixin, CompiledMixin):
         )
 
     def _checks_guesses(self) -> bool:
-        """Whether our own loop may run several tokens of a sequence at once."""
+        """Whether our own loop may run several tokens of a sequence at once.
+
+        With two tables of rotary frequencies a step takes one of them for all of its tokens, guesses included.
+        """
         return self._tilewright.engine.verify_executor is not None and not self._tilewright.switch_length
 
     def _speculate(

@@ -133,6 +133,7 @@ class ContinuousBatch:
             self._prompt = sequence, self._pieces(sequence)
 
     def _take_prefix(self, sequence: Sequence, state: RequestState) -> None:
+        """Copy what is known of the beginning of a prompt into its empty state."""
         running = [
             other.known(self._rows.lengths[row], functools.partial(self._rows.parts, row))
             for row, other in enumerate(self._running)
