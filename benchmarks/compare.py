@@ -3,7 +3,8 @@
 Machines differ from hour to hour, so each figure is first set against something measured beside it in the same run:
 decoding against the time that its bytes take at the probe's bandwidth, a kernel against the time that its bytes or
 FLOPs take at the measured peaks, everything else against Hugging Face eager. What is compared is how that ratio of ours
-changed. Files are of five kinds: speed (``benchmarks.cpu``), encoders, serving, chart, and the check of a GPU.
+changed. Files are of six kinds: speed (``benchmarks.cpu``), encoders, serving, speculation,
+chart, and the check of a GPU.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import serving_results, stored
+from benchmarks import serving_results, speculation_results, stored
 from benchmarks.chart_results import Chart
 from benchmarks.encoder_results import EncoderResults
 from benchmarks.gpu_results import GpuCheck
 from benchmarks.results import EAGER, OURS, Measure, Results
 from benchmarks.samples import Spread, pair_ratios
 from benchmarks.serving_results import ServingResults
+from benchmarks.speculation_results import SpeculationResults
 from tilewright.cli import readable_errors
 from tilewright.errors import OptionError
 
@@ -73,12 +75,15 @@ def standings(file: Path) -> dict[tuple[str, str], Standing]:
             found = list(_of_encoders(stored.from_json(EncoderResults, text)))
         elif kind == ServingResults.KIND:
             found = list(_of_servers(stored.from_json(ServingResults, text)))
+        elif kind == SpeculationResults.KIND:
+            found = list(_of_questions(stored.from_json(SpeculationResults, text)))
         elif kind == GpuCheck.KIND:
             check = stored.from_json(GpuCheck, text)
             found = [*_of_kernels(check), *(_of_chart(check.found.chart) if check.found.chart else ())]
         else:
             raise OptionError(
-                f"{file} holds a result of kind {kind}; compare speed, encoders, serving, chart or gpu-check results"
+                f"{file} holds a result of kind {kind}; compare speed, encoders, serving, speculation, chart or "
+                "gpu-check results"
             )
     except OptionError:
         raise
@@ -110,6 +115,15 @@ def _of_servers(run: ServingResults) -> Iterator[Standing]:
         if ours is not None and other is not None:
             ratio = Spread.of(pair_ratios(ours.rates, other.rates))
             yield Standing(load.what, OURS, serving_results.EAGER, ratio)
+
+
+def _of_questions(run: SpeculationResults) -> Iterator[Standing]:
+    """With guesses beside without: what plain decoding gains or loses, ``benchmarks.cpu`` says."""
+    for question in run.questions:
+        ours, plain = question.of(speculation_results.OURS_GUESSING), question.of(OURS)
+        if ours is not None and plain is not None:
+            ratio = Spread.of(pair_ratios(ours.rates, plain.rates))
+            yield Standing(question.what, ours.system, OURS, ratio)
 
 
 def _of_encoders(run: EncoderResults) -> Iterator[Standing]:

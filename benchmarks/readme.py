@@ -16,6 +16,7 @@ from benchmarks import (
     quality_results,
     results,
     serving_results,
+    speculation_results,
     stored,
     tables,
     targets,
@@ -26,6 +27,7 @@ from benchmarks.gpu_results import GpuCheck
 from benchmarks.quality_results import QualityResults
 from benchmarks.results import DECODE, LLAMA_CPP, OURS, Results
 from benchmarks.serving_results import ServingResults
+from benchmarks.speculation_results import SpeculationResults
 
 README = Path(__file__).parent.parent / "README.md"
 PAGE = stored.FOLDER / "README.md"
@@ -54,6 +56,7 @@ def current(folder: Path = stored.FOLDER) -> str:
     for n, (file, run) in enumerate(results.latest(folder)):
         parts.append(speed(run, file.with_suffix(".svg"), PAGE, rates=n > 0))
     parts += [serving(run) for run in serving_results.latest(folder)]
+    parts += [speculation(run) for run in speculation_results.latest(folder)]
     parts += [encoders(run) for run in encoder_results.latest(folder)]
     if quality := quality_results.newest(folder):
         parts.append(closeness(quality[1]))
@@ -106,7 +109,18 @@ def serving(found: ServingResults) -> str:
     return f"{serving_results.table(found).markdown()}\n\n{note}"
 
 
-def _where(found: EncoderResults | ServingResults) -> str:
+def speculation(found: SpeculationResults) -> str:
+    """Answers of one device with guesses and without."""
+    said, versions = found.settings, found.versions
+    note = (
+        f"{said['model']}, greedy answers of at most {said['tokens']} tokens, {said['guesses']} guesses at a time; "
+        f"{_where(found)}; PyTorch {versions['torch']}, Transformers {versions['transformers']}; {found.date[:10]}; "
+        f"`{found.command}`."
+    )
+    return f"{speculation_results.table(found).markdown()}\n\n{note}"
+
+
+def _where(found: EncoderResults | ServingResults | SpeculationResults) -> str:
     """The processor with the threads that were used, or the GPU."""
     if found.machine["device"] != found.machine["cpu"]:
         return str(found.machine["device"])
@@ -167,7 +181,7 @@ def _made_with(found: Chart | GpuCheck, days: str) -> str:
     return f"{found.machine['device']}; random weights; {versions}; {days}; `{found.command}`."
 
 
-def _machine(found: Results | QualityResults | EncoderResults | ServingResults) -> str:
+def _machine(found: Results | QualityResults | EncoderResults | ServingResults | SpeculationResults) -> str:
     machine = found.machine
     return f"{machine['cpu']} ({', '.join(machine['extensions'])}), load before the run {machine['load']}"
 

@@ -17,8 +17,8 @@ import sympy
 import torch
 from sympy import Expr
 
+from tilewright.ir.builder import Builder
 from tilewright.ir.index import IndexMap, index_symbols, reshape_map
-from tilewright.ir.ops import Builder
 from tilewright.ir.types import DType, TensorType, Value
 
 Number: TypeAlias = int | float | bool | Expr

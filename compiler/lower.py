@@ -19,10 +19,10 @@ import torch.utils._pytree as pytree
 from sympy import Expr
 from torch import Tensor, fx
 
+from tilewright.ir.builder import Builder
 from tilewright.ir.errors import LoweringError, ParseError, VerifyError
 from tilewright.ir.index import FloorDiv, Mod, sym
 from tilewright.ir.module import Function, Loc, Module
-from tilewright.ir.ops import Builder
 from tilewright.ir.types import DType, TensorType, Value
 from tilewright.ir.verify import verify_module
 

@@ -51,11 +51,11 @@ from .checks import arity, need
 from .errors import VerifyError
 from .experts import EXPERTS_ATTRS, infer_experts
 from .experts_grouped import GROUPED_ATTRS, ORDER_ATTRS, infer_experts_order, infer_grouped_matmul
-from .module import Attr, Loc, Module, Op, make_attrs
+from .module import Module, Op
 from .pointwise import POINTWISE
 from .quantization import CODES
 from .recurrent import infer_causal_conv1d, infer_linear_attention, infer_selective_scan
-from .types import DType, TensorType, Value
+from .types import DType, TensorType
 
 Inferred = tuple[TensorType, ...] | None
 T = TypeVar("T")
@@ -278,58 +278,3 @@ def infer_types(op: Op, module: Module | None = None) -> Inferred:
     if unknown := {name for name, _ in op.attrs} - set(spec.attrs):
         raise VerifyError(f"{op.opcode}: unknown attributes {sorted(unknown)}")
     return spec.infer(op, module)
-
-
-class Builder:
-    """Builds the ops of one function, naming values and inferring types.
-
-    >>> b = Builder()
-    >>> x = b.param_value("x", tensor_type("f32", ["B", 4]))
-    >>> y = b.add("mul", x, x)
-    """
-
-    def __init__(self, names: object | None = None, loc: Loc = Loc()) -> None:
-        from .module import Names
-
-        self.names: Names = names if isinstance(names, Names) else Names()
-        self.ops: list[Op] = []
-        self.params: list[Value] = []
-        self.loc = loc
-
-    def param_value(self, name: str, type: TensorType) -> Value:
-        """Declare a function parameter."""
-        value = Value(self.names.fresh(name), type)
-        self.params.append(value)
-        return value
-
-    def add(
-        self, opcode: str, *operands: Value, type: TensorType | None = None, hint: str = "", **attrs: Attr
-    ) -> Value:
-        """Append an op with one result and give that result. ``type`` is needed where it cannot be inferred."""
-        (value,) = self.add_multi(
-            opcode, *operands, types=None if type is None else (type,), hint=hint, **attrs
-        )
-        return value
-
-    def add_multi(
-        self,
-        opcode: str,
-        *operands: Value,
-        types: tuple[TensorType, ...] | None = None,
-        hint: str = "",
-        module: Module | None = None,
-        **attrs: Attr,
-    ) -> tuple[Value, ...]:
-        """Append an op with any number of results."""
-        draft = Op(opcode, operands, make_attrs(attrs), tuple(Value("?", t) for t in types or ()), self.loc)
-        inferred = infer_types(draft, module) or types
-        if inferred is None:
-            raise VerifyError(f"{opcode}: the result type cannot be inferred; pass it")
-        results = tuple(Value(self.names.fresh(hint), t) for t in inferred)
-        self.ops.append(Op(opcode, operands, draft.attrs, results, self.loc))
-        return results
-
-    def const(self, value: float | int | bool, dtype: DType) -> Value:
-        """A rank-0 constant."""
-        typed = float(value) if dtype.is_float else bool(value) if dtype is DType.bool else int(value)
-        return self.add("const", type=TensorType(dtype, ()), value=typed)

@@ -132,6 +132,11 @@ def concrete(shape: Iterable[sympy.Expr], dims: Mapping[str, int]) -> tuple[int,
     return tuple(int(dim) if dim.is_Integer else _evaluated(dim, _sizes_in(dim, dims)) for dim in shape)
 
 
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def _sizes_in(dim: sympy.Expr, dims: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     """The sizes of those symbols that an expression holds."""
     return tuple((name, dims[name]) for name in _symbols_in(dim) if name in dims)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from tilewright.ir.module import Attr, Function, Loc, Module, Names, Op, make_attrs
-from tilewright.ir.ops import infer_types
-from tilewright.ir.types import TensorType, Value
+from tilewright.ir.builder import Builder
+from tilewright.ir.module import Function, Module, Names, Op
+from tilewright.ir.types import Value
 
 
 @dataclass(frozen=True)
@@ -68,57 +68,25 @@ def per_function(rewrite: Callable[[Function], Function]) -> Callable[[Module, P
     return run
 
 
-@dataclass
-class Rewriter:
-    """Builds a new list of ops for one function: keep ops as they are, add new ones, replace values by others."""
+class Rewriter(Builder):
+    """Builds a new list of ops for one function: keep ops as they are, add new ones, replace values by others.
 
-    function: Function
-    names: Names = field(init=False)
-    ops: list[Op] = field(default_factory=list)
-    table: dict[Value, Value] = field(default_factory=dict)
+    Iterated over, it gives the function's ops one by one; what is added meanwhile stands at that op's location.
+    """
 
-    def __post_init__(self) -> None:
-        self.names = Names.of(self.function)
+    def __init__(self, function: Function) -> None:
+        super().__init__(Names.of(function))
+        self.function = function
+        self.table: dict[Value, Value] = {}
 
     def __iter__(self) -> Iterator[Op]:
         """The function's ops with the replacements made so far applied to their operands."""
         for op in self.function.ops:
+            self.loc = op.loc
             yield op.with_operands(self.table)
 
     def keep(self, op: Op) -> None:
         self.ops.append(op)
-
-    def add(
-        self,
-        opcode: str,
-        *operands: Value,
-        loc: Loc = Loc(),
-        type: TensorType | None = None,
-        hint: str = "",
-        **attrs: Attr,
-    ) -> Value:
-        """Append a new op with one result. ``type`` is needed where it cannot be inferred."""
-        (value,) = self.add_multi(
-            opcode, *operands, loc=loc, types=(type,) if type else None, hint=hint, **attrs
-        )
-        return value
-
-    def add_multi(
-        self,
-        opcode: str,
-        *operands: Value,
-        loc: Loc = Loc(),
-        types: tuple[TensorType, ...] | None = None,
-        hint: str = "",
-        **attrs: Attr,
-    ) -> tuple[Value, ...]:
-        """Append a new op with any number of results."""
-        draft = Op(opcode, operands, make_attrs(attrs), tuple(Value("?", t) for t in types or ()), loc)
-        inferred = infer_types(draft) or types
-        assert inferred is not None, f"{opcode} needs a declared type"
-        results = tuple(Value(self.names.fresh(hint), t) for t in inferred)
-        self.ops.append(Op(opcode, operands, draft.attrs, results, loc))
-        return results
 
     def replace(self, old: Value, new: Value) -> None:
         """Use ``new`` wherever ``old`` is used from here on."""

@@ -47,7 +47,7 @@ def _view(op: Op, rewriter: Rewriter, made: dict[Value, Op]) -> Value | None:
         return source
     if final == op.attr("map") and source == op.operands[0]:
         return None
-    return rewriter.add("view", source, loc=op.loc, type=op.result.type, map=final)
+    return rewriter.add("view", source, type=op.result.type, map=final)
 
 
 def _unit(expr: Expr, extent: Expr, ranges: Mapping[Symbol, Expr]) -> Expr:
@@ -65,7 +65,7 @@ def _cast(op: Op, rewriter: Rewriter, made: dict[Value, Op]) -> Value | None:
         if source.dtype in _WIDER.get(origin.dtype, ()) and op.result.dtype.is_float:
             if origin.dtype == op.result.dtype:
                 return origin
-            return rewriter.add("cast", origin, loc=op.loc, type=op.result.type)
+            return rewriter.add("cast", origin, type=op.result.type)
     return None
 
 
@@ -94,11 +94,11 @@ def _pow(op: Op, rewriter: Rewriter, made: dict[Value, Op]) -> Value | None:
         case 1:
             return x
         case 2:
-            return rewriter.add("mul", x, x, loc=op.loc)
+            return rewriter.add("mul", x, x)
         case 0.5:
-            return rewriter.add("sqrt", x, loc=op.loc)
+            return rewriter.add("sqrt", x)
         case -0.5:
-            return rewriter.add("rsqrt", x, loc=op.loc)
+            return rewriter.add("rsqrt", x)
     return None
 
 

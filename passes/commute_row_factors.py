@@ -67,10 +67,10 @@ def _function(function: Function) -> Function:
 def _commute(rewriter: Rewriter, op: Op, path: list[Op]) -> Value:
     """The matmul without the factor, times the factor in the factor's own (wider) dtype."""
     bare, factor = _strip(rewriter, path)
-    product = rewriter.add("matmul", bare, op.operands[1], loc=op.loc)
-    wide = rewriter.add("cast", product, loc=op.loc, type=product.type.with_dtype(factor.dtype))
-    scaled = rewriter.add("mul", wide, factor, loc=op.loc)
-    return rewriter.add("cast", scaled, loc=op.loc, type=op.result.type)
+    product = rewriter.add("matmul", bare, op.operands[1])
+    wide = rewriter.add("cast", product, type=product.type.with_dtype(factor.dtype))
+    scaled = rewriter.add("mul", wide, factor)
+    return rewriter.add("cast", scaled, type=op.result.type)
 
 
 def commute_row_factors(module: Module, options: PassOptions) -> Module:

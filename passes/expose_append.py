@@ -17,10 +17,10 @@ def _function(function: Function) -> Function:
             rewriter.keep(op)
             continue
         q, k, v, *others = op.operands
-        keys = rewriter.add("append", k, loc=op.loc, slot=f"{op.attr('slot')}.k")
-        values = rewriter.add("append", v, loc=op.loc, slot=f"{op.attr('slot')}.v")
+        keys = rewriter.add("append", k, slot=f"{op.attr('slot')}.k")
+        values = rewriter.add("append", v, slot=f"{op.attr('slot')}.v")
         attrs = dict(op.attrs) | {"slot": ""}
-        rewriter.replace(op.result, rewriter.add("attention", q, keys, values, *others, loc=op.loc, **attrs))
+        rewriter.replace(op.result, rewriter.add("attention", q, keys, values, *others, **attrs))
     return rewriter.finish()
 
 

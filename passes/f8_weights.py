@@ -22,9 +22,9 @@ from typing import ClassVar
 
 from sympy import Integer
 
+from tilewright.ir.builder import Builder
 from tilewright.ir.index import IndexMap, index_symbols
 from tilewright.ir.module import Loc, Names, Op
-from tilewright.ir.ops import Builder
 from tilewright.ir.types import F8_LARGEST, DType, TensorType, Value
 
 from .base import PassOptions, Rewriter
@@ -65,17 +65,16 @@ class F8Form:
     def multiply(self, rewriter: Rewriter, op: Op, stored: tuple[Value, ...], options: PassOptions) -> None:
         """The codes as they are, then each channel's sum by its scale."""
         (x, weight), (codes, scale) = op.operands, stored
-        factor = rewriter.add("cast", codes, loc=op.loc, type=weight.type)
-        product = rewriter.add("matmul", x, factor, loc=op.loc, wide=1)
+        factor = rewriter.add("cast", codes, type=weight.type)
+        product = rewriter.add("matmul", x, factor, wide=1)
         (i,) = index_symbols(1)
         row = rewriter.add(
             "view",
             scale,
-            loc=op.loc,
             type=TensorType(DType.f32, scale.shape[:1]),
             map=IndexMap(1, (i, Integer(0))),
         )
         if row.dtype is not product.dtype:
-            row = rewriter.add("cast", row, loc=op.loc, type=row.type.with_dtype(product.dtype))
-        scaled = rewriter.add("mul", product, row, loc=op.loc)
-        rewriter.replace(op.result, rewriter.add("cast", scaled, loc=op.loc, type=op.result.type))
+            row = rewriter.add("cast", row, type=row.type.with_dtype(product.dtype))
+        scaled = rewriter.add("mul", product, row)
+        rewriter.replace(op.result, rewriter.add("cast", scaled, type=op.result.type))

@@ -20,7 +20,7 @@ from sympy import Integer
 
 from tilewright.ir.index import reshape_map
 from tilewright.ir.module import Function, Module, Op
-from tilewright.ir.types import DType, Value, concrete
+from tilewright.ir.types import DType, Value, concrete, next_power_of_two
 
 from .base import PassOptions, Rewriter
 from .spell_out_experts import Spelling
@@ -42,16 +42,11 @@ def _function(function: Function, most: int, highs: Mapping[str, int]) -> Functi
     for op in rewriter:
         if op.opcode == "experts" and all(v.dtype is not DType.f64 for v in op.operands):
             pairs, experts = concrete((op.operands[1].type.numel, op.operands[3].shape[0]), highs)
-            block = min(most, max(_FEWEST, _power_of_two(2 * pairs // experts)))
+            block = min(most, max(_FEWEST, next_power_of_two(2 * pairs // experts)))
             rewriter.replace(op.result, _Grouping(rewriter, op, block).result())
         else:
             rewriter.keep(op)
     return rewriter.finish()
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest one that is at least ``n``."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 class _Grouping(Spelling):
@@ -61,7 +56,7 @@ class _Grouping(Spelling):
         super().__init__(rewriter, op)
         self.block = block
         number = int(self.gate_up.shape[0])
-        self.order = rewriter.add_multi("experts_order", self.ids, loc=op.loc, experts=number, block=block)
+        self.order = rewriter.add_multi("experts_order", self.ids, experts=number, block=block)
         self.tokens = self._reshaped(
             self.x, (sympy.expand(self.ids.type.numel / self.ids.shape[-1]), self.x.shape[-1])
         )

@@ -22,7 +22,7 @@ from sympy import Expr, Integer
 
 from tilewright.ir.attention import LARGEST_HEAD
 from tilewright.ir.index import IndexMap, index_symbols, reshape_map
-from tilewright.ir.module import Attr, Function, Module, Op
+from tilewright.ir.module import Function, Module, Op
 from tilewright.ir.types import DType, TensorType, Value
 
 from .base import PassOptions, Rewriter, per_function
@@ -81,7 +81,7 @@ class _Builder:
                 q = self._by_rows(step, q)
         if bias is not None:
             bias = self._expanded(bias, (*bias.shape[:3], k.shape[2]))
-        out = self._add(
+        out = self.rewriter.add(
             "attention", q, k, self._swapped(v), *([] if bias is None else [bias]), scale=scale, softcap=0.0, window=0,
             causal=False, slot="", extras=None if bias is None else ("bias",),
         )  # fmt: skip
@@ -109,25 +109,27 @@ class _Builder:
         if step.term is None:
             if bias is None or step.factor == 1.0:
                 return bias
-            return self._add("mul", bias, self._const(step.factor, dtype))
+            return self.rewriter.add("mul", bias, self.rewriter.const(step.factor, dtype))
         if step.kind in ("hide", "keep"):
-            least = self._const(torch.finfo(dtype.torch).min, dtype)
-            other = self._const(0.0, dtype) if bias is None else bias
+            least = self.rewriter.const(torch.finfo(dtype.torch).min, dtype)
+            other = self.rewriter.const(0.0, dtype) if bias is None else bias
             term = self._placed(step.term, step.lead)
-            return self._add("where", term, *((least, other) if step.kind == "hide" else (other, least)))
+            return self.rewriter.add(
+                "where", term, *((least, other) if step.kind == "hide" else (other, least))
+            )
         if step.kind in ("mul", "div"):
             return None if bias is None else self._by_rows(step, bias)
         term = self._placed(self._as(step.term, dtype), step.lead)
         if bias is None:
-            return term if step.kind == "add" else self._add("neg", term)
-        return self._add(step.kind, bias, term)
+            return term if step.kind == "add" else self.rewriter.add("neg", term)
+        return self.rewriter.add(step.kind, bias, term)
 
     def _by_rows(self, step: Step, x: Value) -> Value:
         """x [B, H, S, ..] with its rows multiplied or divided by a step's term, in the wider type of both."""
         assert step.term is not None
         term = self._placed(step.term, step.lead)
         wide = max(term.dtype, x.dtype, key=lambda dtype: dtype.itemsize)
-        return self._as(self._add(step.kind, self._as(x, wide), self._as(term, wide)), x.dtype)
+        return self._as(self.rewriter.add(step.kind, self._as(x, wide), self._as(term, wide)), x.dtype)
 
     def _placed(self, term: Value, lead: Lead) -> Value:
         """What is added to scores with the dims ``lead`` before the last two, of rank 4, for those of the op."""
@@ -165,17 +167,11 @@ class _Builder:
     def _view(self, x: Value, shape: Lead, exprs: Sequence[Expr]) -> Value:
         if x.shape == tuple(shape) and tuple(exprs) == index_symbols(len(shape)):
             return x
-        return self._add(
+        return self.rewriter.add(
             "view", x, type=TensorType(x.dtype, tuple(shape)), map=IndexMap(len(shape), tuple(exprs))
         )
 
     def _as(self, x: Value, dtype: DType) -> Value:
         """x in another type, from what it was widened from where that is of the type."""
         x = origin if (origin := self._origin(x)).dtype is dtype else x
-        return x if x.dtype is dtype else self._add("cast", x, type=x.type.with_dtype(dtype))
-
-    def _const(self, number: float, dtype: DType) -> Value:
-        return self._add("const", type=TensorType(dtype, ()), value=number)
-
-    def _add(self, opcode: str, *operands: Value, type: TensorType | None = None, **attrs: Attr) -> Value:
-        return self.rewriter.add(opcode, *operands, loc=self.found.values.loc, type=type, **attrs)
+        return x if x.dtype is dtype else self.rewriter.add("cast", x, type=x.type.with_dtype(dtype))

@@ -55,8 +55,8 @@ def _function(function: Function, dtype: DType) -> Function:
             rewriter.keep(op)
             continue
         (new,) = op.operands
-        narrow = rewriter.add("cast", new, loc=op.loc, type=new.type.with_dtype(dtype))
-        rewriter.replace(op.result, rewriter.add("append", narrow, loc=op.loc, slot=str(op.attr("slot"))))
+        narrow = rewriter.add("cast", new, type=new.type.with_dtype(dtype))
+        rewriter.replace(op.result, rewriter.add("append", narrow, slot=str(op.attr("slot"))))
     return rewriter.finish()
 
 

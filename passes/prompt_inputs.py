@@ -62,7 +62,7 @@ def _added_behind(module: Module, layers: Sequence[str]) -> Module | None:
         if op.opcode == "call" and op.attr("scope") in layers and len(op.results) == 1:
             place = layers.index(op.attr("scope"))
             added[place] = Value(f"{DEEP}{place}", op.result.type)
-            rewriter.replace(op.result, rewriter.add("add", op.result, added[place], loc=op.loc))
+            rewriter.replace(op.result, rewriter.add("add", op.result, added[place]))
     if len(added) < len(layers):
         return None
     ops = tuple(rewriter.ops)

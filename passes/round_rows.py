@@ -63,9 +63,9 @@ def _rounded(rewriter: Rewriter, op: Op) -> Value:
     rows = TensorType(x.dtype, (prod(x.shape[:-1], start=Integer(1)), x.shape[-1]))
 
     def reshaped(value: Value, type: TensorType) -> Value:
-        return rewriter.add("view", value, loc=op.loc, type=type, map=reshape_map(value.shape, type.shape))
+        return rewriter.add("view", value, type=type, map=reshape_map(value.shape, type.shape))
 
-    codes = rewriter.add_multi("quantize", reshaped(x, rows), loc=op.loc, bits=8, group=group)
-    value = rewriter.add("dequantize", *codes, loc=op.loc, type=rows, bits=8, group=group)
+    codes = rewriter.add_multi("quantize", reshaped(x, rows), bits=8, group=group)
+    value = rewriter.add("dequantize", *codes, type=rows, bits=8, group=group)
     attrs = {name: found for name, found in op.attrs if name != "activation_group"}
-    return rewriter.add("matmul", reshaped(value, x.type), weight, loc=op.loc, type=op.result.type, **attrs)
+    return rewriter.add("matmul", reshaped(value, x.type), weight, type=op.result.type, **attrs)

@@ -14,7 +14,7 @@ from sympy import Expr, Integer
 
 from tilewright.ir.experts import Gate, experts_extras
 from tilewright.ir.index import IndexMap, index_symbols
-from tilewright.ir.module import Attr, Function, Module, Op
+from tilewright.ir.module import Function, Module, Op
 from tilewright.ir.types import DType, TensorType, Value
 
 from .base import PassOptions, Rewriter
@@ -41,6 +41,7 @@ class Spelling:
 
     def __init__(self, rewriter: Rewriter, op: Op) -> None:
         self.rewriter, self.op, self.gate = rewriter, op, Gate.of(op)
+        self.add = rewriter.add
         self.x, self.ids, self.scores, self.gate_up, self.down = op.operands[:5]
         self.extras = experts_extras(op, op.operands)
         self.pairs = self.ids.shape
@@ -114,11 +115,8 @@ class Spelling:
 
     # -- ops ---------------------------------------------------------------------------------------------------
 
-    def add(self, opcode: str, *operands: Value, type: TensorType | None = None, **attrs: Attr) -> Value:
-        return self.rewriter.add(opcode, *operands, loc=self.op.loc, type=type, **attrs)
-
     def number(self, value: float, like: Value) -> Value:
-        return self.add("const", type=TensorType(like.dtype, ()), value=float(value))
+        return self.rewriter.const(value, like.dtype)
 
     def times(self, x: Value, factor: float) -> Value:
         return self.add("mul", x, self.number(factor, x))

@@ -20,8 +20,8 @@ from sympy import Integer
 
 from tilewright.ir.attention import attention_extras
 from tilewright.ir.index import IndexMap, index_symbols
-from tilewright.ir.module import Attr, Function, Module, Op
-from tilewright.ir.types import DType, TensorType, Value
+from tilewright.ir.module import Function, Module, Op
+from tilewright.ir.types import DType, TensorType, Value, next_power_of_two
 
 from .base import PassOptions, Rewriter
 
@@ -40,7 +40,7 @@ def chunks(pairs: int, most: int, multiprocessors: int) -> int:
         return most
     if pairs >= 2 * multiprocessors:
         return 0
-    return min(most, 1 << (-(-4 * multiprocessors // pairs) - 1).bit_length())
+    return min(most, next_power_of_two(-(-4 * multiprocessors // pairs)))
 
 
 def _function(function: Function, options: PassOptions) -> Function:
@@ -63,11 +63,8 @@ def _split(rewriter: Rewriter, op: Op, splits: int) -> Value:
     extras = attention_extras(op, op.operands)
     sinks = extras.pop("sinks", None)
     operands, attrs["extras"] = (*op.operands[:3], *extras.values()), tuple(extras) or None
-    acc, top, total = rewriter.add_multi("attention_split", *operands, loc=op.loc, splits=splits, **attrs)
-
-    def add(opcode: str, *operands: Value, type: TensorType | None = None, **more: Attr) -> Value:
-        return rewriter.add(opcode, *operands, loc=op.loc, type=type, **more)
-
+    acc, top, total = rewriter.add_multi("attention_split", *operands, splits=splits, **attrs)
+    add = rewriter.add
     highest = add("reduce", top, kind="max", axes=(3,), keepdim=True)
     sink: Value | None = None
     if sinks is not None:
@@ -83,6 +80,5 @@ def _split(rewriter: Rewriter, op: Op, splits: int) -> Value:
     denominator = add("reduce", add("mul", total, weight), kind="sum", axes=(3,), keepdim=True)
     if sink is not None:
         denominator = add("add", denominator, add("exp", add("sub", sink, highest)))
-    tiny = add("const", type=TensorType(DType.f32, ()), value=1e-30)
-    safe = add("maximum", denominator, tiny)
+    safe = add("maximum", denominator, rewriter.const(1e-30, DType.f32))
     return add("cast", add("div", numerator, safe), type=op.result.type)

@@ -89,15 +89,15 @@ def _split(rewriter: Rewriter, op: Op, parts: int) -> Value:
 
     def view(value: Value, shape: tuple[Expr, ...], index_map: IndexMap) -> Value:
         type = TensorType(value.dtype, shape)
-        return rewriter.add("view", value, loc=op.loc, type=type, map=index_map)
+        return rewriter.add("view", value, type=type, map=index_map)
 
     left = view(a, (Integer(parts), rows, part), IndexMap(3, (*places, part * at + inner)))
     right = view(b, (Integer(parts), columns, part), IndexMap(3, (row, part * at + inner)))
-    product = rewriter.add("matmul", left, right, loc=op.loc, wide=1)
-    total = rewriter.add("reduce", product, loc=op.loc, kind="sum", axes=(0,), keepdim=False)
+    product = rewriter.add("matmul", left, right, wide=1)
+    total = rewriter.add("reduce", product, kind="sum", axes=(0,), keepdim=False)
     index = index_symbols(a.type.rank)
     flat: Expr = Integer(0)
     for symbol, extent in zip(index[:-1], a.shape[:-1], strict=True):
         flat = flat * extent + symbol
     shaped = view(total, op.result.shape, IndexMap(a.type.rank, (flat, index[-1])))
-    return rewriter.add("cast", shaped, loc=op.loc, type=op.result.type)
+    return rewriter.add("cast", shaped, type=op.result.type)

@@ -73,7 +73,7 @@ def _pointwise(op: Op, rewriter: Rewriter, merges: dict[Value, _Merge]) -> _Merg
         else:
             operands.append(_reshaped(rewriter, op, value, apart))
     type = TensorType(op.result.dtype, merge.split(shape, len(shape)))
-    result = rewriter.add(op.opcode, *operands, loc=op.loc, type=type, **dict(op.attrs))
+    result = rewriter.add(op.opcode, *operands, type=type, **dict(op.attrs))
     return _Merge(result, merge.at, merge.parts)
 
 
@@ -83,14 +83,14 @@ def _reduce(op: Op, rewriter: Rewriter, merges: dict[Value, _Merge]) -> _Merge |
         return None
     more = len(merge.parts) - 1
     attrs = dict(op.attrs) | {"axes": tuple(a + more if a > merge.at else a for a in axes)}
-    result = rewriter.add("reduce", merge.source, loc=op.loc, **attrs)
+    result = rewriter.add("reduce", merge.source, **attrs)
     gone = 0 if op.attr("keepdim") else sum(a < merge.at for a in axes)
     return _Merge(result, merge.at - gone, merge.parts)
 
 
 def _reshaped(rewriter: Rewriter, op: Op, value: Value, shape: Shape) -> Value:
     index_map = reshape_map(value.shape, shape)
-    return rewriter.add("view", value, loc=op.loc, type=TensorType(value.dtype, shape), map=index_map)
+    return rewriter.add("view", value, type=TensorType(value.dtype, shape), map=index_map)
 
 
 def _function(function: Function) -> Function:

@@ -36,7 +36,6 @@ def _function(function: Function) -> Function:
         (result,) = rewriter.add_multi(
             "call_torch",
             *op.operands,
-            loc=op.loc,
             types=(op.result.type,),
             target="aten.linear.default",
             template=TEMPLATE,

@@ -9,7 +9,7 @@ import os
 # nothing to do. By default they spin for milliseconds after each operation, on cores that the other processes need.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from benchmarks import architectures
 from benchmarks.architectures import Row, error_of
 from tests.compiler.models import tiny
 from tilewright import backends
+from tilewright.codegen.cpp import build
 from tilewright.pretrained import load_minilm, load_smollm2
 from tilewright.report import Report
 
@@ -102,6 +103,22 @@ def record_architecture(request: pytest.FixtureRequest) -> Callable[..., None]:
         assert replace(row, magnitude=stored.magnitude) == stored
 
     return record
+
+
+# These, and all of tests/codegen, build kernels as users do.
+FULLY_OPTIMISED = ("test_real_models.py", "test_tune_native.py", "test_tune_kernels.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_builds(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Kernels of models are optimised less: building takes a third of such tests' time, and what they are to find are
+    errors in what is printed and how it is called, not GCC's."""
+    if "codegen" in request.path.parts or request.path.name in FULLY_OPTIMISED:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "FLAGS", tuple("-O1" if flag == "-O3" else flag for flag in build.FLAGS))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilewright.ir.builder import Builder
 from tilewright.ir.module import Function, Module
-from tilewright.ir.ops import Builder
 from tilewright.ir.types import DType, TensorType, tensor_type
 
 

@@ -24,12 +24,12 @@ from tilewright.ir.errors import VerifyError
 from tilewright.ir.index import FloorDiv, Mod, linear_index, sym
 from tilewright.ir.loops import AttentionForm, Node, Store
 from tilewright.ir.module import Op
-from tilewright.ir.types import DType, Value
+from tilewright.ir.types import DType, Value, next_power_of_two
 
 from .expression import Block, Context, Operand
 from .pointwise_ops import TRITON, TRITON_TYPES, compute_dtype
 from .softmax import FAR_MASKED, LOWEST, MASKED, AgreedSoftmax, Multiply, Sums, online_step
-from .text import Scope, ceil_div, next_power_of_two, print_index
+from .text import Scope, ceil_div, print_index
 from .tiling import Tile
 
 _LOOK = 1024  # keys whose mask is looked at together

@@ -18,10 +18,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 
+from tilewright.ir.types import next_power_of_two
+
 from .codes import UNIT
 from .cost_model import FEW_QUERIES, INFEASIBLE, code_load, product_load, seconds, vector_load
 from .device import Device
-from .text import next_power_of_two
 from .tiling import Tile, pointwise_tile, reduction_tile
 from .work import AttentionWork, ProductWork, RecurrentWork, StreamWork, Work
 

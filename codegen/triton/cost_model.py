@@ -21,9 +21,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from tilewright.ir.types import next_power_of_two
+
 from .codes import UNIT
 from .device import Device
-from .text import next_power_of_two
 from .tiling import Tile
 from .work import AttentionWork, ProductWork, RecurrentWork, StreamWork, Work
 

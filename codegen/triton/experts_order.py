@@ -13,10 +13,10 @@ from sympy import Expr, Integer
 from tilewright.ir.index import reshape_map, sym
 from tilewright.ir.loops import Load
 from tilewright.ir.module import Op
-from tilewright.ir.types import Value
+from tilewright.ir.types import Value, next_power_of_two
 
 from .expression import Block, Context
-from .text import Scope, next_power_of_two, print_index
+from .text import Scope, print_index
 from .tiling import Tile
 
 PAIR = sym("i0")

@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from sympy import Expr, Integer
 
 from tilewright.ir.index import sym
-from tilewright.ir.types import DType
+from tilewright.ir.types import DType, next_power_of_two
 
 from .dependence import wait_for_predecessor
 from .device import H100, Device
 from .kernel import KernelSource, signature
 from .pointwise_ops import POINTER_TYPES
 from .program import TritonSource, print_source
-from .text import Names, Scope, next_power_of_two
+from .text import Names, Scope
 
 _PART = 1024  # scores of a program at least
 _MOST_PARTS = 64

@@ -13,11 +13,11 @@ import sympy
 from sympy import Expr
 
 from tilewright.ir.module import Op
-from tilewright.ir.types import Value
+from tilewright.ir.types import Value, next_power_of_two
 
 from .expression import Context
 from .pointwise_ops import TRITON_TYPES, compute_dtype
-from .text import Scope, next_power_of_two, print_index
+from .text import Scope, print_index
 from .tiling import Tile
 
 

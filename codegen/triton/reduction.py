@@ -16,10 +16,11 @@ from sympy import Expr
 
 from tilewright.ir.index import sym
 from tilewright.ir.loops import Axis, Reduce, Segment, free_symbols
+from tilewright.ir.types import next_power_of_two
 
 from .expression import Block, Context, flatten
 from .row_loops import K, KBlock, RowLoop, Stage
-from .text import Scope, ceil_div, next_power_of_two, print_index
+from .text import Scope, ceil_div, print_index
 from .tiling import Tile
 
 M = sym("m")

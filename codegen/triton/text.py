@@ -134,8 +134,3 @@ def print_index(expr: Expr, name: Callable[[sympy.Symbol], str] = str, tight: bo
 def ceil_div(extent: Expr, block: int) -> Expr:
     """Number of blocks that cover ``extent``."""
     return FloorDiv(sympy.expand(extent + block - 1), sympy.Integer(block))
-
-
-def next_power_of_two(n: int) -> int:
-    """The smallest power of two that is at least ``n``."""
-    return 1 << max(0, n - 1).bit_length()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .text import next_power_of_two
+from tilewright.ir.types import next_power_of_two
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from tilewright.ir.ops import Builder
+from tilewright.ir.builder import Builder
 from tilewright.ir.types import DType, concrete, tensor_type
 
 from .kernel_case import FLOATS, Case, case, finish, view

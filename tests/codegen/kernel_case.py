@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from tilewright.ir.builder import Builder
 from tilewright.ir.index import IndexMap, as_expr, parse_expr
 from tilewright.ir.module import Function, Loc, Module, Op, make_attrs
-from tilewright.ir.ops import Builder
 from tilewright.ir.recurrent import state_of
 from tilewright.ir.types import DType, TensorType, Value, concrete, tensor_type
 

@@ -5,7 +5,7 @@ No block divides N or the number of rows (one, four or 38), and most do not divi
 
 from __future__ import annotations
 
-from tilewright.ir.ops import Builder
+from tilewright.ir.builder import Builder
 from tilewright.ir.types import DType, tensor_type
 
 from .kernel_case import Case, case, finish

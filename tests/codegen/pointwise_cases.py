@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tilewright.ir.builder import Builder
 from tilewright.ir.index import parse_expr
-from tilewright.ir.ops import Builder
 from tilewright.ir.pointwise import POINTWISE
 from tilewright.ir.types import DType, tensor_type
 

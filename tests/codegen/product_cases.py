@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tilewright.ir.builder import Builder
 from tilewright.ir.module import Module
-from tilewright.ir.ops import Builder
 from tilewright.ir.types import DType, Value, tensor_type
 
 from .kernel_case import ROWS, Case, case, cast, centred, finish, layer_norm, rms_scale, rows_type, view

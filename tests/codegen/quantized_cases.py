@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tilewright.ir.builder import Builder
 from tilewright.ir.index import IndexMap, parse_expr
-from tilewright.ir.ops import Builder
 from tilewright.ir.quantization import quantize
 from tilewright.ir.types import DType, TensorType, Value, tensor_type
 

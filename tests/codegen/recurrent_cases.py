@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewright.ir.ops import Builder
+from tilewright.ir.builder import Builder
 from tilewright.ir.recurrent import wide
 from tilewright.ir.types import DType, tensor_type
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tilewright.ir.ops import Builder
+from tilewright.ir.builder import Builder
 from tilewright.ir.types import DType, tensor_type
 
 from .kernel_case import FLOATS, Case, case, cast, finish, layer_norm, rms_scale, view

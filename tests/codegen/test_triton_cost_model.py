@@ -30,7 +30,7 @@ from tilewright.codegen.triton.plan import plan_parts
 from tilewright.codegen.triton.tiling import Tile
 from tilewright.codegen.triton.work import AttentionWork, ProductWork, StreamWork, Work, sizes_of
 from tilewright.codegen.tunables import tuned
-from tilewright.ir.ops import Builder
+from tilewright.ir.builder import Builder
 from tilewright.ir.types import tensor_type
 
 from .kernel_case import CAPACITY, RANGES, finish, rms_scale

@@ -11,9 +11,9 @@ from tilewright.codegen.triton.environment import Environment
 from tilewright.codegen.triton.kernel import print_kernel
 from tilewright.codegen.triton.pointwise_ops import TRITON
 from tilewright.codegen.triton.text import Names, Scope, print_index
+from tilewright.ir.builder import Builder
 from tilewright.ir.errors import OptionError
 from tilewright.ir.index import parse_expr
-from tilewright.ir.ops import Builder
 from tilewright.ir.pointwise import POINTWISE
 from tilewright.ir.types import DType, tensor_type
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tests.experts_cases import CASES, ExpertsCase
+from tilewright.ir.builder import Builder
 from tilewright.ir.errors import VerifyError
 from tilewright.ir.module import Function, Module
-from tilewright.ir.ops import Builder
 from tilewright.ir.parser import parse_module
 from tilewright.ir.printer import print_module
 from tilewright.ir.reference import evaluate

@@ -10,9 +10,9 @@ from transformers.models.mamba import modeling_mamba as theirs
 from transformers.models.mamba2 import modeling_mamba2 as mamba2
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
+from tilewright.ir.builder import Builder
 from tilewright.ir.errors import VerifyError
 from tilewright.ir.module import Function, Module
-from tilewright.ir.ops import Builder
 from tilewright.ir.parser import parse_module
 from tilewright.ir.printer import print_module
 from tilewright.ir.reference import evaluate

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tilewright.ir.builder import Builder
 from tilewright.ir.errors import VerifyError
 from tilewright.ir.index import IndexMap, index_symbols, sym
 from tilewright.ir.module import Function, Module, Op
-from tilewright.ir.ops import Builder
 from tilewright.ir.parser import parse_module
 from tilewright.ir.pointwise import POINTWISE
 from tilewright.ir.reference import evaluate, join_scope

@@ -10,9 +10,9 @@ import sympy
 from hypothesis import strategies as st
 from sympy import Integer
 
+from tilewright.ir.builder import Builder
 from tilewright.ir.index import IndexMap, index_symbols, reshape_map, sym
 from tilewright.ir.module import Function, Loc, Module
-from tilewright.ir.ops import Builder
 from tilewright.ir.types import DType, TensorType, Value, concrete
 
 LIMIT = 64.0
