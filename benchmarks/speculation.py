@@ -79,15 +79,20 @@ def main(
     for precision in chosen:
         source, tokenizer = pretrained.load(model, PRECISIONS[precision].dtype, Progress())
         source = source.to(device)
+        asked = {
+            task: {name: t.to(device) for name, t in pretrained.chat(tokenizer, text).items()}
+            for task, text in QUESTIONS.items()
+        }
         able: dict[str, Any] = {}
         if "tilewright" in names:
-            options = {"max_length": 1024, "speculative_tokens": guesses, "progress": Progress()}
+            room = tokens + max(given["input_ids"].shape[1] for given in asked.values())
+            options = {"max_length": room, "speculative_tokens": guesses, "progress": Progress()}
             able[OURS] = models.compiled(source, precision, **options)
         if "eager" in names and PRECISIONS[precision].weights is None:  # else there is no such model to run
             able[EAGER] = source
-        for task, text in QUESTIONS.items():
-            given = {name: t.to(device) for name, t in pretrained.chat(tokenizer, text).items()}
-            questions.append(_asked(task, precision, able, given, guesses, tokens, repeats))
+        questions += [
+            _asked(task, precision, able, given, guesses, tokens, repeats) for task, given in asked.items()
+        ]
     results = SpeculationResults(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=command_line("benchmarks.speculation"),

@@ -105,15 +105,12 @@ def record_architecture(request: pytest.FixtureRequest) -> Callable[..., None]:
     return record
 
 
-# These, and all of tests/codegen, build kernels as users do.
-FULLY_OPTIMISED = ("test_real_models.py", "test_tune_native.py", "test_tune_kernels.py")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _quick_builds(request: pytest.FixtureRequest) -> Iterator[None]:
     """Kernels of models are optimised less: building takes a third of such tests' time, and what they are to find are
-    errors in what is printed and how it is called, not GCC's."""
-    if "codegen" in request.path.parts or request.path.name in FULLY_OPTIMISED:
+    errors in what is printed and how it is called, not GCC's. Real models, and all of tests/codegen, build as users do.
+    """
+    if "codegen" in request.path.parts or request.path.name == "test_real_models.py":
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
