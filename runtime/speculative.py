@@ -21,13 +21,9 @@ from .kv_state import RequestState
 from .row_chooser import RowChooser
 from .sequence import Sequence
 
-Guess = Callable[[np.ndarray], np.ndarray]
-"""Gives guesses of what follows some tokens, i64[n] each; none where it has no idea."""
-
-_LONGEST_REST = 15
-"""Steps without guesses after some that were all wrong, as a step that checks some takes longer: 1, then 3, 7 and so
-on, until two at once are right, or all that there are. Not by the clock: where roundings matter, the same call is to
-give the same tokens."""
+Guess = Callable[[np.ndarray], tuple[np.ndarray, int]]
+"""Gives guesses of what follows some tokens, i64[n] each, none where it has no idea, and a kind that it hopes are as
+often right as others of that kind: the number of tokens that they followed before."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +31,13 @@ class PromptLookup:
     """Guesses that what came after the last few tokens when they occurred before comes again.
 
     The longest run of at most ``ngram`` last tokens that occurred before decides, and of its occurrences the latest
-    that ``tokens`` others follow, or else the first.
+    that ``tokens`` others follow, or else the first. The kind is the run's length.
     """
 
     tokens: int
-    ngram: int = 2
+    ngram: int = 4
 
-    def __call__(self, known: np.ndarray) -> np.ndarray:
+    def __call__(self, known: np.ndarray) -> tuple[np.ndarray, int]:
         for size in range(min(self.ngram, len(known) - 1), 0, -1):
             last = known[-size:]
             runs = np.lib.stride_tricks.sliding_window_view(known[:-1], size)
@@ -49,8 +45,44 @@ class PromptLookup:
             if len(ends):
                 enough = ends[ends + self.tokens <= len(known)]
                 end = enough[-1] if len(enough) else ends[0]
-                return known[end : end + self.tokens]
-        return known[:0]
+                return known[end : end + self.tokens], size
+        return known[:0], 0
+
+
+class Payoff:
+    """Whether guesses of a kind save more than it costs to check them, going by those before.
+
+    ``most``: guesses that a step can check. Such a step takes up to 1 + most / 8 times as long as one of a single token
+    (seven guesses on CPUs: 1.2 to 2.6 times), so that an eighth of them has to be right. A mean that fades counts them,
+    from what is usual for the first; where it is too low, every 16th chance is taken all the same. Not by the clock:
+    where roundings matter, the same call is to give the same tokens.
+    """
+
+    NEEDED = 1 / 8
+    USUAL = {1: 1 / 16, 2: 2 / 8}
+    LONGER = 3 / 8
+    KEPT = 0.8
+    PATIENCE = 16
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._share: dict[int, float] = {}
+        self._missed: dict[int, int] = {}
+
+    def worthwhile(self, kind: int) -> bool:
+        """Whether to check guesses of this kind."""
+        missed = self._missed.get(kind, 0) + 1
+        if self._of(kind) >= self.NEEDED or missed == self.PATIENCE:
+            missed = 0
+        self._missed[kind] = missed
+        return missed == 0
+
+    def learn(self, kind: int, right: int) -> None:
+        """So many guesses of this kind were right in one step."""
+        self._share[kind] = self.KEPT * self._of(kind) + (1 - self.KEPT) * right / self.most
+
+    def _of(self, kind: int) -> float:
+        return self._share.get(kind, self.USUAL.get(kind, self.LONGER))
 
 
 def speculate(
@@ -74,19 +106,17 @@ def speculate(
         logits = engine.step(state, sequence.ids[:, held:], attention_mask, positions, keep=1)
     steps = _Steps(engine, state, sequence)
     ended = steps.take(RowChooser(logits[:, -1:]))
-    rest = wrong = 0
+    payoff = Payoff(engine.spec.speculative_tokens)
     while not ended:
         room = min(engine.room_for_guesses(state), sequence.options.max_length - sequence.length - 1)
-        guesses = steps.known()[:0] if rest else guess(steps.known())[: max(room, 0)]
-        rest = max(rest - 1, 0)
-        if not len(guesses):
+        guesses, kind = guess(steps.known())
+        guesses = guesses[: max(room, 0)]
+        if not len(guesses) or not payoff.worthwhile(kind):
             ended = steps.one()
             continue
         before = sequence.length
         ended = steps.check(guesses)
-        right = sequence.length - before - 1
-        wrong = 0 if right >= min(2, len(guesses)) else wrong + (right == 0)
-        rest = min(2**wrong - 1, _LONGEST_REST)
+        payoff.learn(kind, sequence.length - before - 1)
     sequence.finish()
     return sequence.done.result()
 

@@ -16,7 +16,7 @@ from tilewright.runtime.engine import Engine
 from tilewright.runtime.generate import generate
 from tilewright.runtime.sampling import CustomOptions, GenerateOptions, Sampling
 from tilewright.runtime.sequence import Sequence
-from tilewright.runtime.speculative import Guess, PromptLookup, speculate
+from tilewright.runtime.speculative import Guess, Payoff, PromptLookup, speculate
 
 from .toy import VOCAB, toy_engine
 
@@ -32,10 +32,10 @@ def knowing(tokens: Tensor, right: list[bool]) -> Guess:
     """Guesses what comes, by turns rightly and wrongly, three tokens at a time."""
     turns = iter(range(10**6))
 
-    def guess(known: np.ndarray) -> np.ndarray:
+    def guess(known: np.ndarray) -> tuple[np.ndarray, int]:
         coming = tokens[0, len(known) : len(known) + 3].numpy()
         correct = np.array([right[next(turns) % len(right)] for _ in coming], dtype=bool)
-        return np.where(correct, coming, (coming + 1) % VOCAB)
+        return np.where(correct, coming, (coming + 1) % VOCAB), 2
 
     return guess
 
@@ -96,27 +96,45 @@ def steps(engine: Engine) -> tuple[int, int]:
 def test_right_guesses_save_steps() -> None:
     ids, options = torch.tensor([[3, 1, 4, 1, 5]]), GenerateOptions(5 + 17)
     wanted = plain(ids, options)
-    # Of 16 steps with wrong guesses the first checks some, one rests, the next does, three rest, and then seven.
+    # Of 16 steps with wrong guesses the first four check some.
     for right, expected in (([True], (0, 4)), ([False], (12, 4))):
         engine = toy_engine((1,), LENGTH, guesses=3)
         speculate(engine, engine.new_state(1), Sequence(ids, options), knowing(wanted, right))
         assert steps(engine) == expected
 
 
-def test_one_guess_at_a_time_goes_on_once_it_is_right() -> None:
+def test_one_guess_at_a_time_goes_on_while_enough_are_right() -> None:
     ids, options = torch.tensor([[3, 1, 4, 1, 5]]), GenerateOptions(LENGTH)
     wanted = plain(ids, options)
     engine = toy_engine((1,), LENGTH, guesses=1)
     asked: list[int] = []
 
-    def guess(known: np.ndarray) -> np.ndarray:
+    def guess(known: np.ndarray) -> tuple[np.ndarray, int]:
         asked.append(len(known))
         right = wanted[0, len(known) : len(known) + 1].numpy()
-        return right if len(asked) > 2 else (right + 1) % VOCAB
+        return (right if len(asked) > 2 else (right + 1) % VOCAB), 2
 
     speculate(engine, engine.new_state(1), Sequence(ids, options), guess)
-    assert asked[:4] == [6, 8, 12, 14]  # one rests, three rest, and from then on each step has a guess
-    assert asked[3:] == list(range(14, LENGTH, 2))
+    assert asked == [6, 7, *range(8, LENGTH, 2)]  # two were wrong, and from then on each step has two tokens
+
+
+def test_guesses_that_were_wrong_wait_for_every_sixteenth_chance() -> None:
+    payoff = Payoff(7)
+    for _ in range(4):
+        assert payoff.worthwhile(2)
+        payoff.learn(2, 0)
+    assert [payoff.worthwhile(2) for _ in range(33)] == [n % 16 == 15 for n in range(33)]
+    assert payoff.worthwhile(3)  # which is another kind
+    payoff.learn(2, 7)
+    assert payoff.worthwhile(2)
+
+
+@given(st.lists(st.tuples(st.integers(2, 4), st.integers(0, 7)), max_size=40))
+def test_guesses_that_are_right_often_enough_are_never_left_out(seen: list[tuple[int, int]]) -> None:
+    payoff = Payoff(7)
+    for kind, right in seen:
+        payoff.learn(kind, max(right, 1))
+        assert payoff.worthwhile(kind)
 
 
 def test_a_streamer_that_fails_leaves_no_guess_behind() -> None:
@@ -231,12 +249,14 @@ def test_a_call_of_few_tokens_is_one_step(tokens: int) -> None:
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 5))
 def test_guesses_are_what_followed_the_longest_earlier_run(known: list[int], ngram: int, tokens: int) -> None:
-    found = PromptLookup(tokens, ngram)(np.array(known)).tolist()
+    guesses, run = PromptLookup(tokens, ngram)(np.array(known))
+    found = guesses.tolist()
     text = np.array(known)
     for size in range(min(ngram, len(known) - 1), 0, -1):
         ends = [e for e in range(size, len(known)) if known[e - size : e] == known[-size:]]
         if ends:
+            assert run == size
             assert found in [text[e : e + tokens].tolist() for e in ends]
             assert len(found) == max(min(tokens, len(known) - e) for e in ends)
             return
-    assert found == []
+    assert (found, run) == ([], 0)

@@ -43,14 +43,18 @@ static inline void round_row(const float* x, long k, const ByteRow& to) {
     for (long g = 0; g < k / ACTIVATION_GROUP; g++) {
         const float* from = x + g * ACTIVATION_GROUP;
         int8_t* codes = to.codes + g * ACTIVATION_GROUP;
-        float largest = 0.0f, zero = 0.0f;
-#pragma omp simd reduction(max : largest) reduction(+ : zero)
+        // Without their sign, the bits of floats are in the order of magnitudes, with infinity and NaN at the end.
+        uint32_t top = 0;
+#pragma omp simd reduction(max : top)
         for (int i = 0; i < ACTIVATION_GROUP; i++) {
-            const float size = std::fabs(from[i]);
-            largest = size > largest ? size : largest;
-            zero += from[i] * 0.0f;
+            uint32_t size;
+            std::memcpy(&size, from + i, sizeof(size));
+            size &= 0x7fffffffu;
+            top = size > top ? size : top;
         }
-        const float scale = largest / 127.0f + zero, inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+        float largest;
+        std::memcpy(&largest, &top, sizeof(largest));
+        const float scale = largest / 127.0f + largest * 0.0f, inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
         int32_t count = 0;
 #pragma omp simd reduction(+ : count)
         for (int i = 0; i < ACTIVATION_GROUP; i++) {
