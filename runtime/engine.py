@@ -15,7 +15,7 @@ from .checks import check_bounds, check_integers, require_mask, require_tensor
 from .device import is_out_of_memory
 from .executor import Compiling, DeviceStepping, EngineSpec, Executor, TensorSpec
 from .greedy import GreedyKernels
-from .host import aligned, clone, write
+from .host import aligned, clone, quick, write
 from .idle_states import IdleStates
 from .kv_state import RequestState
 from .prompts import completed, pieces
@@ -249,17 +249,17 @@ class Engine:
         assert self.verify_executor is not None
         window, count, size = state.window, len(tokens), self.spec.speculative_tokens + 1
         write(window.tokens[:count], tokens)
-        if positions is None:
-            window.positions[:count] = state.positions[0] + window.count[:count]
-        else:
-            window.positions[:count] = positions[0]
+        last = quick(state.positions)
+        window.positions[:count] = (
+            last[0] + window.count[:count] if positions is None else quick(positions[0])
+        )
         # What is behind the tokens is computed and never read. Positions no further than theirs, by which rotary
         # frequencies may be chosen.
         window.positions[count:] = window.positions[count - 1]
         dims = {**state.step_dims, "B": 1, "S": size, "T": state.length + size, "L": size}
         self.verify_executor.run(window.inputs, dims, state, window.outputs)
         state.length += count
-        state.positions[:1] = window.positions[count - 1]
+        last[:1] = window.positions[count - 1]
         return window.logits[:, :count]
 
     def device_step(self, state: RequestState) -> Callable[[], None] | None:

@@ -23,16 +23,16 @@ from .recurrent_state import RecurrentState
 
 
 class Window:
-    """The tensors that a step of several tokens of one sequence reads and writes: ``tokens`` and ``positions`` i64[n],
-    ``logits`` [1, n, V]. ``count`` is 1 to n."""
+    """What a step of several tokens of one sequence reads and writes: ``tokens`` and ``positions`` i64[n], as ``quick``
+    gives them, ``logits`` [1, n, V]. ``count`` is 1 to n."""
 
     def __init__(self, state: RequestState) -> None:
         spec, size = state.spec, state.spec.speculative_tokens + 1
         with torch.inference_mode(False):
             ids = torch.zeros(1, size, dtype=torch.int64, device=spec.device)
-            positions, self.count = torch.zeros_like(ids), torch.arange(1, size + 1, device=spec.device)
+            positions, count = torch.zeros_like(ids), torch.arange(1, size + 1, device=spec.device)
             self.logits = spec.outputs[0].empty({"B": 1, "S": size, "L": size}, spec.device)
-        self.tokens, self.positions = quick(ids[0]), positions[0]
+        self.tokens, self.positions, self.count = quick(ids[0]), quick(positions[0]), quick(count)
         held = {name: tensor[:1] for name, tensor in state.held.tensors.items()}
         self.inputs = {**state.step_inputs, **held, "input_ids": ids, "position_ids": positions}
         self.outputs = dict.fromkeys(state.step_outputs, self.logits)
@@ -213,7 +213,7 @@ class RequestState:
                 f"cannot crop a cache of {self.length} positions to {length}: the state of a recurrent layer has taken "
                 "them in and cannot go back; keep a copy.deepcopy of the cache to return to"
             )
-        self.mask[:, length : self.length] = True
+        quick(self.mask)[:, length : self.length] = True
         self.length = length
         if not length:
             self.shift.zero_()
@@ -221,7 +221,7 @@ class RequestState:
     def take_back(self, count: int) -> None:
         """Forget the last ``count`` tokens of a step of several, and go on at the position after those that stay."""
         self.crop(self.length - count)
-        self.positions[: self.batch] -= count  # those of rows beyond must stay in the model's tables
+        quick(self.positions)[: self.batch] -= count  # those of rows beyond must stay in the model's tables
 
     def _filled(self, name: str) -> Tensor:
         """What of a buffer belongs to the sequences: of keys and values the positions that are filled."""

@@ -58,11 +58,7 @@ class Payoff:
     where roundings matter, the same call is to give the same tokens.
     """
 
-    NEEDED = 1 / 8
-    USUAL = {1: 1 / 16, 2: 2 / 8}
-    LONGER = 3 / 8
-    KEPT = 0.8
-    PATIENCE = 16
+    NEEDED, KEPT, PATIENCE = 1 / 8, 0.8, 16
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -82,7 +78,8 @@ class Payoff:
         self._share[kind] = self.KEPT * self._of(kind) + (1 - self.KEPT) * right / self.most
 
     def _of(self, kind: int) -> float:
-        return self._share.get(kind, self.USUAL.get(kind, self.LONGER))
+        usual = 1 / 16 if kind == 1 else min(kind, 3) / 8
+        return self._share.get(kind, usual)
 
 
 def speculate(
