@@ -96,8 +96,8 @@ def steps(engine: Engine) -> tuple[int, int]:
 def test_right_guesses_save_steps() -> None:
     ids, options = torch.tensor([[3, 1, 4, 1, 5]]), GenerateOptions(5 + 17)
     wanted = plain(ids, options)
-    # Of 16 steps with wrong guesses the first four check some.
-    for right, expected in (([True], (0, 4)), ([False], (12, 4))):
+    # Of 16 steps with wrong guesses the first two check some.
+    for right, expected in (([True], (0, 4)), ([False], (14, 2))):
         engine = toy_engine((1,), LENGTH, guesses=3)
         speculate(engine, engine.new_state(1), Sequence(ids, options), knowing(wanted, right))
         assert steps(engine) == expected
@@ -112,18 +112,18 @@ def test_one_guess_at_a_time_goes_on_while_enough_are_right() -> None:
     def guess(known: np.ndarray) -> tuple[np.ndarray, int]:
         asked.append(len(known))
         right = wanted[0, len(known) : len(known) + 1].numpy()
-        return (right if len(asked) > 2 else (right + 1) % VOCAB), 2
+        return (right if len(asked) > 1 else (right + 1) % VOCAB), 2
 
     speculate(engine, engine.new_state(1), Sequence(ids, options), guess)
-    assert asked == [6, 7, *range(8, LENGTH, 2)]  # two were wrong, and from then on each step has two tokens
+    assert asked == [6, *range(7, LENGTH, 2)]  # one was wrong, and from then on each step has two tokens
 
 
-def test_guesses_that_were_wrong_wait_for_every_sixteenth_chance() -> None:
+def test_guesses_that_were_wrong_wait_for_every_thirty_second_chance() -> None:
     payoff = Payoff(7)
-    for _ in range(4):
+    for _ in range(2):
         assert payoff.worthwhile(2)
         payoff.learn(2, 0)
-    assert [payoff.worthwhile(2) for _ in range(33)] == [n % 16 == 15 for n in range(33)]
+    assert [payoff.worthwhile(2) for _ in range(65)] == [n % 32 == 31 for n in range(65)]
     assert payoff.worthwhile(3)  # which is another kind
     payoff.learn(2, 7)
     assert payoff.worthwhile(2)
