@@ -204,7 +204,7 @@ class DecoderMixin(ContinuousBatchingMixin, CompiledMixin):
         """Guesses from the text itself are checked by our own loop where there is a program for that; a model that
         guesses is left to the loop of transformers, whose steps of several tokens run that program, too."""
         wanted, ngram = generation_config.prompt_lookup_num_tokens, generation_config.max_matching_ngram_size
-        ngram = PromptLookup.ngram if ngram is None else ngram
+        ngram = PromptLookup.NGRAM if ngram is None else ngram
         sensible = (wanted or 0) > 0 and ngram > 0  # of others transformers says what is wrong
         if sensible and not synced_gpus and len(input_ids) == 1 and self._checks_guesses():
             model_kwargs = {n: v for n, v in kwargs.items() if n not in ASSISTANTS}

@@ -60,10 +60,15 @@ class Sequence:
         tokens = np.array(self.ids[0].tolist() + self.tokens, dtype=np.int64)
         return KnownSequence(tokens[:length], self.weights, parts)
 
+    @functools.cached_property
+    def prompt_length(self) -> int:
+        """Number of tokens of the prompt."""
+        return self.ids.shape[1]
+
     @property
     def length(self) -> int:
         """Number of tokens, prompt and new ones."""
-        return self.ids.shape[1] + len(self.tokens)
+        return self.prompt_length + len(self.tokens)
 
     def all_tokens(self) -> Tensor:
         """Prompt and new tokens, i64[1, n]."""

@@ -8,10 +8,9 @@ Transformers via Speculative Decoding", 2023; guesses from the text itself: Saxe
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
 from .engine import Engine
@@ -21,32 +20,38 @@ from .kv_state import RequestState
 from .row_chooser import RowChooser
 from .sequence import Sequence
 
-Guess = Callable[[np.ndarray], tuple[np.ndarray, int]]
-"""Gives guesses of what follows some tokens, i64[n] each, none where it has no idea, and a kind that it hopes are as
-often right as others of that kind: the number of tokens that they followed before."""
+Guess = Callable[[list[int]], tuple[list[int], int]]
+"""Gives guesses of what follows the tokens of a sequence so far, none where it has no idea, and their kind, of which
+some are as often right as others: the number of tokens that they followed before."""
 
 
-@dataclass(frozen=True)
 class PromptLookup:
-    """Guesses that what came after the last few tokens when they occurred before comes again.
+    """Guesses that what came after the last few tokens when they occurred before comes again. For one sequence.
 
     The longest run of at most ``ngram`` last tokens that occurred before decides, and of its occurrences the latest
     that ``tokens`` others follow, or else the first. The kind is the run's length.
     """
 
-    tokens: int
-    ngram: int = 4
+    NGRAM = 4
 
-    def __call__(self, known: np.ndarray) -> tuple[np.ndarray, int]:
-        for size in range(min(self.ngram, len(known) - 1), 0, -1):
-            last = known[-size:]
-            runs = np.lib.stride_tricks.sliding_window_view(known[:-1], size)
-            ends = np.flatnonzero((runs == last).all(axis=1)) + size
-            if len(ends):
-                enough = ends[ends + self.tokens <= len(known)]
-                end = enough[-1] if len(enough) else ends[0]
+    def __init__(self, tokens: int, ngram: int = NGRAM) -> None:
+        self.tokens, self.ngram = tokens, ngram
+        self._followed: dict[tuple[int, ...], list[int]] = {}
+        """Where runs end that a token follows, in the order of the text."""
+        self._noted = 1
+
+    def __call__(self, known: list[int]) -> tuple[list[int], int]:
+        length = len(known)
+        for end in range(self._noted, length):
+            for size in range(1, min(self.ngram, end) + 1):
+                self._followed.setdefault(tuple(known[end - size : end]), []).append(end)
+        self._noted = max(length, 1)
+        for size in range(min(self.ngram, length - 1), 0, -1):
+            if ends := self._followed.get(tuple(known[-size:])):
+                enough = bisect_right(ends, length - self.tokens)
+                end = ends[enough - 1] if enough else ends[0]
                 return known[end : end + self.tokens], size
-        return known[:0], 0
+        return [], 0
 
 
 class Payoff:
@@ -106,9 +111,9 @@ def speculate(
     payoff = Payoff(engine.spec.speculative_tokens)
     while not ended:
         room = min(engine.room_for_guesses(state), sequence.options.max_length - sequence.length - 1)
-        guesses, kind = guess(steps.known())
+        guesses, kind = guess(steps.known)
         guesses = guesses[: max(room, 0)]
-        if not len(guesses) or not payoff.worthwhile(kind):
+        if not guesses or not payoff.worthwhile(kind):
             ended = steps.one()
             continue
         before = sequence.length
@@ -119,37 +124,32 @@ def speculate(
 
 
 class _Steps:
-    """Steps of one token, or of several, whose tokens become those of the sequence."""
+    """Steps of one token, or of several, whose tokens become those of the sequence; ``known`` are all so far."""
 
     def __init__(self, engine: Engine, state: RequestState, sequence: Sequence) -> None:
         self.engine, self.state, self.sequence = engine, state, sequence
-        self._tokens = np.empty(sequence.options.max_length, dtype=np.int64)
-        self._tokens[: sequence.ids.shape[1]] = sequence.ids[0].cpu().numpy()
+        self.known: list[int] = sequence.ids[0].tolist()
         self._one = RowChooser(state.logits[:1])
         self._several: list[RowChooser] = []
         self._input, self._positions = quick(state.ids[:1, 0]), quick(state.positions)
-
-    def known(self) -> np.ndarray:
-        """All tokens so far."""
-        return self._tokens[: self.sequence.length]
 
     def take(self, chooser: RowChooser) -> bool:
         """Choose the next token. True when it is the last one."""
         (token,) = chooser.choose([self.sequence.choice])
         ended = self.sequence.take(token)
-        self._tokens[self.sequence.length - 1] = self.sequence.tokens[-1]
+        self.known.append(self.sequence.tokens[-1])
         return ended
 
     def one(self) -> bool:
         """Run the last token, and choose the next."""
-        write(self._input, [int(self.known()[-1])])
+        write(self._input, self.known[-1:])
         self._positions += 1
         self.engine.advance(self.state)
         return self.take(self._one)
 
-    def check(self, guesses: np.ndarray) -> bool:
+    def check(self, guesses: list[int]) -> bool:
         """Run the last token and guesses of those after it, and choose as many of these, and one more, as are right."""
-        run = [int(self.known()[-1]), *map(int, guesses)]
+        run = [self.known[-1], *guesses]
         logits = self.engine.verify(self.state, run)
         if not self._several:
             whole = self.state.window.logits
@@ -158,7 +158,7 @@ class _Steps:
         try:
             for chooser in self._several[: logits.shape[1]]:
                 ended = self.take(chooser)
-                if ended or right == len(guesses) or int(self.known()[-1]) != run[right + 1]:
+                if ended or right == len(guesses) or self.known[-1] != run[right + 1]:
                     break
                 right += 1
         finally:  # also where a streamer fails

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,10 +31,9 @@ def knowing(tokens: Tensor, right: list[bool]) -> Guess:
     """Guesses what comes, by turns rightly and wrongly, three tokens at a time."""
     turns = iter(range(10**6))
 
-    def guess(known: np.ndarray) -> tuple[np.ndarray, int]:
-        coming = tokens[0, len(known) : len(known) + 3].numpy()
-        correct = np.array([right[next(turns) % len(right)] for _ in coming], dtype=bool)
-        return np.where(correct, coming, (coming + 1) % VOCAB), 2
+    def guess(known: list[int]) -> tuple[list[int], int]:
+        coming = tokens[0, len(known) : len(known) + 3].tolist()
+        return [t if right[next(turns) % len(right)] else (t + 1) % VOCAB for t in coming], 2
 
     return guess
 
@@ -109,10 +107,10 @@ def test_one_guess_at_a_time_goes_on_while_enough_are_right() -> None:
     engine = toy_engine((1,), LENGTH, guesses=1)
     asked: list[int] = []
 
-    def guess(known: np.ndarray) -> tuple[np.ndarray, int]:
+    def guess(known: list[int]) -> tuple[list[int], int]:
         asked.append(len(known))
-        right = wanted[0, len(known) : len(known) + 1].numpy()
-        return (right if len(asked) > 1 else (right + 1) % VOCAB), 2
+        right = wanted[0, len(known) : len(known) + 1].tolist()
+        return right if len(asked) > 1 else [(t + 1) % VOCAB for t in right], 2
 
     speculate(engine, engine.new_state(1), Sequence(ids, options), guess)
     assert asked == [6, *range(7, LENGTH, 2)]  # one was wrong, and from then on each step has two tokens
@@ -249,14 +247,15 @@ def test_a_call_of_few_tokens_is_one_step(tokens: int) -> None:
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 4), st.integers(1, 5))
 def test_guesses_are_what_followed_the_longest_earlier_run(known: list[int], ngram: int, tokens: int) -> None:
-    guesses, run = PromptLookup(tokens, ngram)(np.array(known))
-    found = guesses.tolist()
-    text = np.array(known)
+    lookup = PromptLookup(tokens, ngram)
+    for length in range(len(known)):
+        lookup(known[:length])  # as the text grows
+    found, run = lookup(known)
     for size in range(min(ngram, len(known) - 1), 0, -1):
         ends = [e for e in range(size, len(known)) if known[e - size : e] == known[-size:]]
         if ends:
             assert run == size
-            assert found in [text[e : e + tokens].tolist() for e in ends]
+            assert found in [known[e : e + tokens] for e in ends]
             assert len(found) == max(min(tokens, len(known) - e) for e in ends)
             return
     assert (found, run) == ([], 0)
