@@ -58,9 +58,9 @@ class Payoff:
     """Whether guesses of a kind save more than it costs to check them, going by those before.
 
     ``most``: guesses that a step can check. Such a step takes about 1 + most / 8 times as long as one of a single token
-    (with seven guesses 1.2 to 2.6 times on CPUs), so that an eighth of them has to be right. A mean that fades counts them,
-    from what is usual for the first; where it is too low, every 32nd chance is taken all the same. Not by the clock:
-    where roundings matter, the same call is to give the same tokens.
+    (with seven guesses 1.2 to 2.6 times on CPUs), so that an eighth of them has to be right. A mean that fades counts
+    them, from what is usual for the first; where it is too low, every 32nd chance is taken all the same. Not by the
+    clock: where roundings matter, the same call is to give the same tokens.
     """
 
     NEEDED, KEPT, PATIENCE = 1 / 8, 0.6, 32
