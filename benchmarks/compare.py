@@ -3,8 +3,8 @@
 Machines differ from hour to hour, so each figure is first set against something measured beside it in the same run:
 decoding against the time that its bytes take at the probe's bandwidth, a kernel against the time that its bytes or
 FLOPs take at the measured peaks, everything else against Hugging Face eager. What is compared is how that ratio of ours
-changed. Files are of six kinds: speed (``benchmarks.cpu``), encoders, serving, speculation,
-chart, and the check of a GPU.
+changed. Files are of six kinds: speed (``benchmarks.cpu``), encoders, serving, speculation, chart, and the check of a
+GPU. Of speculation it is what guesses save: ours with them beside ours without.
 """
 
 from __future__ import annotations

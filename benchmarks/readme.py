@@ -113,9 +113,10 @@ def speculation(found: SpeculationResults) -> str:
     """Answers of one device with guesses and without."""
     said, versions = found.settings, found.versions
     note = (
-        f"{said['model']}, greedy answers of at most {said['tokens']} tokens, {said['guesses']} guesses at a time; "
-        f"{_where(found)}; PyTorch {versions['torch']}, Transformers {versions['transformers']}; {found.date[:10]}; "
-        f"`{found.command}`."
+        f"{said['model']}, greedy answers of at most {said['tokens']} tokens, {said['guesses']} guesses at a time, "
+        "else each system's defaults; in half precision roundings give some answers other words with guesses than "
+        f"without; {_where(found)}; PyTorch {versions['torch']}, Transformers {versions['transformers']}; "
+        f"{found.date[:10]}; `{found.command}`."
     )
     return f"{speculation_results.table(found).markdown()}\n\n{note}"
 

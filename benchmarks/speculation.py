@@ -28,6 +28,7 @@ from benchmarks.speculation_results import (
 )
 from tilewright import pretrained
 from tilewright.cli import readable_errors
+from tilewright.options import MOST_SPECULATIVE
 from tilewright.progress import Progress
 from tilewright.trials import wait
 
@@ -60,7 +61,9 @@ def main(
     systems: Annotated[
         str, typer.Option(help="Any of tilewright and eager, separated by commas.")
     ] = "tilewright,eager",
-    guesses: Annotated[int, typer.Option(min=1, max=7, help="Tokens that are guessed at a time.")] = 7,
+    guesses: Annotated[
+        int, typer.Option(min=1, max=MOST_SPECULATIVE, help="Tokens that are guessed at a time.")
+    ] = 7,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer at most.")] = 96,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of every system.")] = 2,
