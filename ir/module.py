@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .errors import VerifyError
 from .types import Value
 
 Attr = Any
@@ -41,9 +42,10 @@ class Op:
 
     @property
     def result(self) -> Value:
-        """The only result."""
-        (value,) = self.results
-        return value
+        """The only result. Raises VerifyError where there are none or several."""
+        if len(self.results) != 1:
+            raise VerifyError(f"{self.opcode}: takes one result, not {len(self.results)}")
+        return self.results[0]
 
     def with_attrs(self, **changes: Attr) -> Op:
         return replace(self, attrs=make_attrs({**dict(self.attrs), **changes}))

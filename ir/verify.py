@@ -52,7 +52,8 @@ def _verify_function(function: Function, module: Module, symbols: set[str]) -> N
         try:
             _verify_op(op, module, symbols)
         except VerifyError as error:
-            raise VerifyError(f"@{function.name}: {where}: {error}") from error
+            message = str(error).removeprefix(f"{op.opcode}: ")  # which ``where`` says, with more
+            raise VerifyError(f"@{function.name}: {where}: {message}") from error
         if op.opcode == "kernel":
             for inner in op.body:
                 if inner.opcode in ("kernel", "call", "call_torch"):

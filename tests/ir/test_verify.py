@@ -46,6 +46,7 @@ BODIES = {
     "condition of where": ("%y = where %x, %x, %x : f32[B, 4]", "condition must be bool"),
     "too few operands": ("%y = add %x : f32[B, 4]", "operand"),
     "too many operands": ("%y = neg %x, %x : f32[B, 4]", "operand"),
+    "too many results": ("%y, %z = cast %x : (f32[B, 4], f32[B, 4])", "model.py:7: takes one result, not 2"),
     "missing attribute": ("%y = reduce %x {axes = (1), keepdim = true} : f32[B, 1]", "missing attributes ['kind']"),
     "unknown reduction": ('%y = reduce %x {axes = (1), keepdim = true, kind = "mean"} : f32[B, 1]', "unknown kind"),
     "reduced axis": ('%y = reduce %x {axes = (2), keepdim = true, kind = "sum"} : f32[B, 1]', "bad axes (2,)"),
