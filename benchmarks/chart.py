@@ -8,7 +8,6 @@ is measured, and a later run goes on with what is missing, as a GPU may be at ha
 
 from __future__ import annotations
 
-import datetime
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -134,8 +133,8 @@ def _begin(scale: str, device: torch.device, output: Path | None, fresh: bool) -
 
     Raises OptionError for a given file of another device, scale or versions: a chart is of one machine.
     """
-    facts = machine.describe() | {"device": machine.device_name(device)}
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    facts = machine.describe(device)
+    now = stored.now()
     empty = Chart(now, command_line("benchmarks.chart"), scale, facts, machine.versions())
     if fresh:
         return output or stored.place(empty), empty

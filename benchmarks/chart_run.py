@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -209,5 +208,5 @@ class Run:
 
 
 def _date_and_commit() -> tuple[str, str]:
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    now = stored.now()
     return now, machine.versions().get("commit", "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +86,7 @@ def main(
     compiled = [p for p in chosen if any(m.precision == p and m.of(OURS) for m in run.measures)]
     found = {series.system for m in run.measures for series in m.series}
     results = Results(
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=stored.now(),
         command=command_line("benchmarks.cpu"),
         model=model,
         machine=facts,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -71,13 +70,13 @@ def main(
         backend,
         repeats,
     )
-    facts = machine.describe() | {"device": machine.device_name(target)}
+    facts = machine.describe(target)
     machine.warn_if_busy(facts, notes)
     for name in names:
         for precision in chosen:
             run.side_by_side(name, precision)
     results = EncoderResults(
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=stored.now(),
         command=command_line("benchmarks.encoders"),
         machine=facts,
         versions=machine.versions(),

@@ -9,7 +9,6 @@ limit on its time; the result file is written after each, so that nothing is los
 
 from __future__ import annotations
 
-import datetime
 import os
 import re
 import signal
@@ -70,8 +69,8 @@ def main(
     )  # so that a part ends with us, in its session of its own
     (name,) = known("--scale", scale, tuple(SCALES))[:1]
     plan, target = SCALES[name], torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    facts = machine.describe() | {"device": machine.device_name(target)}
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    facts = machine.describe(target)
+    now = stored.now()
     empty = GpuCheck(now, command_line("benchmarks.gpu_check"), name, facts, machine.versions())
     check = Check(plan, target.type, deadline, empty, output or stored.place(empty))
     for part in _chosen(parts, plan):

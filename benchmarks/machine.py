@@ -21,8 +21,9 @@ BUSY = 0.5
 """Load per core before a run above which its figures are in doubt."""
 
 
-def describe() -> dict[str, Any]:
-    """CPU name, cores, vector extensions that kernels may use, memory, and the load of the last minute."""
+def describe(device: torch.device | None = None) -> dict[str, Any]:
+    """CPU name, cores, vector extensions that kernels may use, memory, and the load of the last minute; with a device
+    that something is to run on, its name."""
     info = _cpu_info()
     flags = set(info.get("flags", info.get("Features", "")).split())
     return {
@@ -32,6 +33,7 @@ def describe() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.release()}",
+        **({} if device is None else {"device": device_name(device)}),
     }
 
 

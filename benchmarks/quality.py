@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,7 +73,7 @@ def main(
     for reason in (*left_out, *missing):
         notes.print(f"[yellow]left out[/yellow] {reason}", highlight=False)
     results = QualityResults(
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=stored.now(),
         command=command_line("benchmarks.quality"),
         model=model,
         machine=machine.describe(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -58,7 +57,7 @@ def main(
     asked += [(n, turns) for n in _counts(conversations, "--conversations")]
     if dtype is Dtype.f16:
         raise OptionError("--dtype: f32 or bf16")
-    facts = machine.describe() | {"device": machine.device_name(torch.device(device))}
+    facts = machine.describe(torch.device(device))
     machine.warn_if_busy(facts, notes)
     batches = [n for n in (1, 2, 4, 8, 16, 32) if n < 2 * max(asked)[0]]
     options = ["--device", device, *(part for n in batches for part in ("--batch", str(n)))]
@@ -77,7 +76,7 @@ def main(
             for n, long in asked
         ]
     results = ServingResults(
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=stored.now(),
         command=command_line("benchmarks.serving"),
         machine=facts,
         versions=machine.versions(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Callable
 from functools import partial
@@ -76,7 +75,7 @@ def main(
     torch.set_num_threads(threads)
     chosen = known("--precisions", precisions, tuple(PRECISIONS))
     names = known("--systems", systems, ("tilewright", "eager"))
-    facts = machine.describe() | {"device": machine.device_name(torch.device(device))}
+    facts = machine.describe(torch.device(device))
     machine.warn_if_busy(facts, notes)
     questions: list[Question] = []
     for precision in chosen:
@@ -97,7 +96,7 @@ def main(
             _asked(task, precision, able, given, guesses, tokens, repeats) for task, given in asked.items()
         ]
     results = SpeculationResults(
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=stored.now(),
         command=command_line("benchmarks.speculation"),
         machine=facts,
         versions=machine.versions(),

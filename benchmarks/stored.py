@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +33,11 @@ class Result(Protocol):
 
 
 R = TypeVar("R", bound=Result)
+
+
+def now() -> str:
+    """The date that a run's result has: UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def to_json(result: Result) -> str:

@@ -71,7 +71,7 @@ def _pointwise(op: Op, rewriter: Rewriter, merges: dict[Value, _Merge]) -> _Merg
         elif apart == value.shape:
             operands.append(value)
         else:
-            operands.append(_reshaped(rewriter, op, value, apart))
+            operands.append(_reshaped(rewriter, value, apart))
     type = TensorType(op.result.dtype, merge.split(shape, len(shape)))
     result = rewriter.add(op.opcode, *operands, type=type, **dict(op.attrs))
     return _Merge(result, merge.at, merge.parts)
@@ -88,7 +88,7 @@ def _reduce(op: Op, rewriter: Rewriter, merges: dict[Value, _Merge]) -> _Merge |
     return _Merge(result, merge.at - gone, merge.parts)
 
 
-def _reshaped(rewriter: Rewriter, op: Op, value: Value, shape: Shape) -> Value:
+def _reshaped(rewriter: Rewriter, value: Value, shape: Shape) -> Value:
     index_map = reshape_map(value.shape, shape)
     return rewriter.add("view", value, type=TensorType(value.dtype, shape), map=index_map)
 
@@ -107,7 +107,7 @@ def _function(function: Function) -> Function:
         if moved is None:
             rewriter.keep(op)
         else:
-            merged = _reshaped(rewriter, op, moved.source, op.result.shape)
+            merged = _reshaped(rewriter, moved.source, op.result.shape)
             rewriter.replace(op.result, merged)
             merges[merged] = moved
     return rewriter.finish()
